@@ -1,0 +1,1 @@
+"""Pure functions of (tensor, generator): class mixing and colour."""

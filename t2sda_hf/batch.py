@@ -1,0 +1,66 @@
+"""What travels from the data to the objective. There is no field for target labels, so none can leak."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class UdaBatch:
+    """B source crops with labels and B target crops without.
+
+    Images are (B,3,H,W) RGB: uint8 from the loader, float in [0,1] after `on`. The last three fields are there only
+    when the objective translates: FDA works on a larger window than the network sees (paper section 4.1).
+
+    Attributes:
+        source_images: (B,3,H,W).
+        source_labels: (B,H,W) class ids, 255 ignored; int64 after `on`.
+        target_images: (B,3,H,W), or None if the run has no target.
+        outer_source: (B,3,Ho,Wo) the source window around the crop.
+        style_reference: (B,3,Ho,Wo) the target image whose style is taken.
+        inner_corner: (B,2) int64, top and left of the crop in the outer window.
+    """
+
+    source_images: Tensor
+    source_labels: Tensor
+    target_images: Tensor | None = None
+    outer_source: Tensor | None = None
+    style_reference: Tensor | None = None
+    inner_corner: Tensor | None = None
+
+    def on(self, device: torch.device) -> "UdaBatch":
+        """The batch on `device`: uint8 crosses the bus, floats are made there."""
+        moved: dict[str, Tensor | None] = {}
+        for field in fields(self):
+            value: Tensor | None = getattr(self, field.name)
+            if value is not None:
+                value = value.to(device, non_blocking=True)
+                if value.ndim == 4:
+                    value = value.float() / 255
+                elif field.name == "source_labels":
+                    value = value.long()
+            moved[field.name] = value
+        return UdaBatch(**moved)  # type: ignore[arg-type]
+
+    def crop_inner(self, outer_images: Tensor) -> Tensor:
+        """Cut the crop of every sample out of images in the outer window: (B,3,Ho,Wo) -> (B,3,H,W)."""
+        if self.inner_corner is None:
+            return outer_images
+        height, width = self.source_images.shape[-2:]
+        return torch.stack(
+            [
+                image[:, top : top + height, left : left + width]
+                for image, (top, left) in zip(outer_images, self.inner_corner.tolist(), strict=True)
+            ]
+        )
+
+
+def normalize(images: Tensor) -> Tensor:
+    """[0,1] RGB (B,3,H,W) -> what the network was pretrained on: minus ImageNet's mean, over its deviation."""
+    mean = torch.tensor(IMAGE_MEAN, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGE_STD, device=images.device).view(1, 3, 1, 1)
+    return (images - mean) / std

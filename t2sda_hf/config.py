@@ -1,0 +1,430 @@
+"""The run as a tree of frozen dataclasses. Defaults are the paper's main run (GTA5 -> Cityscapes, DAFormer, MiT-B5).
+
+A YAML file lists differences, the command line overrides it with the same dotted keys, and draccus turns both into
+this tree. [P] marks a value the paper states, [D] one of the public DAFormer code it builds on, [O] a choice the
+paper leaves open, with the letter of its entry in the register of open points.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import draccus
+import yaml
+
+from .labels import CITYSCAPES_CLASSES, LABEL_SPACES, THING_CLASSES
+
+
+def _require(condition: bool, key: str, rule: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"{key} must be {rule}, got {value!r}.")
+
+
+@dataclass(frozen=True)
+class DomainConfig:
+    """Where the images of one domain come from and how their labels are read."""
+
+    path: str = ""  # a name of data.domains.DOMAINS, a parquet file or folder, or a data set of the Hub
+    split: str = "train"
+    image_column: str = "image"
+    label_column: str = "label"
+    label_space: str = "cityscapes"  # what the ids on disk mean: a name of labels.LABEL_SPACES ...
+    class_names: tuple[str, ...] = ()  # ... or the names themselves, position = id
+    label_map: dict[str, str] = field(default_factory=dict)  # data set's class name: run's class name
+    resize: tuple[int, int] | None = None  # (height, width) before cropping; None keeps the size
+    resize_mode: Literal["keep_ratio", "exact"] = "keep_ratio"  # [D] GTA5 "1280x720" is really 1280x704
+    num_images: int | None = None  # the first so many; None takes all
+    drawing_seed: int = 0  # for the drawn streets: another seed is another city
+
+    def __post_init__(self) -> None:
+        if not self.class_names and self.label_space not in LABEL_SPACES:
+            raise ValueError(
+                f"label_space must be one of {', '.join(sorted(LABEL_SPACES))}, got {self.label_space!r}. "
+                "For your own ids list their names in class_names instead."
+            )
+        if self.resize is not None:
+            _require(min(self.resize) >= 1, "resize", "two positive numbers (height, width)", self.resize)
+        _require(self.num_images is None or self.num_images >= 1, "num_images", "at least 1", self.num_images)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    size: str = "mit_b5"  # [P]
+    pretrained: str | None = "nvidia/mit-b5"  # encoder weights: Hub id or folder of any SegFormer; None starts at random
+    head: Literal["daformer", "all_mlp"] = "daformer"  # [P]
+    decoder_hidden_size: int = 256  # [D]
+    head_dropout: float = 0.1  # [D]
+    drop_path_rate: float = 0.1  # [D]
+    encoder_ln_eps_fix: bool = True  # block and stage LayerNorm eps 1e-6 as in the original MiT
+    activation_checkpointing: bool = False  # less memory, one more encoder forward
+    depths: tuple[int, ...] | None = None  # the next three make an encoder of your own size
+    hidden_sizes: tuple[int, ...] | None = None
+    num_attention_heads: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    in_index: tuple[int, ...] = (0, 1, 2, 3)  # [O A3] encoder levels, resized to the finest and concatenated
+    kernel: int = 1  # [O A2]
+    hidden: int = 256  # [O A2]
+    dim: int = 256  # [O A2]
+    final_relu: bool = True  # [P] "two Conv-BN-ReLU blocks"
+
+    def __post_init__(self) -> None:
+        _require(self.kernel in (1, 3), "projector.kernel", "1 or 3", self.kernel)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    crop_size: tuple[int, int] = (512, 512)  # [P] (height, width)
+    outer_crop: Literal["auto", "true", "false"] = "auto"  # [O A10] auto: only when the run translates
+    outer_crop_size: tuple[int, int] = (512, 1024)  # [P] the window in which FDA works
+    cat_max_ratio: float = 0.75  # [D] no class may cover more of a source crop
+    flip: bool = True  # [D] probability 1/2, source and target on their own
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        _require(min(self.crop_size) >= 32, "data.crop_size", "at least 32 x 32", self.crop_size)
+        _require(
+            all(s % 32 == 0 for s in self.crop_size),
+            "data.crop_size",
+            "multiples of 32 (the encoder's coarsest stride)",
+            self.crop_size,
+        )
+        _require(
+            all(o >= i for o, i in zip(self.outer_crop_size, self.crop_size, strict=True)) or self.outer_crop == "false",
+            "data.outer_crop_size",
+            f"at least data.crop_size {self.crop_size}",
+            self.outer_crop_size,
+        )
+        _require(0 < self.cat_max_ratio <= 1, "data.cat_max_ratio", "in (0, 1]", self.cat_max_ratio)
+        _require(self.num_workers >= 0, "data.num_workers", "at least 0", self.num_workers)
+
+
+@dataclass(frozen=True)
+class RareClassSamplingConfig:
+    """[D] Source images are drawn by class, rare classes more often."""
+
+    enabled: bool = True
+    temperature: float = 0.01
+    min_pixels: int = 3000  # at the label's own resolution
+    min_crop_ratio: float = 0.5  # a crop must show more than min_pixels * min_crop_ratio pixels of the class
+
+    def __post_init__(self) -> None:
+        _require(self.temperature > 0, "rcs.temperature", "positive", self.temperature)
+        _require(self.min_pixels >= 0, "rcs.min_pixels", "at least 0", self.min_pixels)
+
+
+@dataclass(frozen=True)
+class UdaConfig:
+    """[P] Mean-teacher self-training."""
+
+    ema_momentum: float = 0.999
+    pseudo_threshold: float = 0.968
+    weight_scope: Literal["batch", "image"] = "batch"  # [O A6] one trust for the batch, or one per image
+    ignore_top: int = 15  # [D] rows of the target crop that are not trusted: rectification border ...
+    ignore_bottom: int = 120  # [D] ... and the car's own bonnet, in Cityscapes
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.ema_momentum <= 1, "uda.ema_momentum", "in [0, 1]", self.ema_momentum)
+        _require(0 <= self.pseudo_threshold <= 1, "uda.pseudo_threshold", "in [0, 1]", self.pseudo_threshold)
+        _require(min(self.ignore_top, self.ignore_bottom) >= 0, "uda.ignore_top/bottom", "at least 0", self.ignore_top)
+
+
+@dataclass(frozen=True)
+class MixConfig:
+    classes_from: Literal["batch", "image"] = "batch"  # [D] DACS draws per image; DAFormer's slip is kept
+    source: Literal["source", "pseudo_target"] = "source"  # [O A7] which version of the source is pasted
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """[D] Strong augmentation of the mixed image."""
+
+    jitter_probability: float = 0.8
+    jitter_strength: float = 0.2
+    blur_probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("jitter_probability", "blur_probability", "jitter_strength"):
+            _require(0 <= getattr(self, name) <= 1, f"augment.{name}", "in [0, 1]", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class FdaConfig:
+    beta: float = 0.01  # [O A1] half side of the swapped square, as a share of the shorter image side
+    window: Literal["square", "rect"] = "square"  # [O A12]
+    clip: bool = False  # FDA does not clip
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.beta <= 0.5, "translate.fda.beta", "in [0, 0.5]", self.beta)
+
+
+@dataclass(frozen=True)
+class TranslateConfig:
+    engine: Literal["fda", "none"] = "fda"  # [P]
+    reference: Literal["paired", "random"] = "paired"  # [O A9] the target image of the pair, or another one
+    fda: FdaConfig = FdaConfig()
+
+
+@dataclass(frozen=True)
+class PullConfig:
+    """[P] The pull loss. The letters are the paper's."""
+
+    temperature: float = 0.2  # τ
+    num_queries: int = 128  # n, per class on average
+    num_negatives: int = 1024  # m, per query
+    unreliable_ratio: float = 0.5  # α
+    objective: Literal["infonce", "mse"] = "infonce"
+    query_sampling: Literal["cbqs", "ceqs", "uniform"] = "cbqs"  # [O A17]
+    negatives: Literal["denps", "pooled"] = "denps"
+    share_negatives: Literal["class", "query"] = "class"  # [O A19]
+    reduction: Literal["mean_w", "sum_paper", "mean_paper"] = "mean_w"  # [O A20]
+    label_downscale: Literal["nearest", "ratio"] = "nearest"  # [O A14]
+    ignore_as_negative: bool = False  # [O A15]
+    class_set: tuple[str, ...] = ()  # [O A16] the C classes of the benchmark; () is all
+    gamma_scope: Literal["batch", "image"] = "batch"  # [O A18]
+    sync_stats: bool = True  # [O A8] prototypes, class shares and confidences over all processes
+    teacher_forward: Literal["separate", "joint"] = "separate"  # [O A5]
+    start_step: int = 0  # [O A31]
+    augment: bool = False  # [O A33] colour-augment the pseudo-target image
+    proto_momentum: float = 0.0  # [O A34] memory of prototypes across steps
+    proto_prenorm: bool = False  # [O A35] unit length before averaging
+
+    def __post_init__(self) -> None:
+        _require(self.temperature > 0, "pull.temperature", "positive", self.temperature)
+        _require(self.num_queries >= 1, "pull.num_queries", "at least 1", self.num_queries)
+        _require(self.num_negatives >= 2, "pull.num_negatives", "at least 2", self.num_negatives)
+        _require(0 <= self.unreliable_ratio <= 1, "pull.unreliable_ratio", "in [0, 1]", self.unreliable_ratio)
+        _require(0 <= self.proto_momentum < 1, "pull.proto_momentum", "in [0, 1)", self.proto_momentum)
+
+
+@dataclass(frozen=True)
+class DrwConfig:
+    """[P] Dynamic re-weighting of classes by the teacher's confidence on the target."""
+
+    apply_to: Literal["pull", "target", "none"] = "pull"
+    beta: float = 0.5
+    absent_conf: Literal["zero", "one", "mean", "ema"] = "zero"  # [O A21]
+    use_valid_mask: bool = False
+    normalise_over: Literal["all", "queried"] = "all"
+
+    def __post_init__(self) -> None:
+        _require(self.beta >= 0, "drw.beta", "at least 0", self.beta)
+
+
+@dataclass(frozen=True)
+class FeatureDistanceConfig:
+    """[D] Distance to the frozen ImageNet encoder on thing classes. Its weight is loss_weights.feature_distance."""
+
+    classes: tuple[str, ...] = THING_CLASSES  # those the run does not have are left out; () takes every pixel
+    min_ratio: float = 0.75
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """The only place of weights. A weight of 0 costs nothing: its forward passes are not run."""
+
+    source: float = 1.0
+    feature_distance: float = 0.005  # [D]
+    target: float = 1.0
+    pull: float = 0.1  # [P] λ
+
+    def __post_init__(self) -> None:
+        for name in ("source", "feature_distance", "target", "pull"):
+            _require(getattr(self, name) >= 0, f"loss_weights.{name}", "at least 0", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """[P] AdamW, linear warm-up times linear decay."""
+
+    lr: float = 6e-5  # encoder
+    head_lr_multiplier: float = 10.0  # head and projector
+    weight_decay: float = 0.01
+    warmup_steps: int = 1500
+    warmup_ratio: float = 1e-6  # [D]
+    power: float = 1.0
+    max_grad_norm: float | None = None  # [D] no clipping
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optim.lr", "positive", self.lr)
+        _require(self.warmup_steps >= 0, "optim.warmup_steps", "at least 0", self.warmup_steps)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    max_steps: int = 40_000  # [P]
+    batch_size: int = 2  # [P] source images and as many target images, per process and micro-batch
+    micro_batches: int = 1  # per step and process; statistics stay per micro-batch
+    log_every: int = 50
+    evaluate_every: int = 4_000
+    save_every: int = 4_000
+    num_threads: int | None = None  # CPU threads of torch; None leaves torch's choice
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "micro_batches", "log_every", "evaluate_every", "save_every"):
+            _require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    mode: Literal["whole", "slide"] = "whole"  # [D]
+    window: tuple[int, int] | None = None
+    stride: tuple[int, int] | None = None
+    limit: int | None = None  # only the first so many images
+
+    def __post_init__(self) -> None:
+        if self.mode == "slide" and (self.window is None or self.stride is None):
+            raise ValueError("evaluation.mode slide needs evaluation.window and evaluation.stride (height, width).")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: `method` learns `classes` from `source` and `target`, and is measured on `test`."""
+
+    method: Literal["t2sda", "source_only"] = "t2sda"
+    baseline: Literal["none", "source_only"] = "none"  # train this first from the same initial weights, and compare
+    seed: int = 0
+    output_dir: str = "outputs/run"
+    classes: tuple[str, ...] = CITYSCAPES_CLASSES
+    source: DomainConfig = DomainConfig()
+    target: DomainConfig = DomainConfig()
+    test: DomainConfig = DomainConfig(split="validation")  # labelled, read by evaluation only
+    model: ModelConfig = ModelConfig()
+    projector: ProjectorConfig = ProjectorConfig()
+    data: DataConfig = DataConfig()
+    rcs: RareClassSamplingConfig = RareClassSamplingConfig()
+    uda: UdaConfig = UdaConfig()
+    mix: MixConfig = MixConfig()
+    augment: AugmentConfig = AugmentConfig()
+    translate: TranslateConfig = TranslateConfig()
+    pull: PullConfig = PullConfig()
+    drw: DrwConfig = DrwConfig()
+    feature_distance: FeatureDistanceConfig = FeatureDistanceConfig()
+    loss_weights: LossWeights = LossWeights()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, "seed", "at least 0", self.seed)
+        _require(len(self.classes) >= 2, "classes", "at least 2 names", self.classes)
+        _require(len(set(self.classes)) == len(self.classes), "classes", "without repetition", self.classes)
+        unknown = [name for name in self.pull.class_set if name not in self.classes]
+        _require(not unknown, "pull.class_set", f"names of classes {self.classes}", unknown)
+        rows = self.uda.ignore_top + self.uda.ignore_bottom
+        _require(
+            rows < self.data.crop_size[0],
+            "uda.ignore_top + uda.ignore_bottom",
+            f"less than the crop's {self.data.crop_size[0]} rows, or no target pixel is left",
+            rows,
+        )
+
+    @property
+    def translates(self) -> bool:
+        """Whether the objective needs pseudo-target images."""
+        if self.method != "t2sda" or self.translate.engine == "none":
+            return False
+        return self.loss_weights.pull > 0 or self.mix.source == "pseudo_target"
+
+    @property
+    def uses_outer_crop(self) -> bool:
+        return self.translates if self.data.outer_crop == "auto" else self.data.outer_crop == "true"
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file of differences and apply command line overrides (`--optim.lr 1e-4`, `--seed=3`).
+
+    Both use the same keys, nested or dotted, and values in YAML's form (`--data.crop_size "[64, 128]"`).
+
+    Raises:
+        ValueError: for a missing file, an unknown key (naming the nearest known one), a wrong type or a value out
+            of range. The message names the key, the rule and the value.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        if not Path(path).is_file():
+            raise ValueError(f"config file {str(path)!r} does not exist. Give the path of a YAML file, see configs/.")
+        content = _parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+        if content is not None and not isinstance(content, dict):
+            raise ValueError(f"{path} must map keys to values, got a {type(content).__name__}.")
+        _merge(tree, content or {}, "", str(path))
+    arguments = list(overrides)
+    while arguments:
+        key, equals, value = arguments.pop(0).partition("=")
+        if not key.startswith("--") or not (equals or arguments):
+            raise ValueError(f"expected --key value on the command line, got {key!r}{'' if equals else ' and no value'}.")
+        text = value if equals else arguments.pop(0)
+        _merge(tree, {key[2:]: _parse_yaml(text, key)}, "", "the command line")
+    try:
+        return draccus.decode(RunConfig, tree)
+    except draccus.utils.DecodingError as error:  # a wrong type; its text names the key
+        raise ValueError(str(error)) from error
+    except draccus.ParsingError as error:  # a wrapped error of a __post_init__, whose text is ours
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        raise ValueError(str(root)) from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The whole resolved run as YAML that `load_config` reads back to an equal RunConfig."""
+    return draccus.dump(config)
+
+
+def _dotted_keys(cls: type, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for item in fields(cls):
+        if is_dataclass(item.type):
+            keys += _dotted_keys(item.type, f"{prefix}{item.name}.")  # type: ignore[arg-type]
+        else:
+            keys.append(prefix + item.name)
+    return keys
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not valid YAML: {error}") from error
+
+
+def _merge(tree: dict[str, Any], values: Mapping[str, Any], prefix: str, where: str) -> None:
+    """Put `values` (nested or dotted keys) into the nested `tree`, refusing what RunConfig does not have."""
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        kind: Any = RunConfig
+        node = tree
+        *sections, leaf = key.split(".")
+        for position, part in enumerate([*sections, leaf]):
+            types = {item.name: item.type for item in fields(kind)} if is_dataclass(kind) else {}
+            if part not in types:
+                raise ValueError(_unknown_key(key, where))
+            kind = types[part]
+            if position < len(sections):
+                node = node.setdefault(part, {})
+        if is_dataclass(kind):
+            if not isinstance(value, dict):
+                inside = ", ".join(known for known in _dotted_keys(RunConfig) if known.startswith(f"{key}."))
+                raise ValueError(f"{key} in {where} is a section, got the value {value!r}. Set one of its keys: {inside}.")
+            _merge(tree, value, f"{key}.", where)
+        elif "tuple" in str(kind) and isinstance(value, str):
+            raise ValueError(f"{key} in {where} must be a list like [a, b], got the text {value!r}.")
+        elif kind is int and isinstance(value, bool):
+            raise ValueError(f"{key} in {where} must be a whole number, got {value!r}.")
+        else:
+            node[leaf] = value
+
+
+def _unknown_key(key: str, where: str) -> str:
+    known = _dotted_keys(RunConfig)
+    leaf = key.rsplit(".", 1)[-1]
+    # The right name under the wrong section is nearer than another name that merely looks alike.
+    near = [k for k in known if k.rsplit(".", 1)[-1] == leaf] or difflib.get_close_matches(key, known, 1, 0.5)
+    if not near:
+        near = [k for k in known if difflib.get_close_matches(leaf, [k.rsplit(".", 1)[-1]], 1, 0.7)]
+    hint = f"Did you mean {near[0]!r}?" if near else f"Sections are {', '.join(sorted({k.split('.')[0] for k in known}))}."
+    return f"unknown key {key!r} in {where}. {hint}"

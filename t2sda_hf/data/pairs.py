@@ -1,0 +1,149 @@
+"""(source, target) samples as a pure function of (seed, position): no sampler or worker has a state to lose."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..batch import UdaBatch
+from ..config import RunConfig
+from .domains import Domain
+from .rare_class_sampling import RareClasses
+from .transforms import (
+    Window,
+    pad_image,
+    pad_labels,
+    random_window,
+    resize_image,
+    resize_labels,
+    shows_several_classes,
+)
+
+RETRIES = 10  # of a crop that is too uniform, and of one that misses its rare class; the last one is kept (DAFormer)
+_DATA_STREAM = 1  # tells the random numbers of the data from those of the training step
+
+
+@dataclass(frozen=True)
+class PairDataset(Dataset):
+    """Sample number `position` of an endless stream: a source crop with labels, and a target crop without.
+
+    The pipeline is that of method 3.4: resize, outer window, crop inside it, both redrawn together until the crop
+    shows several classes and enough of the class it was drawn for; flips of source and target are independent.
+    """
+
+    config: RunConfig
+    source: Domain
+    target: Domain | None
+    rare: RareClasses | None
+
+    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng([self.config.seed, _DATA_STREAM, position])
+        index, wanted = self.rare.draw(rng) if self.rare else (int(rng.integers(len(self.source))), None)
+        image = self.source.resized_image(index)
+        labels = resize_labels(self.source.labels(index), (image.shape[0], image.shape[1]))
+
+        data = self.config.data
+        outer_size = data.outer_crop_size if self.config.uses_outer_crop else data.crop_size
+        image, labels = pad_image(image, outer_size), pad_labels(labels, outer_size)
+        outer, inner, flip = self._source_window(labels, outer_size, wanted, rng)
+        labels = outer.inside(inner).of(labels)
+        outer_image = outer.of(image)
+        sample = {"source_images": _flipped(inner.of(outer_image), flip), "source_labels": _flipped(labels, flip)}
+        if self.target is None:
+            return sample
+
+        target_image = self.target.resized_image(int(rng.integers(len(self.target))))
+        if self.config.translates:
+            style = target_image
+            if self.config.translate.reference == "random":
+                style = self.target.resized_image(int(rng.integers(len(self.target))))
+            # Flipping window and style together flips the translation: FDA's window is symmetric.
+            left = outer_size[1] - data.crop_size[1] - inner.left if flip else inner.left
+            sample |= {
+                "outer_source": _flipped(outer_image, flip),
+                "style_reference": _flipped(resize_image(style, outer_size), flip),
+                "inner_corner": np.array([inner.top, left]),
+            }
+        target_image = pad_image(target_image, data.crop_size)
+        crop = random_window((target_image.shape[0], target_image.shape[1]), data.crop_size, rng)
+        flip_target = data.flip and rng.random() < 0.5
+        return sample | {"target_images": _flipped(crop.of(target_image), flip_target)}
+
+    def _source_window(
+        self, labels: np.ndarray, outer_size: tuple[int, int], wanted: int | None, rng: np.random.Generator
+    ) -> tuple[Window, Window, bool]:
+        """Outer window, the crop relative to it, and whether to flip."""
+        data, rcs = self.config.data, self.config.rcs
+        size = (labels.shape[0], labels.shape[1])
+        for _ in range(1 + RETRIES):
+            for _ in range(1 + RETRIES):
+                outer = random_window(size, outer_size, rng)
+                inner = random_window(outer_size, data.crop_size, rng)
+                crop = outer.inside(inner).of(labels)
+                if data.cat_max_ratio == 1 or shows_several_classes(crop, data.cat_max_ratio):
+                    break
+            flip = bool(data.flip and rng.random() < 0.5)
+            if wanted is None or (crop == wanted).sum() > rcs.min_pixels * rcs.min_crop_ratio:
+                break
+        return outer, inner, flip
+
+
+@dataclass(frozen=True)
+class PositionSampler(Sampler[int]):
+    """Positions of one process in step order: slot r·micro + j of every step belongs to micro-batch j of process r.
+
+    So two processes see exactly what two micro-batches of one process see, and a run that starts at `start_step`
+    sees what an uninterrupted one sees there.
+    """
+
+    batch_size: int
+    micro_batches: int
+    process_index: int
+    num_processes: int
+    start_step: int
+    max_steps: int
+
+    def __iter__(self) -> Iterator[int]:
+        for step in range(self.start_step, self.max_steps):
+            for micro in range(self.micro_batches):
+                slot = self.process_index * self.micro_batches + micro
+                first = (step * self.num_processes * self.micro_batches + slot) * self.batch_size
+                yield from range(first, first + self.batch_size)
+
+    def __len__(self) -> int:
+        return (self.max_steps - self.start_step) * self.micro_batches * self.batch_size
+
+
+def collate(samples: list[dict[str, np.ndarray]]) -> UdaBatch:
+    """Stack samples; images become (B,3,H,W) uint8."""
+    stacked: dict[str, Any] = {}
+    for name in samples[0]:
+        array = torch.from_numpy(np.stack([sample[name] for sample in samples]))
+        stacked[name] = array.permute(0, 3, 1, 2).contiguous() if array.ndim == 4 else array
+    return UdaBatch(**stacked)
+
+
+def batches(
+    dataset: PairDataset, process_index: int = 0, num_processes: int = 1, start_step: int = 0
+) -> DataLoader[UdaBatch]:
+    """The micro-batches of one process from `start_step` to the last step, in order."""
+    train = dataset.config.train
+    sampler = PositionSampler(
+        train.batch_size, train.micro_batches, process_index, num_processes, start_step, train.max_steps
+    )
+    return DataLoader(
+        dataset,
+        batch_size=train.batch_size,
+        sampler=sampler,
+        num_workers=dataset.config.data.num_workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # otherwise starting the loader would move the global random state
+    )
+
+
+def _flipped(array: np.ndarray, flip: bool) -> np.ndarray:
+    return array[:, ::-1].copy() if flip else array

@@ -1,0 +1,26 @@
+"""Pixel-wise cross-entropy with DAFormer's denominator."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..labels import IGNORE_INDEX
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor, pixel_weights: Tensor | None = None) -> Tensor:
+    """Weighted cross-entropy, divided by the number of *all* pixels (method 2.3).
+
+    Ignored and zero-weight pixels count in the denominator, as in DAFormer's loss (mean over an unreduced map).
+    PyTorch's own mean divides by the valid pixels: with many ignored ones the two train differently.
+
+    Args:
+        logits: (B,K,h,w), upsampled bilinearly to the labels' size.
+        labels: (B,H,W) int64 in [0,K) or 255.
+        pixel_weights: (B,H,W) >= 0; None weighs every pixel 1.
+
+    Returns:
+        () float32 >= 0. All pixels ignored: 0 with a zero gradient.
+    """
+    if logits.shape[-2:] != labels.shape[-2:]:
+        logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="none")
+    return (loss if pixel_weights is None else loss * pixel_weights).mean()

@@ -1,0 +1,116 @@
+"""Configuration of T2S-DA networks: SegFormer's own fields, and those of the segmentation head and the projector."""
+
+from dataclasses import fields
+from typing import Any
+
+from transformers import SegformerConfig
+
+# The six Mix Transformers (method 1.1; Xie et al. 2021, table 6).
+MIT_SIZES: dict[str, dict[str, tuple[int, ...]]] = {
+    "mit_b0": {"depths": (2, 2, 2, 2), "hidden_sizes": (32, 64, 160, 256)},
+    "mit_b1": {"depths": (2, 2, 2, 2), "hidden_sizes": (64, 128, 320, 512)},
+    "mit_b2": {"depths": (3, 4, 6, 3), "hidden_sizes": (64, 128, 320, 512)},
+    "mit_b3": {"depths": (3, 4, 18, 3), "hidden_sizes": (64, 128, 320, 512)},
+    "mit_b4": {"depths": (3, 8, 27, 3), "hidden_sizes": (64, 128, 320, 512)},
+    "mit_b5": {"depths": (3, 6, 40, 3), "hidden_sizes": (64, 128, 320, 512)},
+}
+HEADS = ("daformer", "all_mlp")
+
+
+class T2SDAConfig(SegformerConfig):
+    """Sizes of encoder, head and projector. Every field of `SegformerConfig` keeps its name and meaning.
+
+    A plain SegFormer's `config.json` loads into this class. It then describes that SegFormer's head too, so `head`
+    is "all_mlp" there unless it is given.
+
+    Attributes:
+        head: "daformer" (method 1.3, the paper's) or "all_mlp" (SegFormer's own, method 1.2).
+        decoder_hidden_size: channels of the head: E of the all-MLP head, 256 in the DAFormer head.
+        classifier_dropout_prob: whole channels are dropped with this probability before the classifier.
+        head_dilations: of the DAFormer head's branches. 1 is a 1x1 convolution, all others are separable 3x3.
+        projector_dim: D, channels of the embeddings.
+        projector_hidden: channels between the projector's two blocks.
+        projector_kernel: 1 or 3, of both blocks.
+        projector_in_index: encoder levels that the projector reads, ascending, 0 is the finest. The first one gives
+            the embeddings their size.
+        projector_final_relu: whether the second block ends in a ReLU, which makes embeddings non-negative.
+        encoder_ln_eps_fix: use `layer_norm_eps` (1e-6) in the norms of blocks and stages, as the original MiT does.
+            transformers builds them with 1e-5 whatever the config says (method 1.1).
+
+    Raises:
+        ValueError: if a value is outside what is stated here.
+    """
+
+    model_type = "t2sda"
+
+    head: str = "daformer"
+    head_dilations: list[int] | tuple[int, ...] = (1, 6, 12, 18)
+    projector_dim: int = 256
+    projector_hidden: int = 256
+    projector_kernel: int = 1
+    projector_in_index: list[int] | tuple[int, ...] = (0, 1, 2, 3)
+    projector_final_relu: bool = True
+    encoder_ln_eps_fix: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        # JSON knows no tuples: without this a reloaded config would differ from the one that was saved.
+        self.head_dilations = tuple(self.head_dilations)
+        self.projector_in_index = tuple(self.projector_in_index)
+        if self.head not in HEADS:
+            raise ValueError(f"head must be one of {', '.join(HEADS)}; got {self.head!r}.")
+        if self.projector_kernel not in (1, 3):
+            raise ValueError(f"projector_kernel must be 1 or 3; got {self.projector_kernel}.")
+        if not self.head_dilations or min(self.head_dilations) < 1:
+            raise ValueError(f"head_dilations must be one or more integers from 1; got {self.head_dilations}.")
+        levels = range(self.num_encoder_blocks)
+        if not self.projector_in_index or self.projector_in_index != tuple(
+            level for level in levels if level in self.projector_in_index
+        ):
+            raise ValueError(
+                f"projector_in_index must name one or more of the encoder levels {tuple(levels)} in ascending order, "
+                f"each once; got {self.projector_in_index}."
+            )
+        for name, channels in (
+            ("decoder_hidden_size", self.decoder_hidden_size),
+            ("projector_dim", self.projector_dim),
+            ("projector_hidden", self.projector_hidden),
+        ):
+            if channels < 1:
+                raise ValueError(f"{name} must be at least 1; got {channels}.")
+        if not self.reshape_last_stage:
+            raise ValueError("reshape_last_stage must be True: the heads read maps, not tokens.")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "T2SDAConfig":
+        """Build from a dict in the form of `config.json`; `kwargs` win over it and are checked like it."""
+        config_dict = dict(config_dict)
+        if config_dict.get("model_type") == SegformerConfig.model_type:
+            config_dict.setdefault("head", "all_mlp")
+        config_dict["model_type"] = cls.model_type
+        # transformers would set these after construction, where nothing checks them.
+        own_names = {field.name for field in fields(cls)} - {field.name for field in fields(SegformerConfig)}
+        for name in own_names & kwargs.keys():
+            config_dict[name] = kwargs.pop(name)
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_size(cls, size: str, **overrides: Any) -> "T2SDAConfig":
+        """The config of a Mix Transformer by name, without any download.
+
+        Args:
+            size: "mit_b0" ... "mit_b5".
+            overrides: any field. `decoder_hidden_size` is 256, but 768 for the all-MLP head on B2 to B5 (method 1.2).
+
+        Raises:
+            ValueError: for another name.
+        """
+        if size not in MIT_SIZES:
+            raise ValueError(f"size must be one of {', '.join(MIT_SIZES)}; got {size!r}.")
+        values: dict[str, Any] = dict(MIT_SIZES[size])
+        if overrides.get("head") == "all_mlp" and size not in ("mit_b0", "mit_b1"):
+            values["decoder_hidden_size"] = 768
+        return cls(**(values | overrides))
+
+
+T2SDAConfig.register_for_auto_class()

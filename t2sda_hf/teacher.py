@@ -1,0 +1,91 @@
+"""The mean teacher: how it follows the student, and what it says about the target (paper section 3.1; method 2.1-2.5)."""
+
+import copy
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def make_teacher(student: nn.Module) -> nn.Module:
+    """A frozen copy of the student, parameters and buffers, in the mode the teacher keeps for ever.
+
+    Dropout and drop path are off, but batch norm uses the statistics of the batch at hand, as in DAFormer: the
+    average covers parameters only, so running statistics would be stale.
+    """
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    for module in teacher.modules():
+        if isinstance(module, _BatchNorm):
+            module.train()
+    return teacher
+
+
+def ema_momentum(num_updates: int, final: float) -> float:
+    """Weight of the old teacher after `num_updates` >= 1 finished optimiser updates: min(1 - 1/(num_updates + 1), final).
+
+    1 update gives 0.5, 9 give 0.9; 0.999 is reached after 999. DAFormer computes the same number one line later, at
+    the start of the next iteration; calling it with the index of the running step would copy the student at first.
+    """
+    return min(1 - 1 / (num_updates + 1), final)
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """θ_t <- a·θ_t + (1-a)·θ_s for every parameter; buffers (batch norm's running statistics) stay."""
+    torch._foreach_lerp_(
+        [p.data for p in teacher.parameters()], [p.data for p in student.parameters()], 1 - momentum
+    )
+
+
+def make_pseudo_labels(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Class and confidence of every target pixel.
+
+    Args:
+        logits: (B,K,h,w) of the teacher, upsampled bilinearly to `size`.
+        size: (H,W).
+
+    Returns:
+        (B,H,W) int64 argmax and (B,H,W) float32 largest softmax in [0,1].
+    """
+    logits = nn.functional.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+    confidence, pseudo_labels = logits.softmax(dim=1).max(dim=1)
+    return pseudo_labels, confidence
+
+
+def pseudo_label_weights(
+    confidence: Tensor,
+    threshold: float,
+    scope: Literal["batch", "image"] = "batch",
+    ignore_top: int = 0,
+    ignore_bottom: int = 0,
+) -> Tensor:
+    """How far pseudo-labels are trusted: the share of pixels with confidence >= threshold (paper eq. 3; method 2.5).
+
+    Args:
+        confidence: (B,H,W) in [0,1].
+        threshold: δ_p.
+        scope: one share for the batch (the public code) or for each image (the paper's letter).
+        ignore_top, ignore_bottom: rows set to 0 afterwards; they still count in the share.
+
+    Returns:
+        (B,H,W) float32 in [0,1].
+    """
+    sure = (confidence >= threshold).float()
+    share = sure.mean() if scope == "batch" else sure.mean(dim=(1, 2), keepdim=True)
+    weights = share.expand_as(confidence).clone()
+    weights[:, :ignore_top] = 0
+    weights[:, weights.shape[1] - ignore_bottom :] = 0
+    return weights
+
+
+def with_statistics_of(teacher: nn.Module, student: nn.Module) -> nn.Module:
+    """A copy of the teacher that can be evaluated: its parameters with the student's running statistics.
+
+    The average covers parameters only, and in training the teacher normalises by the batch; for single test images
+    it needs running statistics, and the student's belong to nearly the same weights.
+    """
+    copied = copy.deepcopy(teacher)
+    for own, given in zip(copied.buffers(), student.buffers(), strict=True):
+        own.copy_(given)
+    return copied.eval()

@@ -1,0 +1,88 @@
+"""What a run says while it runs: progress bar, JSON lines, TensorBoard."""
+
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+
+class Tracker:
+    """Collects scalars of every step and shows their mean. Only the main process writes.
+
+    `scalars.jsonl` has one object per flush: step (finished updates), the mean of every term since the last flush, lr,
+    data_share (share of the time spent waiting for data), seconds_per_step; and one per evaluation.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, max_steps: int, start_step: int, title: str) -> None:
+        self._accelerator = accelerator
+        self._sums: dict[str, list[Tensor]] = defaultdict(list)
+        self._waited, self._since, self._steps = 0.0, time.perf_counter(), 0
+        main = accelerator.is_main_process
+        self._file = (folder / "scalars.jsonl").open("a", encoding="utf-8") if main else None
+        self._bar = tqdm(total=max_steps, initial=start_step, desc=title, disable=not main, dynamic_ncols=True)
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.close()
+        if self._file is not None:
+            self._file.close()
+
+    def waited(self, seconds: float) -> None:
+        """Account for time spent waiting for a batch."""
+        self._waited += seconds
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """Keep the values of one micro-batch; nothing is moved off the device before the flush."""
+        for name, value in terms.items():
+            self._sums[name].append(value.detach())
+
+    def step_done(self) -> None:
+        self._steps += 1
+        self._bar.update()
+
+    def guilty(self) -> str | None:
+        """The first term that is not finite in what was added since the last flush, with its value."""
+        for name, values in self._sums.items():
+            bad = [value.item() for value in values if not torch.isfinite(value)]
+            if bad:
+                return f"loss {name!r} is {bad[0]}"
+        return None
+
+    def flush(self, done: int, learning_rate: float) -> None:
+        """Average over processes and steps, show and write. Collective: every process has the same terms."""
+        names = sorted(self._sums)
+        means = torch.stack([torch.stack(self._sums[name]).float().mean() for name in names])
+        means = self._accelerator.reduce(means, reduction="mean")
+        now = time.perf_counter()
+        scalars = dict(zip(names, means.tolist(), strict=True)) | {
+            "lr": learning_rate,
+            "data_share": self._waited / max(now - self._since, 1e-9),
+            "seconds_per_step": (now - self._since) / max(self._steps, 1),
+        }
+        self._sums.clear()
+        self._waited, self._since, self._steps = 0.0, now, 0
+        shown = {name: f"{value:.3g}" for name, value in scalars.items() if name not in ("seconds_per_step", "data_share")}
+        self._bar.set_postfix(shown | {"data": f"{scalars['data_share']:.0%}"})
+        self._write(done, scalars)
+
+    def result(self, done: int, name: str, result: dict[str, Any]) -> None:
+        """Record an evaluation: its mIoU and per-class IoU, in %."""
+        scores = {f"{name}/miou": result["miou"]} | {f"{name}/iou/{key}": iou for key, iou in result["iou"].items()}
+        self._bar.write(f"step {done}: {name} mIoU {result['miou']:.2f} on {result['domain']}")
+        self._write(done, {key: value for key, value in scores.items() if value is not None})
+        self._since = time.perf_counter()  # evaluation does not count as training time
+
+    def _write(self, done: int, scalars: dict[str, float]) -> None:
+        self._accelerator.log(scalars, step=done)
+        if self._file is not None:
+            self._file.write(json.dumps({"step": done} | scalars) + "\n")
+            self._file.flush()
