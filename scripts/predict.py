@@ -1,9 +1,6 @@
-"""Segment an image or all images of a folder, at their own size.
+"""Segment an image or all images of a folder, at their own size: python scripts/predict.py MODEL photos --output DIR
 
-python scripts/predict.py outputs/run/student photos --output predictions
-
-For photo.jpg this writes photo_ids.png (grey value = class id), photo_color.png (the same with a palette) and
-photo_overlay.png (the colours over the photo).
+photo.jpg gives photo_ids.png (grey value = class id), photo_color.png (with a palette) and photo_overlay.png.
 """
 
 import argparse
@@ -20,7 +17,6 @@ from t2sda_hf.evaluation.inference import load_model, predict_labels, saved_imag
 from t2sda_hf.labels import palette
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-KINDS = ("ids", "color", "overlay")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -59,39 +55,39 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def output_files(images: Sequence[Path], folder: Path, overwrite: bool) -> list[dict[str, Path]]:
-    """What will be written for each image; an error if that would replace something."""
-    files = [{kind: folder / f"{image.stem}_{kind}.png" for kind in KINDS} for image in images]
+    """The three files of each image; an error if one of them would replace an image or anything else."""
     originals = {image.resolve() for image in images}
-    writer: dict[Path, Path] = {}
-    for image, targets in zip(images, files, strict=True):
-        other = writer.setdefault(targets["ids"], image)
-        if other != image:
-            raise ValueError(f"{other} and {image} would both be written to {targets['ids']}: rename one.")
-        for target in targets.values():
-            if target.resolve() in originals or (target.exists() and not overwrite):
-                raise ValueError(f"{target} exists: choose another --output, or --overwrite earlier predictions.")
+    writers: dict[str, Path] = {}
+    for image in images:
+        if writers.setdefault(image.stem, image) != image:
+            raise ValueError(f"{writers[image.stem]} and {image} would get the same output files: rename one.")
+    files = [{kind: folder / f"{image.stem}_{kind}.png" for kind in ("ids", "color", "overlay")} for image in images]
+    for file in (file for three in files for file in three.values()):
+        if file.resolve() in originals or (file.exists() and not overwrite):
+            raise ValueError(f"{file} exists: choose another --output, or --overwrite earlier predictions.")
     return files
 
 
 def run(args: argparse.Namespace) -> None:
     images = find_images(args.images)
     files = output_files(images, args.output, args.overwrite)
+    for path in images:  # a broken one must not end the run halfway
+        read_image(path)
     device = Accelerator().device
     model, classes = load_model(args.model)
     model.to(device)
-    colors = palette(classes)
     image_size = tuple(args.image_size) if args.image_size else saved_image_size(args.model)
     window, stride = (tuple(side) if side else None for side in (args.window, args.stride))
     args.output.mkdir(parents=True, exist_ok=True)
-    for path, targets in zip(tqdm(images, desc="predict"), files, strict=True):
+    for path, three in zip(tqdm(images, desc="predict"), files, strict=True):
         image = read_image(path)
         pixel_values = to_pixel_values(image, image_size, device)
         labels = predict_labels(model, pixel_values, image.shape[:2], args.mode, window, stride)[0].cpu().numpy()
-        ids = Image.fromarray(labels)
-        ids.save(targets["ids"])
-        ids.putpalette(colors.tobytes())
-        ids.save(targets["color"])
-        Image.blend(Image.fromarray(image), ids.convert("RGB"), 0.5).save(targets["overlay"])
+        picture = Image.fromarray(labels)
+        picture.save(three["ids"])
+        picture.putpalette(palette(classes).tobytes())
+        picture.save(three["color"])
+        Image.blend(Image.fromarray(image), picture.convert("RGB"), 0.5).save(three["overlay"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

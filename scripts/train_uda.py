@@ -74,7 +74,11 @@ def run_all(cfg: RunConfig, domains: Domains, accelerator: Accelerator) -> None:
             columns[f"{method} (teacher)"] = results["teacher"]
     if not accelerator.is_main_process:
         return
-    summary: dict[str, Any] = {"seed": cfg.seed, "seconds": round(time.perf_counter() - started, 1), "classes": cfg.classes}
+    summary: dict[str, Any] = {
+        "seed": cfg.seed,
+        "seconds": round(time.perf_counter() - started, 1),
+        "classes": cfg.classes,
+    }
     for name, result in columns.items():
         entry = summary.setdefault(name.removesuffix(" (teacher)"), {})
         prefix = "teacher_" if name.endswith(" (teacher)") else ""

@@ -52,7 +52,9 @@ class DomainConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     size: str = "mit_b5"  # [P]
-    pretrained: str | None = "nvidia/mit-b5"  # encoder weights: Hub id or folder of any SegFormer; None starts at random
+    pretrained: str | None = (
+        "nvidia/mit-b5"  # encoder weights: Hub id or folder of any SegFormer; None starts at random
+    )
     head: Literal["daformer", "all_mlp"] = "daformer"  # [P]
     decoder_hidden_size: int = 256  # [D]
     head_dropout: float = 0.1  # [D]
@@ -94,7 +96,8 @@ class DataConfig:
             self.crop_size,
         )
         _require(
-            all(o >= i for o, i in zip(self.outer_crop_size, self.crop_size, strict=True)) or self.outer_crop == "false",
+            all(o >= i for o, i in zip(self.outer_crop_size, self.crop_size, strict=True))
+            or self.outer_crop == "false",
             "data.outer_crop_size",
             f"at least data.crop_size {self.crop_size}",
             self.outer_crop_size,
@@ -356,7 +359,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     while arguments:
         key, equals, value = arguments.pop(0).partition("=")
         if not key.startswith("--") or not (equals or arguments):
-            raise ValueError(f"expected --key value on the command line, got {key!r}{'' if equals else ' and no value'}.")
+            raise ValueError(
+                f"expected --key value on the command line, got {key!r}{'' if equals else ' and no value'}."
+            )
         text = value if equals else arguments.pop(0)
         _merge(tree, {key[2:]: _parse_yaml(text, key)}, "", "the command line")
     try:
@@ -409,7 +414,9 @@ def _merge(tree: dict[str, Any], values: Mapping[str, Any], prefix: str, where: 
         if is_dataclass(kind):
             if not isinstance(value, dict):
                 inside = ", ".join(known for known in _dotted_keys(RunConfig) if known.startswith(f"{key}."))
-                raise ValueError(f"{key} in {where} is a section, got the value {value!r}. Set one of its keys: {inside}.")
+                raise ValueError(
+                    f"{key} in {where} is a section, got the value {value!r}. Set one of its keys: {inside}."
+                )
             _merge(tree, value, f"{key}.", where)
         elif "tuple" in str(kind) and isinstance(value, str):
             raise ValueError(f"{key} in {where} must be a list like [a, b], got the text {value!r}.")
@@ -426,5 +433,7 @@ def _unknown_key(key: str, where: str) -> str:
     near = [k for k in known if k.rsplit(".", 1)[-1] == leaf] or difflib.get_close_matches(key, known, 1, 0.5)
     if not near:
         near = [k for k in known if difflib.get_close_matches(leaf, [k.rsplit(".", 1)[-1]], 1, 0.7)]
-    hint = f"Did you mean {near[0]!r}?" if near else f"Sections are {', '.join(sorted({k.split('.')[0] for k in known}))}."
+    hint = (
+        f"Did you mean {near[0]!r}?" if near else f"Sections are {', '.join(sorted({k.split('.')[0] for k in known}))}."
+    )
     return f"unknown key {key!r} in {where}. {hint}"

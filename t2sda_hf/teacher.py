@@ -33,9 +33,7 @@ def ema_momentum(num_updates: int, final: float) -> float:
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """θ_t <- a·θ_t + (1-a)·θ_s for every parameter; buffers (batch norm's running statistics) stay."""
-    torch._foreach_lerp_(
-        [p.data for p in teacher.parameters()], [p.data for p in student.parameters()], 1 - momentum
-    )
+    torch._foreach_lerp_([p.data for p in teacher.parameters()], [p.data for p in student.parameters()], 1 - momentum)
 
 
 def make_pseudo_labels(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:

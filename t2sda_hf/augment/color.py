@@ -63,7 +63,9 @@ def color_jitter(images: Tensor, strength: float, generator: Generator) -> Tenso
             images = images * contrast
         else:
             h, s, v = rgb_to_hsv(images).split(1, dim=1)
-            images = hsv_to_rgb(torch.cat([h, (s * saturation).clamp(0, 1), v] if operation == 2 else [h + hue, s, v], 1))
+            images = hsv_to_rgb(
+                torch.cat([h, (s * saturation).clamp(0, 1), v] if operation == 2 else [h + hue, s, v], 1)
+            )
         images = images.clamp(0, 1)
     return images
 
@@ -84,7 +86,9 @@ def gaussian_blur(images: Tensor, sigmas: Tensor, kernel_size: tuple[int, int]) 
     """
     num, channels, height, width = images.shape
     rows, columns = (side // 2 for side in kernel_size)
-    padded = F.pad(images, (columns, columns, rows, rows), mode="reflect").reshape(1, num * channels, height + 2 * rows, -1)
+    padded = F.pad(images, (columns, columns, rows, rows), mode="reflect").reshape(
+        1, num * channels, height + 2 * rows, -1
+    )
     for dim, radius in ((2, rows), (3, columns)):
         offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
         taps = torch.exp(-0.5 * (offsets / sigmas.to(images).view(-1, 1)) ** 2)
@@ -110,7 +114,9 @@ def strong_augment(
     Returns:
         (B,3,H,W) in [0,1].
     """
-    jitters, blurs = (torch.rand(2, generator=generator) < torch.tensor([jitter_probability, blur_probability])).tolist()
+    jitters, blurs = (
+        torch.rand(2, generator=generator) < torch.tensor([jitter_probability, blur_probability])
+    ).tolist()
     if jitters:
         images = color_jitter(images, jitter_strength, generator)
     if blurs:

@@ -78,7 +78,9 @@ class Domain:
         return f"row {index} of {self.name}"
 
 
-def load_domain(domain: str | DomainConfig, classes: Sequence[str] = CITYSCAPES_CLASSES, labelled: bool = True) -> Domain:
+def load_domain(
+    domain: str | DomainConfig, classes: Sequence[str] = CITYSCAPES_CLASSES, labelled: bool = True
+) -> Domain:
     """Open a domain. Nothing is decoded yet; `check_domain` does that.
 
     Args:

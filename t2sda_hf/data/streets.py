@@ -197,9 +197,7 @@ def _draw_source(height: int, width: int, rng: np.random.Generator) -> _Canvas:
     return canvas
 
 
-def _block(
-    canvas: _Canvas, things: _Things, rng: np.random.Generator, x: float, near: float, far: float
-) -> None:
+def _block(canvas: _Canvas, things: _Things, rng: np.random.Generator, x: float, near: float, far: float) -> None:
     """A box building: street front with ribbon windows, and the wall towards the camera."""
     top, colour = float(rng.choice((6.5, 9.5, 12.5))), _vary(_pick(_GAME_WALLS, rng), rng, 12)
     back = x + math.copysign(10, x)
@@ -225,9 +223,7 @@ def _lollipop_tree(canvas: _Canvas, things: _Things, rng: np.random.Generator, x
     things.add(z, paint)
 
 
-def _lamp_post(
-    canvas: _Canvas, things: _Things, rng: np.random.Generator, x: float, z: float, side: int
-) -> None:
+def _lamp_post(canvas: _Canvas, things: _Things, rng: np.random.Generator, x: float, z: float, side: int) -> None:
     """A light grey mast with an arm over the road; two of three carry a sign."""
     sign, shape = _pick(_GAME_SIGNS, rng), rng.integers(3)
 
@@ -294,9 +290,16 @@ def _coach(canvas: _Canvas, things: _Things, rng: np.random.Generator, x: float,
 
 # --- target: the photograph ------------------------------------------------------------------------------------------
 
-_PLASTER: tuple[Colour, ...] = ((175, 165, 150), (150, 110, 95), (190, 180, 165), (130, 125, 120), (165, 140, 110))
+_PLASTER: tuple[Colour, ...] = ((165, 152, 135), (150, 100, 85), (172, 160, 142), (125, 118, 112), (165, 132, 98))
 _ROOFS: tuple[Colour, ...] = ((110, 65, 55), (75, 70, 75), (95, 80, 70))
-_LACQUER: tuple[Colour, ...] = ((130, 130, 135), (60, 62, 68), (190, 190, 188), (90, 30, 32), (45, 60, 85), (110, 105, 90))
+_LACQUER: tuple[Colour, ...] = (
+    (140, 140, 146),
+    (62, 64, 72),
+    (205, 205, 203),
+    (150, 35, 38),
+    (45, 70, 130),
+    (50, 105, 110),
+)
 _COATS: tuple[Colour, ...] = ((55, 48, 60), (140, 80, 50), (60, 75, 130), (150, 45, 50), (150, 70, 110))
 _PLATES: tuple[Colour, ...] = ((185, 45, 42), (45, 75, 150), (200, 175, 60), (215, 212, 208))
 
@@ -312,7 +315,7 @@ def _draw_target(height: int, width: int, rng: np.random.Generator) -> _Canvas:
     )
     left, right = -rng.uniform(3.5, 6.0), rng.uniform(2.8, 4.5)  # the camera drives on the right
     walk = rng.uniform(1.8, 3.6)
-    canvas.backdrop(sky=_vary((190, 200, 215), rng, 12), ground=_vary((165, 155, 148), rng, 12))
+    canvas.backdrop(sky=_vary((200, 214, 232), rng, 12), ground=_vary((176, 165, 158), rng, 12))
     canvas.strip("road", _vary((92, 90, 90), rng, 10), left, right)
     for z in np.arange(rng.uniform(2, 6), 50, 8):  # repairs and worn paint
         x = rng.uniform(left, right - 1.5)
@@ -374,13 +377,15 @@ def _shaggy_tree(canvas: _Canvas, things: _Things, rng: np.random.Generator, x: 
     """A crown of many leafy clumps, wider than high, or (one in three) a bush without a trunk."""
     bush = rng.random() < 0.33
     centre, spread_x, spread_y = (0.8, 1.2, 0.5) if bush else (rng.uniform(3.6, 4.8), rng.uniform(1.5, 2.2), 1.2)
-    green = _vary((85, 112, 58), rng, 14)
+    green = _vary((78, 122, 58), rng, 14)
     clumps = rng.uniform(-1, 1, (8, 2)) * (spread_x, spread_y) + (x, centre)
     sizes, lights = rng.uniform(0.45, 1.0, 8), rng.uniform(0.75, 1.2, 8)
 
     def paint() -> None:
         if not bush:
-            canvas.upright("vegetation", (75, 62, 52), z, [(x - 0.25, 0), (x - 0.12, 3.4), (x + 0.12, 3.4), (x + 0.25, 0)])
+            canvas.upright(
+                "vegetation", (75, 62, 52), z, [(x - 0.25, 0), (x - 0.12, 3.4), (x + 0.12, 3.4), (x + 0.25, 0)]
+            )
         for (clump_x, clump_y), size, light in zip(clumps.tolist(), sizes, lights, strict=True):
             radius = size * spread_x * 0.6
             canvas.ellipse("vegetation", _shade(green, light), z, clump_x, clump_y, radius, radius * 0.8)
@@ -391,11 +396,13 @@ def _shaggy_tree(canvas: _Canvas, things: _Things, rng: np.random.Generator, x: 
 def _mast(canvas: _Canvas, things: _Things, rng: np.random.Generator, x: float, z: float) -> None:
     """A thinner, darker and slightly leaning pole; half of them carry a sign."""
     top, lean = rng.uniform(3.4, 7.5), rng.uniform(-0.15, 0.15)
-    colour, plate = _vary((128, 126, 124), rng, 22), _vary(_pick(_PLATES, rng), rng, 12)
+    colour, plate = _vary((155, 154, 152), rng, 20), _vary(_pick(_PLATES, rng), rng, 12)
     shape = rng.integers(5)
 
     def paint() -> None:
-        canvas.upright("pole", colour, z, [(x - 0.15, 0), (x - 0.12 + lean, top), (x + 0.12 + lean, top), (x + 0.15, 0)])
+        canvas.upright(
+            "pole", colour, z, [(x - 0.17, 0), (x - 0.14 + lean, top), (x + 0.14 + lean, top), (x + 0.17, 0)]
+        )
         if shape == 0:
             canvas.ellipse("traffic sign", plate, z, x + lean / 2, 2.7, 0.5, 0.5)
         elif shape == 1:
@@ -408,7 +415,7 @@ def _mast(canvas: _Canvas, things: _Things, rng: np.random.Generator, x: float, 
 
 def _van(canvas: _Canvas, things: _Things, rng: np.random.Generator, x: float, z: float) -> None:
     """A tall one-box car: anything from a hatchback to a van, with its shadow on the road."""
-    top, half, length = rng.uniform(1.5, 2.1), rng.uniform(0.85, 1.0), rng.uniform(3.6, 5.2)
+    top, half, length = rng.uniform(1.45, 2.0), rng.uniform(0.85, 1.0), rng.uniform(3.6, 5.2)
     colour = _vary(_pick(_LACQUER, rng), rng, 12)
     oncoming = x < 0
     lights: Colour = (235, 225, 190) if oncoming else (150, 45, 40)
@@ -416,7 +423,13 @@ def _van(canvas: _Canvas, things: _Things, rng: np.random.Generator, x: float, z
     def paint() -> None:
         flank, end = x - math.copysign(half, x), z + length
         canvas.strip("road", (50, 49, 50), x - half, x + half, z - 0.5, z)
-        outline = [(flank, 0.15, z), (flank, 0.9, z), (flank, top, z + 0.6), (flank, top, end - 0.9), (flank, 0.15, end)]
+        outline = [
+            (flank, 0.15, z),
+            (flank, 0.9, z),
+            (flank, top, z + 0.6),
+            (flank, top, end - 0.9),
+            (flank, 0.15, end),
+        ]
         canvas.polygon("car", _shade(colour, 0.8), outline)
         canvas.box("car", _BLACK, z, x - half + 0.05, 0, x + half - 0.05, 0.35)
         body = [(-half, 0.2), (-half, 1.0), (-half + 0.2, top), (half - 0.2, top), (half, 1.0), (half, 0.2)]
@@ -450,12 +463,14 @@ def _walking_person(canvas: _Canvas, things: _Things, rng: np.random.Generator, 
 
 def _city_bus(canvas: _Canvas, things: _Things, rng: np.random.Generator, x: float, z: float) -> None:
     """A tall bus with a sloping front and two-tone livery."""
-    colour, top = _vary((170, 125, 45), rng, 18), rng.uniform(3.1, 3.9)
+    colour, top = _vary((210, 155, 40), rng, 18), rng.uniform(3.0, 3.6)
 
     def paint() -> None:
         flank, end = x - math.copysign(1.2, x), z + 12
         canvas.strip("road", (50, 49, 50), x - 1.2, x + 1.2, z - 0.6, z)
-        canvas.polygon("bus", _shade(colour, 0.8), [(flank, 0.2, z), (flank, top, z), (flank, top, end), (flank, 0.2, end)])
+        canvas.polygon(
+            "bus", _shade(colour, 0.8), [(flank, 0.2, z), (flank, top, z), (flank, top, end), (flank, 0.2, end)]
+        )
         glass = [(flank, 1.4, z + 0.5), (flank, 2.5, z + 0.5), (flank, 2.5, end), (flank, 1.4, end)]
         canvas.polygon("bus", (62, 66, 72), glass)
         body = [(-1.2, 0.15), (-1.25, 1.2), (-1.1, top), (1.1, top), (1.25, 1.2), (1.2, 0.15)]
@@ -489,11 +504,13 @@ def _photograph(canvas: _Canvas, rng: np.random.Generator) -> tuple[np.ndarray, 
     down = np.linspace(0.06, -0.12, height, dtype=np.float32)[:, None]
     radius = np.hypot(np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)).astype(np.float32)
     light = (1.02 + across + down) * (1 - 0.16 * radius**2)
-    cast = np.array([1.05, 0.97, 0.84], dtype=np.float32) * rng.uniform(0.9, 1.05)
+    cast = np.array([1.05, 0.98, 0.87], dtype=np.float32) * rng.uniform(0.9, 1.05)
     colours = 255 * (np.clip(colours * light[..., None] * cast, 0, 255) / 255) ** 1.15
 
     # Lens and sensor.
-    photo = Image.fromarray(colours.astype(np.uint8)).filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 0.7) * height / 96))
+    photo = Image.fromarray(colours.astype(np.uint8)).filter(
+        ImageFilter.GaussianBlur(rng.uniform(0.4, 0.7) * height / 96)
+    )
     noise = rng.standard_normal((height, width, 3), dtype=np.float32) * rng.uniform(3, 6)
     return np.clip(np.asarray(photo) + noise, 0, 255).astype(np.uint8), labels
 

@@ -10,8 +10,8 @@ from torch import nn
 from tqdm import tqdm
 
 from ..data.transforms import Size
+from .confusion import confusion_matrix, scores
 from .inference import Mode, predict_labels, to_pixel_values
-from .mean_iou import confusion_matrix, scores
 
 
 class LabelledDomain(Protocol):
@@ -60,7 +60,7 @@ def evaluate_model(
         On every process the same, ready for JSON. All scores in %, None for 0/0:
 
         - domain: its name; num_images: how many were scored
-        - miou, pixel_accuracy, mean_accuracy: see `mean_iou.scores`
+        - miou, pixel_accuracy, mean_accuracy: see `confusion.scores`
         - iou: class name -> score. None is a class neither labelled nor predicted, left out of miou
         - confusion: (K, K) list of lists of pixel counts, rows = labels, columns = predictions
 

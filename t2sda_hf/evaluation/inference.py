@@ -10,7 +10,7 @@ from transformers import ImageProcessingMixin
 
 from ..batch import normalize
 from ..data.transforms import Size, resize_image
-from ..models.modeling_t2sda import T2SDAForSemanticSegmentation
+from ..models import T2SDAForSemanticSegmentation
 
 # The encoder's coarsest stride. On fewer pixels its last levels have nothing left to convolve.
 MIN_SIDE = 32
@@ -39,7 +39,7 @@ def load_model(name_or_path: str) -> tuple[T2SDAForSemanticSegmentation, tuple[s
             name_or_path, output_loading_info=True, dtype=torch.float32
         )
     except OSError as error:
-        raise ValueError(f"cannot load a model from {name_or_path!r}: {error}") from error
+        raise ValueError(f"cannot load a model from {name_or_path!r}: {str(error).splitlines()[0]}") from error
     model, info = loaded
     if any(name.startswith("decode_head.") for name in info["missing_keys"]):
         raise ValueError(f"{name_or_path!r} has no segmentation head: it is an encoder that still needs training.")
@@ -50,18 +50,18 @@ def saved_image_size(name_or_path: str) -> Size | None:
     """Input size that the image processor beside a model states; None if it says that images keep theirs.
 
     Raises:
-        ValueError: if there is no image processor, or its size is not a height and a width.
+        ValueError: if there is no image processor, or if it makes other sizes of other images.
     """
     advice = "Give the network's input size instead: --image_size HEIGHT WIDTH."
     try:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
     except OSError as error:
         raise ValueError(f"{name_or_path!r} has no image processor that states an input size. {advice}") from error
-    if not processor.get("do_resize", True):
-        return None
     size = processor.get("size")
-    if not isinstance(size, dict) or set(size) != {"height", "width"}:
-        raise ValueError(f"the image processor of {name_or_path!r} has no height and width, but {size}. {advice}")
+    if size is None or not processor.get("do_resize", True):
+        return None
+    if not isinstance(size, dict) or set(size) != {"height", "width"} or processor.get("resize") == "keep_ratio":
+        raise ValueError(f"the image processor of {name_or_path!r} does not state one height and width. {advice}")
     return size["height"], size["width"]
 
 

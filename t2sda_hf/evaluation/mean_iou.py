@@ -1,18 +1,17 @@
 """Mean intersection over union from one confusion matrix: constant memory, exact, summable over processes.
 
-`evaluate.load("<path of this file>", num_labels=19)` copies the file away and runs the copy, so it imports nothing of
-this package, and no line imports two modules, which evaluate's scanner does not understand.
+`evaluate.load("<path of this file>", num_labels=19)` copies the file away and runs the copy: imports of this package
+must be absolute, and no line may import two modules, which evaluate's scanner does not understand.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
-import torch
 
-_CHUNK = 65_536  # pixels at a time: the working memory stays in the cache, about 1 MB for any image size
+from t2sda_hf.evaluation.confusion import confusion_matrix, scores, whole_numbers
 
 _DESCRIPTION = """
 Intersection over union of predicted and given label maps, per class and averaged over the classes that occur, with
@@ -31,85 +30,6 @@ _CITATION = """
   year={2010}
 }
 """
-
-
-def confusion_matrix(predictions: Any, labels: Any, num_classes: int, ignore_index: int = 255) -> np.ndarray:
-    """Count how often class `row` was labelled and class `column` predicted.
-
-    Args:
-        predictions: class ids in [0, num_classes), any shape, any integer dtype, array or tensor. What stands on
-            ignored pixels is not looked at.
-        labels: class ids in [0, num_classes) or `ignore_index`, of the same shape.
-        num_classes: K >= 1.
-        ignore_index: label of pixels that are not counted.
-
-    Returns:
-        (K, K) int64; all zeros if every pixel is ignored.
-
-    Raises:
-        ValueError: for ids out of range, listing them with their counts: left out silently they would change the
-            mean. Also for shapes that differ and for values that are not integers.
-    """
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}.")
-    predictions, labels = _integers(predictions, "predictions"), _integers(labels, "labels")
-    if predictions.shape != labels.shape:
-        raise ValueError(
-            f"predictions and labels must have the same shape, got {predictions.shape} and {labels.shape}. "
-            "Resize the logits to the labels before argmax; never resize the labels."
-        )
-    predictions, labels = predictions.reshape(-1), labels.reshape(-1)
-    counts = np.zeros(num_classes * num_classes, dtype=np.int64)
-    for start in range(0, labels.size, _CHUNK):
-        rows, columns = labels[start : start + _CHUNK], predictions[start : start + _CHUNK]
-        valid = rows != ignore_index
-        rows, columns = rows[valid], columns[valid]
-        if rows.size == 0:
-            continue
-        if min(rows.min(), columns.min()) < 0 or max(rows.max(), columns.max()) >= num_classes:
-            _refuse(predictions, labels, num_classes, ignore_index)
-        pairs = rows.astype(np.intp)
-        pairs *= num_classes
-        pairs += columns.astype(np.intp)
-        counts += np.bincount(pairs, minlength=counts.size)
-    return counts.reshape(num_classes, num_classes)
-
-
-def scores(matrix: np.ndarray, class_names: Sequence[str] | None = None) -> dict[str, Any]:
-    """Scores of a confusion matrix, all in [0, 1], with the keys of evaluate's `mean_iou`.
-
-    IoU_c = M_cc / (Σ_j M_cj + Σ_i M_ic − M_cc). A class that is neither labelled nor predicted is 0/0: NaN, and left
-    out of the mean. One that is predicted but never labelled counts as 0 in mean_iou and is left out of mean_accuracy.
-
-    Args:
-        matrix: (K, K) counts, rows = labels, columns = predictions.
-        class_names: K names; adds the key `iou`, a dict from name to IoU.
-
-    Returns:
-        mean_iou, mean_accuracy, overall_accuracy (share of right pixels): floats, NaN if nothing was counted;
-        per_category_iou, per_category_accuracy: (K,) float64 arrays.
-    """
-    matrix = np.asarray(matrix)
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"a confusion matrix has the shape (K, K), got {matrix.shape}.")
-    if class_names is not None and len(class_names) != len(matrix):
-        raise ValueError(f"the matrix has {len(matrix)} classes, but {len(class_names)} names were given.")
-    right = matrix.diagonal().astype(np.float64)
-    labelled, predicted = matrix.sum(axis=1), matrix.sum(axis=0)
-    with np.errstate(invalid="ignore"):
-        iou = right / (labelled + predicted - right)
-        accuracy = right / labelled
-        overall = right.sum() / matrix.sum()
-    result: dict[str, Any] = {
-        "mean_iou": _mean_of_numbers(iou),
-        "mean_accuracy": _mean_of_numbers(accuracy),
-        "overall_accuracy": float(overall),
-        "per_category_iou": iou,
-        "per_category_accuracy": accuracy,
-    }
-    if class_names is not None:
-        result["iou"] = dict(zip(class_names, iou.tolist(), strict=True))
-    return result
 
 
 class MeanIoU(evaluate.Metric):
@@ -162,7 +82,7 @@ class MeanIoU(evaluate.Metric):
 
     def add_matrix(self, matrix: Any) -> None:
         """Add a confusion matrix of other maps, for example the sum over processes: (K, K) whole numbers."""
-        matrix = _integers(matrix, "matrix")
+        matrix = whole_numbers(matrix, "matrix")
         if matrix.shape != self.matrix.shape:
             raise ValueError(f"the matrix must have the shape {self.matrix.shape}, got {matrix.shape}.")
         self.matrix += matrix.astype(np.int64)
@@ -203,31 +123,3 @@ class MeanIoU(evaluate.Metric):
     def _build_data_dir(self) -> str:
         # Nothing is ever written, so a read-only cache folder must not stop anybody.
         return ""
-
-
-def _integers(values: Any, name: str) -> np.ndarray:
-    array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
-    if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name} must be whole numbers (class ids), got {array.dtype}. Scores need argmax first.")
-    return array
-
-
-def _mean_of_numbers(values: np.ndarray) -> float:
-    numbers = values[~np.isnan(values)]
-    return float(numbers.mean()) if numbers.size else float("nan")
-
-
-def _refuse(predictions: np.ndarray, labels: np.ndarray, num_classes: int, ignore_index: int) -> None:
-    """Raise a ValueError that names every id out of range with its number of pixels (the first ten of them)."""
-    valid = labels != ignore_index
-    reasons = []
-    for name, values in (("labels", labels[valid]), ("predictions", predictions[valid])):
-        ids, counts = np.unique(values[(values < 0) | (values >= num_classes)], return_counts=True)
-        if ids.size:
-            listed = [f"{i} ({n} pixels)" for i, n in zip(ids[:10].tolist(), counts[:10].tolist(), strict=True)]
-            rest = [f"{ids.size - 10} more ids"] if ids.size > 10 else []
-            reasons.append(f"{name} contain {', '.join(listed + rest)}")
-    raise ValueError(
-        f"{'; '.join(reasons)}, but there are {num_classes} classes (0..{num_classes - 1}) and {ignore_index} for "
-        "ignored pixels. Map the ids of the data set to class ids first."
-    )

@@ -26,7 +26,9 @@ def downscale_labels_by_share(labels: Tensor, size: tuple[int, int], num_classes
     """
     height, width = labels.shape[-2:]
     if height % size[0] or width % size[1]:
-        raise ValueError(f"labels of {height}x{width} do not divide into {size[0]}x{size[1]} cells: crop to multiples of 32.")
+        raise ValueError(
+            f"labels of {height}x{width} do not divide into {size[0]}x{size[1]} cells: crop to multiples of 32."
+        )
     one_hot = F.one_hot(labels.masked_fill(labels == IGNORE_INDEX, num_classes), num_classes + 1)
     shares = F.avg_pool2d(one_hot.permute(0, 3, 1, 2).float(), (height // size[0], width // size[1]))
     share, winner = shares.max(dim=1)
@@ -34,7 +36,12 @@ def downscale_labels_by_share(labels: Tensor, size: tuple[int, int], num_classes
 
 
 def feature_distance(
-    features: Tensor, frozen_features: Tensor, labels: Tensor, num_classes: int, classes: Sequence[int], min_ratio: float
+    features: Tensor,
+    frozen_features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    classes: Sequence[int],
+    min_ratio: float,
 ) -> Tensor:
     """Mean L2 distance over the cells that show one of `classes`.
 

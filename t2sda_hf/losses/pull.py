@@ -338,7 +338,9 @@ def pull_loss(
         elif not from_source.numel() and not from_target.numel():
             continue
         else:
-            per_query = _info_nce_rows(picked, positive, source_keys, target_keys, from_source, from_target, temperature)
+            per_query = _info_nce_rows(
+                picked, positive, source_keys, target_keys, from_source, from_target, temperature
+            )
         loss = loss + weights[class_id] * (per_query.sum() if reduction == "sum_paper" else per_query.mean())
     return loss if reduction == "mean_w" else loss / num_classes_of_benchmark
 

@@ -64,7 +64,7 @@ class T2SDAForSemanticSegmentation(PreTrainedModel):
         if config.encoder_ln_eps_fix:
             set_block_and_stage_norm_eps(self.segformer, config.layer_norm_eps)
         sizes, dropout = config.hidden_sizes, config.classifier_dropout_prob
-        num_labels = len(config.id2label)
+        num_labels = config.num_labels
         self.decode_head: DAFormerHead | AllMLPHead
         if config.head == "daformer":
             self.decode_head = DAFormerHead(

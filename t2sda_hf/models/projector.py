@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .heads import ConvBlock, conv1x1_of_concatenation, upsample
+from .heads import conv1x1_of_concatenation, conv_block, upsample
 
 
 class Projector(nn.Module):
@@ -35,8 +35,8 @@ class Projector(nn.Module):
         super().__init__()
         self.in_index = tuple(in_index)
         self.in_channels = [hidden_sizes[index] for index in in_index]
-        self.block1 = ConvBlock(sum(self.in_channels), hidden, kernel)
-        self.block2 = ConvBlock(hidden, dim, kernel)
+        self.block1 = conv_block(sum(self.in_channels), hidden, kernel)
+        self.block2 = conv_block(hidden, dim, kernel)
         if not final_relu:
             self.block2[2] = nn.Identity()
 

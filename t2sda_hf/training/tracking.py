@@ -31,7 +31,9 @@ class Tracker:
     def __enter__(self) -> "Tracker":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.close()
         if self._file is not None:
             self._file.close()
@@ -70,7 +72,9 @@ class Tracker:
         }
         self._sums.clear()
         self._waited, self._since, self._steps = 0.0, now, 0
-        shown = {name: f"{value:.3g}" for name, value in scalars.items() if name not in ("seconds_per_step", "data_share")}
+        shown = {
+            name: f"{value:.3g}" for name, value in scalars.items() if name not in ("seconds_per_step", "data_share")
+        }
         self._bar.set_postfix(shown | {"data": f"{scalars['data_share']:.0%}"})
         self._write(done, scalars)
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from t2sda_hf.evaluation.confusion import confusion_matrix
 from t2sda_hf.evaluation.evaluator import evaluate_model, format_table
 from t2sda_hf.evaluation.inference import predict_labels, to_pixel_values
-from t2sda_hf.evaluation.mean_iou import confusion_matrix
 
 CLASSES = ("road", "sky", "car")
 

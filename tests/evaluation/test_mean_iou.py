@@ -11,8 +11,9 @@ import torch
 from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
 from sklearn.metrics import jaccard_score
 
-from t2sda_hf.evaluation import mean_iou
-from t2sda_hf.evaluation.mean_iou import MeanIoU, confusion_matrix, scores
+from t2sda_hf.evaluation import confusion, mean_iou
+from t2sda_hf.evaluation.confusion import confusion_matrix, scores
+from t2sda_hf.evaluation.mean_iou import MeanIoU
 
 METRIC_FILE = Path(mean_iou.__file__)
 
@@ -93,8 +94,8 @@ def test_metric_equals_scikit_learn_on_maps_larger_than_a_chunk():
 
     matrix = confusion_matrix(predictions, labels, 5)
 
-    assert labels.size > 2 * mean_iou._CHUNK
-    assert labels.size % mean_iou._CHUNK
+    assert labels.size > 2 * confusion._CHUNK
+    assert labels.size % confusion._CHUNK
     np.testing.assert_array_equal(matrix, sklearn_confusion_matrix(labels[valid], predictions[valid], labels=range(5)))
     expected = jaccard_score(labels[valid], predictions[valid], average=None)
     np.testing.assert_allclose(scores(matrix)["per_category_iou"], expected, rtol=1e-12)
