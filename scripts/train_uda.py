@@ -1,6 +1,6 @@
 """Adapt a segmentation model to an unlabelled domain.
 
-    accelerate launch scripts/train_uda.py --config configs/demo.yaml [--seed 1] [--output_dir outputs/x] [--key.key value]
+    accelerate launch scripts/train_uda.py --config configs/demo.yaml [--seed 1] [--output_dir outputs/x] [--a.key value]
 
 Every key of the config can be given on the command line; t2sda_hf/config.py lists them with the paper's defaults.
 """
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
         cfg = load_config(path, arguments)
         if cfg.train.num_threads is not None:
             torch.set_num_threads(cfg.train.num_threads)
-        accelerator = Accelerator(log_with="tensorboard", project_dir=cfg.output_dir)
+        accelerator = Accelerator(log_with=list(cfg.train.log_with), project_dir=cfg.output_dir)
         logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
         logging.getLogger("httpx").setLevel(logging.WARNING)
         transformers.utils.logging.disable_progress_bar()
@@ -52,6 +52,16 @@ def main(arguments: list[str]) -> int:
 
 def prepare(cfg: RunConfig, accelerator: Accelerator) -> Domains:
     """Everything that can be wrong is found here. An existing output folder is never touched."""
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(
+            f"mixed_precision {accelerator.mixed_precision!r} needs loss scaling, which one backward per term does not "
+            "have. Use bf16 or no."
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"accelerate was given gradient_accumulation_steps {accelerator.gradient_accumulation_steps}; "
+            "leave it at 1 and set train.micro_batches instead."
+        )
     folder = Path(cfg.output_dir)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(

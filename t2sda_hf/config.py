@@ -266,6 +266,7 @@ class TrainConfig:
     evaluate_every: int = 4_000
     save_every: int = 4_000
     num_threads: int | None = None  # CPU threads of torch; None leaves torch's choice
+    log_with: tuple[str, ...] = ("tensorboard",)  # trackers of accelerate; () is none
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "micro_batches", "log_every", "evaluate_every", "save_every"):

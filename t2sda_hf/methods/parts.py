@@ -9,7 +9,7 @@ from ..translate import TranslationEngine
 
 
 class ClassMemory(nn.Module):
-    """Running class statistics for the two choices that remember: prototypes across steps, confidences of absent classes.
+    """Running class statistics for the two choices that remember: prototypes, and confidences of absent classes.
 
     Buffers only, so it is saved and loaded like a model. Both start at 0; a class is remembered once it was seen.
     """

@@ -16,6 +16,8 @@ from tqdm import tqdm
 class Tracker:
     """Collects scalars of every step and shows their mean. Only the main process writes.
 
+    The same numbers go to the bar, to `scalars.jsonl` and, through accelerate, to the trackers of `train.log_with`.
+
     `scalars.jsonl` has one object per flush: step (finished updates), the mean of every term since the last flush, lr,
     data_share (share of the time spent waiting for data), seconds_per_step; and one per evaluation.
     """
@@ -27,6 +29,7 @@ class Tracker:
         main = accelerator.is_main_process
         self._file = (folder / "scalars.jsonl").open("a", encoding="utf-8") if main else None
         self._bar = tqdm(total=max_steps, initial=start_step, desc=title, disable=not main, dynamic_ncols=True)
+        accelerator.init_trackers(title)
 
     def __enter__(self) -> "Tracker":
         return self
@@ -37,6 +40,9 @@ class Tracker:
         self._bar.close()
         if self._file is not None:
             self._file.close()
+        for tracker in self._accelerator.trackers:  # not end_training: that also ends the process group
+            tracker.finish()
+        self._accelerator.trackers.clear()
 
     def waited(self, seconds: float) -> None:
         """Account for time spent waiting for a batch."""

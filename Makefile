@@ -1,0 +1,26 @@
+# make demo: adapt a small SegFormer to another camera, in minutes.   make test: what CI runs.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+.PHONY: demo test install benchmark
+
+demo: install
+	$(VENV)/bin/accelerate launch scripts/train_uda.py --config configs/demo.yaml $(ARGS)
+
+test: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest
+
+benchmark: install
+	$(VENV)/bin/python scripts/benchmark.py $(ARGS)
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
