@@ -1,6 +1,6 @@
 """Adapt a segmentation model to an unlabelled domain.
 
-    accelerate launch scripts/train_uda.py --config configs/demo.yaml [--seed 1] [--output_dir outputs/x] [--a.key value]
+    accelerate launch scripts/train_uda.py --config configs/demo.yaml [--seed 1] [--output_dir DIR] [--a.key value]
 
 Every key of the config can be given on the command line; t2sda_hf/config.py lists them with the paper's defaults.
 """
@@ -21,7 +21,7 @@ from t2sda_hf import T2SDAForSemanticSegmentation, load_config
 from t2sda_hf.config import RunConfig
 from t2sda_hf.evaluation.evaluator import format_table
 from t2sda_hf.evaluation.report import save_panel
-from t2sda_hf.training.build import Domains, open_domains, run_method
+from t2sda_hf.training.build import Domains, build_student, open_domains, run_method
 
 
 def main(arguments: list[str]) -> int:
@@ -37,21 +37,21 @@ def main(arguments: list[str]) -> int:
         cfg = load_config(path, arguments)
         if cfg.train.num_threads is not None:
             torch.set_num_threads(cfg.train.num_threads)
-        accelerator = Accelerator(log_with=list(cfg.train.log_with), project_dir=cfg.output_dir)
+        accelerator = Accelerator(log_with=list(cfg.train.log_with) or None, project_dir=cfg.output_dir)
         logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
         logging.getLogger("httpx").setLevel(logging.WARNING)
         transformers.utils.logging.disable_progress_bar()
-        domains = prepare(cfg, accelerator)
+        domains, initial = prepare(cfg, accelerator)
     except ValueError as error:
         print(f"ValueError: {error}", file=sys.stderr)
         return 2
-    run_all(cfg, domains, accelerator)
+    run_all(cfg, domains, initial, accelerator)
     accelerator.end_training()
     return 0
 
 
-def prepare(cfg: RunConfig, accelerator: Accelerator) -> Domains:
-    """Everything that can be wrong is found here. An existing output folder is never touched."""
+def prepare(cfg: RunConfig, accelerator: Accelerator) -> tuple[Domains, T2SDAForSemanticSegmentation]:
+    """The domains and the student to start from. Every fault of the input shows here; nothing is written."""
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(
             f"mixed_precision {accelerator.mixed_precision!r} needs loss scaling, which one backward per term does not "
@@ -69,16 +69,18 @@ def prepare(cfg: RunConfig, accelerator: Accelerator) -> Domains:
             "pass another --output_dir, or remove the folder yourself."
         )
     accelerator.wait_for_everyone()  # nobody creates it before everybody looked
-    return open_domains(cfg, accelerator)
+    student = build_student(cfg)  # before the data: it is looked at faster
+    return open_domains(cfg, accelerator), student
 
 
-def run_all(cfg: RunConfig, domains: Domains, accelerator: Accelerator) -> None:
+def run_all(cfg: RunConfig, domains: Domains, initial: T2SDAForSemanticSegmentation, accelerator: Accelerator) -> None:
     """Train the baseline, if there is one, and the method; write summary.json and panel.png, print the table."""
     folder = Path(cfg.output_dir)
     started = time.perf_counter()
     columns: dict[str, dict[str, Any]] = {}
     for method in [cfg.baseline] * (cfg.baseline != "none") + [cfg.method]:
-        results = run_method(replace(cfg, method=method, baseline="none"), domains, accelerator, folder / method)
+        run_cfg = replace(cfg, method=method, baseline="none")
+        results = run_method(run_cfg, initial, domains, accelerator, folder / method)
         columns[method] = results["student"]
         if "teacher" in results:
             columns[f"{method} (teacher)"] = results["teacher"]
@@ -86,6 +88,7 @@ def run_all(cfg: RunConfig, domains: Domains, accelerator: Accelerator) -> None:
         return
     summary: dict[str, Any] = {
         "seed": cfg.seed,
+        "num_processes": accelerator.num_processes,
         "seconds": round(time.perf_counter() - started, 1),
         "classes": cfg.classes,
     }

@@ -6,10 +6,12 @@ paper leaves open, with the letter of its entry in the register of open points.
 """
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
 
 import draccus
 import yaml
@@ -133,7 +135,8 @@ class UdaConfig:
     def __post_init__(self) -> None:
         _require(0 <= self.ema_momentum <= 1, "uda.ema_momentum", "in [0, 1]", self.ema_momentum)
         _require(0 <= self.pseudo_threshold <= 1, "uda.pseudo_threshold", "in [0, 1]", self.pseudo_threshold)
-        _require(min(self.ignore_top, self.ignore_bottom) >= 0, "uda.ignore_top/bottom", "at least 0", self.ignore_top)
+        _require(self.ignore_top >= 0, "uda.ignore_top", "at least 0", self.ignore_top)
+        _require(self.ignore_bottom >= 0, "uda.ignore_bottom", "at least 0", self.ignore_bottom)
 
 
 @dataclass(frozen=True)
@@ -326,6 +329,12 @@ class RunConfig:
             f"less than the crop's {self.data.crop_size[0]} rows, or no target pixel is left",
             rows,
         )
+        _require(
+            self.model.pretrained is not None or not self.loss_weights.feature_distance,
+            "loss_weights.feature_distance",
+            "0 when model.pretrained is null: the encoder to stay near would be a random one",
+            self.loss_weights.feature_distance,
+        )
 
     @property
     def translates(self) -> bool:
@@ -365,20 +374,25 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             )
         text = value if equals else arguments.pop(0)
         _merge(tree, {key[2:]: _parse_yaml(text, key)}, "", "the command line")
-    try:
-        return draccus.decode(RunConfig, tree)
-    except draccus.utils.DecodingError as error:  # a wrong type; its text names the key
-        raise ValueError(str(error)) from error
-    except draccus.ParsingError as error:  # a wrapped error of a __post_init__, whose text is ours
-        root: BaseException = error
-        while root.__cause__ is not None:
-            root = root.__cause__
-        raise ValueError(str(root)) from error
+    for item in fields(RunConfig):  # first, because a domain does not know which of the three it is
+        if item.type is DomainConfig:
+            _decode(DomainConfig, tree.get(item.name, {}), f"{item.name}.")
+    return _decode(RunConfig, tree)
 
 
 def dump_config(config: RunConfig) -> str:
     """The whole resolved run as YAML that `load_config` reads back to an equal RunConfig."""
-    return draccus.dump(config)
+    return str(draccus.dump(config))
+
+
+def _decode(cls: type, tree: Mapping[str, Any], prefix: str = "") -> Any:
+    try:
+        return draccus.decode(cls, tree)
+    except draccus.ParsingError as error:  # a wrapped error of a __post_init__, whose text is ours
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        raise ValueError(f"{prefix}{root}") from error
 
 
 def _dotted_keys(cls: type, prefix: str = "") -> list[str]:
@@ -419,22 +433,59 @@ def _merge(tree: dict[str, Any], values: Mapping[str, Any], prefix: str, where: 
                     f"{key} in {where} is a section, got the value {value!r}. Set one of its keys: {inside}."
                 )
             _merge(tree, value, f"{key}.", where)
-        elif "tuple" in str(kind) and isinstance(value, str):
-            raise ValueError(f"{key} in {where} must be a list like [a, b], got the text {value!r}.")
-        elif kind is int and isinstance(value, bool):
-            raise ValueError(f"{key} in {where} must be a whole number, got {value!r}.")
         else:
+            if isinstance(value, bool) and str(value).lower() in get_args(kind):
+                value = str(value).lower()  # a choice between the words "true" and "false" and others
+            if not _fits(value, kind):
+                raise ValueError(f"{key} in {where} must be {_in_words(kind)}, got {value!r}.")
             node[leaf] = value
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value, as YAML reads it, has the type of a field. draccus makes text of lists and 1.0 of true."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple and isinstance(value, list):
+        kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
+        return len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if origin is dict and isinstance(value, dict):
+        return all(_fits(name, inner[0]) and _fits(part, inner[1]) for name, part in value.items())
+    if kind is float:  # 6e-5 is a text to YAML 1.1; neither true nor .nan looks like a number
+        return re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", str(value).lower()) is not None
+    return type(value) is kind
+
+
+def _in_words(kind: Any) -> str:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return " or ".join(_in_words(one) for one in inner)
+    if origin is Literal:
+        return f"one of {', '.join(inner)}"
+    if origin is tuple:
+        items = "whole numbers" if inner[0] is int else "texts"
+        return f"a list like [a, b] of {items if inner[-1] is Ellipsis else f'{len(inner)} {items}'}"
+    if origin is dict:
+        return "a mapping like {a: b} of texts"
+    words = {str: "text (a number in quotes)", int: "a whole number", float: "a number", bool: "true or false"}
+    return words.get(kind, "null")
 
 
 def _unknown_key(key: str, where: str) -> str:
     known = _dotted_keys(RunConfig)
     leaf = key.rsplit(".", 1)[-1]
     # The right name under the wrong section is nearer than another name that merely looks alike.
-    near = [k for k in known if k.rsplit(".", 1)[-1] == leaf] or difflib.get_close_matches(key, known, 1, 0.5)
+    same = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
+    near = difflib.get_close_matches(key, same, 1, 0.0) or difflib.get_close_matches(key, known, 1, 0.75)
     if not near:
         near = [k for k in known if difflib.get_close_matches(leaf, [k.rsplit(".", 1)[-1]], 1, 0.7)]
-    hint = (
-        f"Did you mean {near[0]!r}?" if near else f"Sections are {', '.join(sorted({k.split('.')[0] for k in known}))}."
-    )
+    inside = [k for k in known if k.startswith(f"{key.split('.')[0]}.")]
+    if near:
+        hint = f"Did you mean {near[0]!r}?"
+    elif inside:
+        hint = f"Keys there are {', '.join(inside)}."
+    else:
+        hint = f"Sections are {', '.join(sorted({k.split('.')[0] for k in known}))}."
     return f"unknown key {key!r} in {where}. {hint}"

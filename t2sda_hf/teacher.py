@@ -1,4 +1,4 @@
-"""The mean teacher: how it follows the student, and what it says about the target (paper section 3.1; method 2.1-2.5)."""
+"""The mean teacher: how it follows the student, and what it says of the target (paper section 3.1; method 2.1-2.5)."""
 
 import copy
 from typing import Literal
@@ -22,10 +22,11 @@ def make_teacher(student: nn.Module) -> nn.Module:
 
 
 def ema_momentum(num_updates: int, final: float) -> float:
-    """Weight of the old teacher after `num_updates` >= 1 finished optimiser updates: min(1 - 1/(num_updates + 1), final).
+    """Weight of the old teacher after `num_updates` >= 1 finished optimiser updates.
 
-    1 update gives 0.5, 9 give 0.9; 0.999 is reached after 999. DAFormer computes the same number one line later, at
-    the start of the next iteration; calling it with the index of the running step would copy the student at first.
+    min(1 - 1/(num_updates + 1), final): 1 update gives 0.5, 9 give 0.9; 0.999 is reached after 999. DAFormer computes
+    the same number one line later, at the start of the next iteration; calling it with the index of the running step
+    would copy the student at first.
     """
     return min(1 - 1 / (num_updates + 1), final)
 

@@ -73,7 +73,7 @@ def color_jitter(images: Tensor, strength: float, generator: Generator) -> Tenso
 def blur_kernel_size(side: int) -> int:
     """Largest odd size that is not above 10 % of the side, by DAFormer's formula: 512 -> 51, 1024 -> 103."""
     tenth = math.ceil(0.1 * side)
-    return int(math.floor(tenth - 0.5 + tenth % 2))
+    return math.floor(tenth - 0.5 + tenth % 2)
 
 
 def gaussian_blur(images: Tensor, sigmas: Tensor, kernel_size: tuple[int, int]) -> Tensor:
@@ -84,7 +84,7 @@ def gaussian_blur(images: Tensor, sigmas: Tensor, kernel_size: tuple[int, int]) 
         sigmas: (B,) > 0 in pixels.
         kernel_size: (height, width), odd; 1 leaves that direction alone.
     """
-    num, channels, height, width = images.shape
+    num, channels, height, _ = images.shape
     rows, columns = (side // 2 for side in kernel_size)
     padded = F.pad(images, (columns, columns, rows, rows), mode="reflect").reshape(
         1, num * channels, height + 2 * rows, -1

@@ -24,6 +24,11 @@ def as_pixels(feature_map: Tensor) -> Tensor:
     return feature_map.permute(0, 2, 3, 1).reshape(-1, feature_map.shape[1])
 
 
+def _precise(values: Tensor) -> Tensor:
+    """bfloat16 becomes float32; float64 stays."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def class_counts(labels: Tensor, num_classes: int) -> Tensor:
     """Pixels per class, 255 left out: int64 labels of any shape -> (K,) float64, exact and summable over processes."""
     return torch.bincount(labels.flatten(), minlength=IGNORE_INDEX + 1)[:num_classes].double()
@@ -92,23 +97,21 @@ def class_confidences(
     return torch.where(present, mean, fallback)
 
 
-def class_weights(confidences: Tensor, members: Tensor, beta: float, normalise_over: Tensor | None = None) -> Tensor:
+def class_weights(confidences: Tensor, members: Tensor, beta: float) -> Tensor:
     """Dynamic re-weighting, paper eq. 17-18: w_c = ((1-conf_c) / max(1-conf))^β, then divided by their sum.
 
     Args:
         confidences: (K,) in [0,1].
         members: (K,) bool, the C classes of the benchmark; the others get 0.
         beta: β >= 0; 0 weighs all alike.
-        normalise_over: (K,) bool, classes whose weights sum to 1; None takes all members, as the paper does.
 
     Returns:
-        (K,) float32. All confidences exactly 1: every member 1/C.
+        (K,) float32, sum 1. All confidences exactly 1: every member 1/C.
     """
     doubt = (1 - confidences).clamp(min=0) * members
     raw = torch.where(members & (doubt.max() > 0), doubt / doubt.max().clamp(min=1e-30), members.to(doubt.dtype))
     weights = torch.where(members, raw**beta, 0.0)
-    over = weights if normalise_over is None else weights * normalise_over
-    return (weights / over.sum().clamp(min=1e-12)).float()
+    return (weights / weights.sum()).float()
 
 
 def num_queries_per_class(
@@ -316,18 +319,20 @@ def pull_loss(
         weights: (K,) w* of `class_weights`.
         temperature: τ > 0, for "infonce".
         objective: "infonce", or "mse" = 2 - 2 q·k⁺ without negatives.
-        reduction: "mean_w" Σ w*_c mean(ℓ), "sum_paper" (1/C) Σ w*_c Σ ℓ (eq. 5 literally), "mean_paper" (1/C) Σ w*_c mean(ℓ).
+        reduction: "mean_w" Σ w*_c mean(ℓ), "sum_paper" (1/C) Σ w*_c Σ ℓ (eq. 5 literally),
+            "mean_paper" (1/C) Σ w*_c mean(ℓ).
         num_classes_of_benchmark: C, for the last two.
 
     Returns:
-        () float32 >= 0. Nothing to compare: 0 that is connected to `embeddings`, so every gradient exists.
+        () float32, float64 if embeddings are, >= 0. Nothing to compare: 0 that is connected to `embeddings`, so every
+        gradient exists.
     """
-    loss = embeddings.float().sum() * 0
+    loss = _precise(embeddings).sum() * 0
     if not samples.classes:
         return loss
-    prototypes = F.normalize(prototypes.float(), dim=1, eps=1e-6)
+    prototypes = F.normalize(_precise(prototypes), dim=1, eps=1e-6)
     # One gather for all classes: every gather of its own would fill a dense (N,D) gradient. Normalised after it.
-    all_queries = F.normalize(as_pixels(embeddings)[torch.cat(samples.queries)].float(), dim=1, eps=1e-6)
+    all_queries = F.normalize(_precise(as_pixels(embeddings)[torch.cat(samples.queries)]), dim=1, eps=1e-6)
     per_class = all_queries.split([len(rows) for rows in samples.queries])
     for class_id, picked, from_source, from_target in zip(
         samples.classes, per_class, samples.source_negatives, samples.target_negatives, strict=True
@@ -360,7 +365,7 @@ def _info_nce_rows(
         keys = [as_pixels(source_keys)[rows_s]] if rows_s.numel() else []
         if target_keys is not None and rows_t.numel():
             keys.append(as_pixels(target_keys)[rows_t])
-        return F.normalize(torch.cat(keys, dim=-2).float(), dim=-1, eps=1e-6)
+        return F.normalize(_precise(torch.cat(keys, dim=-2)), dim=-1, eps=1e-6)
 
     if from_source.ndim == 1 and from_target.ndim == 1:
         return info_nce(queries, prototype, gather(from_source, from_target), temperature)

@@ -14,6 +14,10 @@ class ClassMemory(nn.Module):
     Buffers only, so it is saved and loaded like a model. Both start at 0; a class is remembered once it was seen.
     """
 
+    prototypes: Tensor  # (K,D) float32
+    seen: Tensor  # (K,) bool
+    confidences: Tensor  # (K,) float64
+
     def __init__(self, num_classes: int, dim: int) -> None:
         super().__init__()
         self.register_buffer("prototypes", torch.zeros(num_classes, dim))

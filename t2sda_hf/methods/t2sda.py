@@ -52,37 +52,42 @@ def t2sda_losses(
 
     Yields:
         Unweighted losses by name, () float32, and "trust", the weight of the pseudo-labels (for the log).
+
+    Raises:
+        ValueError: if the batch lacks target images, or what a translation needs.
     """
     student, teacher = parts.student, parts.teacher
     x_s, y_s, x_t = batch.source_images, batch.source_labels, batch.target_images
+    if x_t is None:
+        raise ValueError("t2sda adapts to target images, and the batch has none: give a target, or use source_only.")
     weights, size = cfg.loss_weights, (y_s.shape[-2], y_s.shape[-1])
     pulls = weights.pull > 0 and step >= cfg.pull.start_step
 
     # The teacher looks first: labels for the target, keys from both domains (batch norm sees one domain at a time).
     with torch.no_grad():
-        logits_t, keys_t, keys_s = look(teacher, x_s, x_t, pulls, cfg.pull.teacher_forward == "joint")
+        logits_t, keys = look(teacher, x_s, x_t, pulls, cfg.pull.teacher_forward == "joint")
         y_t, confidence = make_pseudo_labels(logits_t, size)  # (B,H,W), (B,H,W)
         uda = cfg.uda
         trust = pseudo_label_weights(
             confidence, uda.pseudo_threshold, uda.weight_scope, uda.ignore_top, uda.ignore_bottom
         )
-        importance = dynamic_weights(y_t, confidence, trust, parts, cfg, sum_over_processes)  # w*, (K,)
+        inside = pseudo_label_weights(confidence, 0.0, "batch", uda.ignore_top, uda.ignore_bottom)  # 1, rows left out 0
+        importance = dynamic_weights(y_t, confidence, inside, parts, cfg, sum_over_processes)  # w*, (K,)
 
     # L_source: learn the source, and stay near ImageNet on things.
-    source = student(normalize(x_s), output_hidden_states=weights.feature_distance > 0)
-    terms = {"source": segmentation_loss(source.logits, y_s)}
-    if weights.feature_distance and parts.imagenet is not None:
-        with torch.no_grad():
-            frozen = parts.imagenet(normalize(x_s)).last_hidden_state
-        things = [cfg.classes.index(name) for name in cfg.feature_distance.classes if name in cfg.classes]
-        terms["feature_distance"] = feature_distance(
-            source.hidden_states[-1], frozen, y_s, len(cfg.classes), things, cfg.feature_distance.min_ratio
-        )
-    yield terms
+    if weights.source or weights.feature_distance:
+        source = student(normalize(x_s), output_hidden_states=weights.feature_distance > 0)
+        terms = {"source": segmentation_loss(source.logits, y_s)}
+        if weights.feature_distance and parts.imagenet is not None:
+            with torch.no_grad():
+                frozen = parts.imagenet(normalize(x_s)).last_hidden_state
+            things = [cfg.classes.index(name) for name in cfg.feature_distance.classes if name in cfg.classes]
+            terms["feature_distance"] = feature_distance(
+                source.hidden_states[-1], frozen, y_s, len(cfg.classes), things, cfg.feature_distance.min_ratio
+            )
+        yield terms
 
-    x_st = batch.source_images
-    if cfg.translates:
-        x_st = batch.crop_inner(parts.translate(batch.outer_source, batch.style_reference, generator))
+    x_st = pseudo_target(batch, parts, generator) if cfg.translates else x_s
 
     # L_target: learn the target from the teacher, on source classes pasted into target images.
     if weights.target:
@@ -93,12 +98,13 @@ def t2sda_losses(
         x_m = strong_augment(x_m, aug.jitter_probability, aug.jitter_strength, aug.blur_probability, generator)
         y_m = torch.where(from_source, y_s, y_t)
         if cfg.drw.apply_to == "target":  # mean 1 over classes
-            trust = trust * len(cfg.classes) * importance[y_t]
+            trust = trust * num_members(cfg) * importance[y_t]
         w_m = torch.where(from_source, 1.0, trust)
         yield {"target": segmentation_loss(student(normalize(x_m)).logits, y_m, w_m), "trust": trust.mean()}
 
     # L_pull: the same scene in target style must embed like its class does in the source.
-    if pulls:
+    if keys:
+        keys_s, keys_t = keys
         if cfg.pull.augment:
             aug = cfg.augment
             x_st = strong_augment(x_st, aug.jitter_probability, aug.jitter_strength, aug.blur_probability, generator)
@@ -117,38 +123,48 @@ def t2sda_losses(
                 temperature=cfg.pull.temperature,
                 objective=cfg.pull.objective,
                 reduction=cfg.pull.reduction,
-                num_classes_of_benchmark=len(cfg.pull.class_set or cfg.classes),
+                num_classes_of_benchmark=num_members(cfg),
             )
         }
 
 
 def look(
     teacher: torch.nn.Module, x_s: Tensor, x_t: Tensor, pulls: bool, joint: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The teacher's target logits (B,K,h,w), and keys of target and source (B,D,h,w), which are None without a pull."""
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """The teacher's target logits (B,K,h,w), and its keys of source and target (B,D,h,w); no keys without a pull."""
     if not pulls:
-        return teacher(normalize(x_t)).logits, None, None
+        return teacher(normalize(x_t)).logits, None
     if joint:
         both = teacher(normalize(torch.cat([x_s, x_t])), project=True)
         keys_s, keys_t = both.embeddings.split([len(x_s), len(x_t)])
-        return both.logits[len(x_s) :], keys_t, keys_s
+        return both.logits[len(x_s) :], (keys_s, keys_t)
     target = teacher(normalize(x_t), project=True)
-    return target.logits, target.embeddings, teacher(normalize(x_s), project=True, segment=False).embeddings
+    return target.logits, (teacher(normalize(x_s), project=True, segment=False).embeddings, target.embeddings)
+
+
+def pseudo_target(batch: UdaBatch, parts: Parts, generator: Generator) -> Tensor:
+    """x_st (B,3,H,W): the source crops, cut out of translated outer windows."""
+    if batch.outer_source is None or batch.style_reference is None:
+        raise ValueError("translating needs outer_source and style_reference, and the batch has none of them.")
+    return batch.crop_inner(parts.translate(batch.outer_source, batch.style_reference, generator))
 
 
 def dynamic_weights(
     y_t: Tensor,
     confidence: Tensor,
-    trust: Tensor,
+    inside: Tensor,
     parts: Parts,
     cfg: RunConfig,
     sum_over_processes: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """w* of DRW (paper eq. 17-18), (K,); 1/C for every class of the benchmark when it is off."""
+    """w* of DRW (paper eq. 17-18), (K,); 1/C for every class of the benchmark when it is off.
+
+    `inside` is 0 where drw.use_valid_mask leaves pixels out: not the trust, which is 0 everywhere if nothing is sure.
+    """
     members = _members(cfg, y_t.device)
     if cfg.drw.apply_to == "none" or not (cfg.loss_weights.pull or cfg.drw.apply_to == "target"):
         return members.float() / members.sum()
-    valid = trust > 0 if cfg.drw.use_valid_mask else None
+    valid = inside > 0 if cfg.drw.use_valid_mask else None
     sums = sum_over_processes(confidence_sums(y_t, confidence, len(cfg.classes), valid))
     confidences = class_confidences(sums, cfg.drw.absent_conf, parts.memory.confidences)
     if cfg.drw.absent_conf == "ema":
@@ -184,9 +200,8 @@ def pull_against(
             prototypes = parts.memory.remember_prototypes(prototypes, counts > 0, pull.proto_momentum)
 
         members = _members(cfg, counts.device)
-        num_members = len(pull.class_set or cfg.classes)
         wanted = num_queries_per_class(
-            counts * members, num_members, pull.num_queries, "cbqs" if pull.query_sampling == "cbqs" else "ceqs"
+            counts * members, num_members(cfg), pull.num_queries, "cbqs" if pull.query_sampling == "cbqs" else "ceqs"
         )
         samples = sample_pull(
             y_small,
@@ -195,18 +210,21 @@ def pull_against(
             wanted,
             pull.num_negatives,
             generator,
-            uniform_queries=num_members * pull.num_queries if pull.query_sampling == "uniform" else None,
+            uniform_queries=num_members(cfg) * pull.num_queries if pull.query_sampling == "uniform" else None,
             negatives=pull.negatives,
             share=pull.share_negatives,
             ignore_as_negative=pull.ignore_as_negative,
         )
         if cfg.drw.apply_to != "pull":
-            importance = members.float() / num_members
+            importance = members.float() / num_members(cfg)
         if cfg.drw.normalise_over == "queried":
-            queried = torch.zeros_like(importance)
-            queried[samples.classes] = 1
-            importance = importance / (importance * queried).sum().clamp(min=1e-12)
+            importance = importance / importance[samples.classes].sum().clamp(min=1e-12)
     return samples, prototypes, importance
+
+
+def num_members(cfg: RunConfig) -> int:
+    """C, the number of classes of the benchmark."""
+    return len(cfg.pull.class_set or cfg.classes)
 
 
 def _members(cfg: RunConfig, device: torch.device) -> Tensor:

@@ -104,7 +104,8 @@ class T2SDAForSemanticSegmentation(PreTrainedModel):
         """As in transformers, but an encoder or a head that loads only in part is an error, not a line in a log.
 
         Raises:
-            ValueError: if anything of the encoder is missing in the files, or some, but not all, of the head.
+            ValueError: if anything of the encoder is missing in the files, or has another shape there (also with
+                `ignore_mismatched_sizes`, which is for heads); or if some, but not all, of the head is missing.
         """
         with_info = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(
@@ -112,11 +113,12 @@ class T2SDAForSemanticSegmentation(PreTrainedModel):
         )
         model, info = loaded
         missing = sorted(info["missing_keys"])
-        encoder_missing = [name for name in missing if name.startswith("segformer.")]
-        if encoder_missing:
+        unfit = sorted(info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]})
+        encoder_unfit = [name for name in unfit if name.startswith("segformer.")]
+        if encoder_unfit:
             raise ValueError(
-                f"{pretrained_model_name_or_path} has no weights for {len(encoder_missing)} tensors of the encoder: "
-                f"{name_some(encoder_missing)}. They would stay random. Give a SegFormer or T2S-DA checkpoint of the "
+                f"{pretrained_model_name_or_path} has no weights for {len(encoder_unfit)} tensors of the encoder: "
+                f"{name_some(encoder_unfit)}. They would stay random. Give a SegFormer or T2S-DA checkpoint of the "
                 f"sizes in its own config.json."
             )
         head_missing = [name for name in missing if name.startswith("decode_head.")]

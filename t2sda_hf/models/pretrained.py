@@ -1,8 +1,10 @@
 """Start an encoder from the weights of any SegFormer checkpoint, or not at all: never half, never silently."""
 
 from os import PathLike
+from pickle import UnpicklingError
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig, SegformerConfig, SegformerModel
 from transformers.utils import logging
 
@@ -37,8 +39,8 @@ def load_pretrained_encoder(
         hub_kwargs: `revision`, `cache_dir`, `token`, `local_files_only`, ... of transformers' `from_pretrained`.
 
     Raises:
-        ValueError: if there is no such checkpoint, it is no SegFormer, its encoder has other sizes, or any tensor of
-            the encoder is not in its files. The model is unchanged then.
+        ValueError: if there is no such checkpoint, it is no SegFormer, its encoder has other sizes, its weights cannot
+            be read, or any tensor of the encoder is not in them. The model is unchanged then.
     """
     try:
         values, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub_kwargs)
@@ -47,10 +49,15 @@ def load_pretrained_encoder(
             f"no checkpoint at {str(name_or_path)!r}: it is neither a folder with a config.json nor a model that the "
             f"Hub gave us. Check the spelling and, for a Hub id, the connection. ({error})"
         ) from error
-    if values.get("model_type") not in (SegformerConfig.model_type, T2SDAConfig.model_type):
+    model_type = values.get("model_type")
+    if model_type not in (SegformerConfig.model_type, T2SDAConfig.model_type):
+        problem = (
+            f"is a {model_type!r} model, which has no Mix Transformer encoder"
+            if model_type
+            else "has no config.json that names its model_type"
+        )
         raise ValueError(
-            f"{name_or_path} is a {values.get('model_type')!r} model, which has no Mix Transformer encoder. Give a "
-            f"SegFormer or T2S-DA checkpoint, for example 'nvidia/mit-b5'."
+            f"{name_or_path} {problem}. Give a SegFormer or T2S-DA checkpoint, for example 'nvidia/mit-b5'."
         )
     config = SegformerConfig.from_dict(values)
     theirs, ours = (
@@ -73,8 +80,11 @@ def load_pretrained_encoder(
         loaded: Any = SegformerModel.from_pretrained(
             name_or_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **hub_kwargs
         )
-    except OSError as error:
-        raise ValueError(f"{name_or_path} has a config.json, but no weights that can be read: {error}") from error
+    # Without a file, with the text that Git LFS leaves in its place, and with one that was cut off, of either format.
+    except (OSError, EOFError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise ValueError(
+            f"{name_or_path} has a config.json, but no weights that can be read. Fetch the files again. ({error})"
+        ) from error
     finally:
         logging.set_verbosity(verbosity)
     encoder, info = loaded

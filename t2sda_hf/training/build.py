@@ -2,6 +2,7 @@
 
 import json
 import logging
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,10 @@ def build_student(cfg: RunConfig) -> T2SDAForSemanticSegmentation:
     return student
 
 
-def run_method(cfg: RunConfig, domains: Domains, accelerator: Accelerator, folder: Path) -> dict[str, Any]:
-    """Train one method from its initial weights and score it on the test domain. Collective.
+def run_method(
+    cfg: RunConfig, initial: T2SDAForSemanticSegmentation, domains: Domains, accelerator: Accelerator, folder: Path
+) -> dict[str, Any]:
+    """Train one method from a copy of the `initial` student and score it on the test domain. Collective.
 
     Writes into `folder`: resolved_config.yaml, scalars.jsonl, TensorBoard events, student/ (a from_pretrained folder;
     checkpoint-NNNNNN/student/ at every save), metrics.json.
@@ -99,7 +102,7 @@ def run_method(cfg: RunConfig, domains: Domains, accelerator: Accelerator, folde
     Returns:
         {"student": ..., "teacher": ...}, results of `evaluate_model`. No teacher for source_only.
     """
-    student = build_student(cfg).to(accelerator.device)
+    student = deepcopy(initial).to(accelerator.device)
     broadcast_from_main(student, accelerator)
     imagenet = None
     if cfg.method == "t2sda" and cfg.loss_weights.feature_distance:

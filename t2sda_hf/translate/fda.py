@@ -34,8 +34,8 @@ def fda_translate(
     """
     if source_images.shape != target_images.shape:
         raise ValueError(
-            f"FDA needs source and target of one size, got {tuple(source_images.shape)} and {tuple(target_images.shape)}. "
-            "Resize the target images to the source window."
+            f"FDA needs source and target of one size, got {tuple(source_images.shape)} and "
+            f"{tuple(target_images.shape)}. Resize the target images to the source window."
         )
     if not 0 <= beta <= 0.5:
         raise ValueError(f"beta must be in [0, 0.5], got {beta!r}.")

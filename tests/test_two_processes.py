@@ -1,0 +1,122 @@
+"""Two gloo processes on this machine against one."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import SegformerConfig, SegformerModel
+from two_process_case import case, statistics
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.two_processes
+# A few steps on drawn streets with an encoder of a few thousand parameters.
+TINY_RUN = """
+method: t2sda
+classes: [road, sidewalk, building, pole, traffic sign, vegetation, sky, person, car, bus]
+source: {path: streets-source, num_images: 6}
+target: {path: streets-target, num_images: 6}
+test: {path: streets-target, split: validation, num_images: 3}
+model: {size: mit_b0, pretrained: null, head: all_mlp, depths: [1, 1, 1, 1], hidden_sizes: [8, 8, 16, 16],
+        num_attention_heads: [1, 1, 2, 2], decoder_hidden_size: 8}
+projector: {hidden: 8, dim: 8}
+data: {crop_size: [32, 64], outer_crop_size: [64, 96], cat_max_ratio: 0.9}
+rcs: {min_pixels: 5}
+uda: {ignore_top: 0, ignore_bottom: 0, pseudo_threshold: 0.1}
+pull: {num_queries: 8, num_negatives: 16}
+optim: {lr: 1e-3, warmup_steps: 0}
+train: {max_steps: 3, batch_size: 1, log_every: 1, num_threads: 1, log_with: []}
+loss_weights: {feature_distance: 0}
+"""
+
+
+def launch(processes: int, script: str, *arguments: str) -> str:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    # On a CPU accelerate starts several processes only this way: --cpu would silently start one.
+    command += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--cpu"]
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+    done = subprocess.run(
+        [*command, script, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def train(folder: Path, processes: int, *arguments: str) -> dict:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    config = folder.parent / "tiny.yaml"
+    config.write_text(TINY_RUN, encoding="utf-8")
+    encoder = folder.parent / "encoder"  # a pretrained one, so that the feature distance takes part
+    sizes = {"depths": [1] * 4, "hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1, 1, 2, 2]}
+    torch.manual_seed(0)
+    SegformerModel(SegformerConfig(**sizes)).save_pretrained(encoder)
+    arguments += ("--model.pretrained", str(encoder), "--loss_weights.feature_distance", "0.005")
+    launch(processes, "scripts/train_uda.py", "--config", str(config), "--output_dir", str(folder), *arguments)
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def scalars(folder: Path) -> list[dict]:
+    lines = (folder / "t2sda" / "scalars.jsonl").read_text(encoding="utf-8").splitlines()
+    timing = ("data_share", "seconds_per_step")
+    return [{key: value for key, value in json.loads(line).items() if key not in timing} for line in lines]
+
+
+def test_statistics_equal_those_of_the_joined_batch(tmp_path: Path) -> None:
+    launch(2, "tests/two_process_worker.py", str(tmp_path))
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert [int(rank["num_processes"]) for rank in ranks] == [2, 2]
+
+    cfg, arrays = case()
+    joined = statistics(arrays, cfg, lambda tensor: tensor)
+    for rank in ranks:
+        for name in ("prototypes", "importance", "shares"):
+            torch.testing.assert_close(rank[name], joined[name], rtol=1e-6, atol=1e-6)
+    assert (joined["shares"] > 0).all()
+    # Query numbers follow the joined shares too; a class that a process does not show sends none there.
+    assert ranks[0]["queries"][3] == 0
+    torch.testing.assert_close(ranks[0]["queries"][:3], joined["queries"][:3])
+    torch.testing.assert_close(ranks[1]["queries"], joined["queries"])
+    assert not torch.equal(ranks[0]["importance_mean"], ranks[0]["importance"])
+
+
+def test_two_processes_equal_two_micro_batches_in_one_process(tmp_path: Path) -> None:
+    local = ("--pull.sync_stats", "false")
+    two = train(tmp_path / "two", 2, *local)
+    assert two["num_processes"] == 2
+    one = train(tmp_path / "one", 1, *local, "--train.micro_batches", "2")
+    assert one["num_processes"] == 1
+
+    # Terms averaged over processes are those averaged over micro-batches, at every step.
+    for left, right in zip(scalars(tmp_path / "two"), scalars(tmp_path / "one"), strict=True):
+        assert left == pytest.approx(right, rel=1e-4, abs=1e-5)
+    weights = [load_file(tmp_path / name / "t2sda" / "student" / "model.safetensors") for name in ("two", "one")]
+    compared = 0
+    for name, weight in weights[0].items():
+        if "running" in name or "num_batches" in name:  # batch norm's memory: two updates there, one here
+            continue
+        # These only shift what a batch norm centres, so their gradient is 0 and Adam makes steps of its rounding error.
+        if not re.search(r"linear_c\.\d\.proj\.bias|encoder\.layer_norm\.3\.bias", name):
+            torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            compared += 1
+    assert compared > 50
+
+
+def test_synchronised_runs_leave_equal_students_and_one_table(tmp_path: Path) -> None:
+    """With the statistics shared the run is another one, and it works; the first process writes, once."""
+    synced = train(tmp_path / "synced", 2)
+    assert synced["num_processes"] == 2
+    local = train(tmp_path / "local", 2, "--pull.sync_stats", "false")
+    assert scalars(tmp_path / "synced")[0]["source"] == scalars(tmp_path / "local")[0]["source"]
+    assert scalars(tmp_path / "synced")[0]["pull"] != scalars(tmp_path / "local")[0]["pull"]
+    assert [line["step"] for line in scalars(tmp_path / "synced")] == [1, 2, 3]
+    assert set(synced["t2sda"]) == set(local["t2sda"]) == {"miou", "iou", "teacher_miou", "teacher_iou"}
