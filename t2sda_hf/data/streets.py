@@ -172,8 +172,8 @@ def _draw_source(height: int, width: int, rng: np.random.Generator) -> _Canvas:
     wall = road + walk
     canvas.backdrop(sky=_vary((95, 175, 240), rng, 20), ground=_vary((190, 175, 175), rng, 20))
     canvas.strip("road", _vary((85, 85, 95), rng, 18), -road, road)
-    for z in range(3, 60, 6):
-        canvas.strip("road", (240, 240, 240), -0.1, 0.1, z, z + 3)
+    for stripe in range(3, 60, 6):
+        canvas.strip("road", (240, 240, 240), -0.1, 0.1, stripe, stripe + 3)
 
     things = _Things()
     for side in (-1, 1):

@@ -40,7 +40,7 @@ def feature_distance(
     frozen_features: Tensor,
     labels: Tensor,
     num_classes: int,
-    classes: Sequence[int],
+    classes: Sequence[int] | None,
     min_ratio: float,
 ) -> Tensor:
     """Mean L2 distance over the cells that show one of `classes`.
@@ -50,7 +50,7 @@ def feature_distance(
         frozen_features: (B,C,h,w) the same of the ImageNet encoder.
         labels: (B,H,W) int64 source labels.
         num_classes: K.
-        classes: class ids that count (DAFormer: things); empty takes every cell, ignored ones too.
+        classes: class ids that count (DAFormer: things); None takes every cell, ignored ones too.
         min_ratio: share a class must have of a cell.
 
     Returns:
@@ -58,9 +58,9 @@ def feature_distance(
     """
     difference = features.float() - frozen_features.float()
     cells = torch.ones_like(difference[:, 0], dtype=torch.bool)
-    if classes:
+    if classes is not None:
         small = downscale_labels_by_share(labels, (features.shape[-2], features.shape[-1]), num_classes, min_ratio)
-        cells = torch.isin(small, torch.tensor(classes, device=small.device))
+        cells = torch.isin(small, torch.tensor(classes, dtype=small.dtype, device=small.device))
     # Zeroed before the norm, whose gradient at an exact 0 is defined as 0: no indexing, no empty mean.
     distance = torch.linalg.vector_norm(difference * cells[:, None], dim=1)
     return distance.sum() / cells.sum().clamp(min=1)

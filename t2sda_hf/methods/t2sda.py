@@ -81,7 +81,8 @@ def t2sda_losses(
         if weights.feature_distance and parts.imagenet is not None:
             with torch.no_grad():
                 frozen = parts.imagenet(normalize(x_s)).last_hidden_state
-            things = [cfg.classes.index(name) for name in cfg.feature_distance.classes if name in cfg.classes]
+            names = cfg.feature_distance.classes  # () is every pixel; names the run does not have are no pixel
+            things = [cfg.classes.index(name) for name in names if name in cfg.classes] if names else None
             terms["feature_distance"] = feature_distance(
                 source.hidden_states[-1], frozen, y_s, len(cfg.classes), things, cfg.feature_distance.min_ratio
             )

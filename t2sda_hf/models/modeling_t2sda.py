@@ -166,15 +166,14 @@ class T2SDAForSemanticSegmentation(PreTrainedModel):
         features = self.segformer(pixel_values, output_hidden_states=True, return_dict=True, **kwargs).hidden_states
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        output = T2SDAOutput()
-        if segment:
-            output["logits"] = self.decode_head(features)
-        if labels is not None:
-            output["loss"] = self._loss(output["logits"], labels)
-        if project:
-            output["embeddings"] = self.projector(features)
-        if output_hidden_states:
-            output["hidden_states"] = features
+        logits = self.decode_head(features) if segment else None
+        # All at once: in a tuple, and by index, fields then stand in their own order, the loss first.
+        output = T2SDAOutput(
+            loss=None if labels is None else self._loss(logits, labels),
+            logits=logits,
+            embeddings=self.projector(features) if project else None,
+            hidden_states=features if output_hidden_states else None,
+        )
         if return_dict is None:
             return_dict = self.config.return_dict
         return output if return_dict else output.to_tuple()

@@ -37,34 +37,12 @@ class Run:
 
 def train(run: Run, start_step: int = 0) -> None:
     """Run the updates start_step .. max_steps - 1. Collective: every process calls it."""
-    cfg, accelerator, student, teacher = run.cfg, run.accelerator, run.parts.student, run.parts.teacher
-    limit = cfg.train
-    all_sum = accelerator.reduce if cfg.pull.sync_stats and accelerator.num_processes > 1 else _unchanged
-    with Tracker(accelerator, run.folder, limit.max_steps, start_step, run.folder.name) as tracker:
+    cfg, limit, student = run.cfg, run.cfg.train, run.parts.student
+    with Tracker(run.accelerator, run.folder, limit.max_steps, start_step, run.folder.name) as tracker:
         student.train()
         for step in range(start_step, limit.max_steps):
-            factor = learning_rate_factor(step, cfg.optim, limit.max_steps)
-            set_learning_rate(run.optimizer, factor)
-            for micro in range(limit.micro_batches):
-                generator = seed_step(cfg.seed, step, accelerator.process_index * limit.micro_batches + micro)
-                asked = time.perf_counter()
-                batch = next(run.batches).on(accelerator.device)
-                tracker.waited(time.perf_counter() - asked)
-                for terms in run.method(batch, run.parts, cfg, step, generator, all_sum):  # one graph at a time
-                    accelerator.backward(weighted_sum(terms, cfg.loss_weights))
-                    tracker.add(terms)
-            average_gradients(student, accelerator, limit.micro_batches)  # collective: every rank, every step
-            gradients = [p.grad for p in student.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            stop_if_not_finite(norm, step, tracker, accelerator)  # before the update, on every process
-            if cfg.optim.max_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(student.parameters(), cfg.optim.max_grad_norm, norm)
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-
+            factor = update(run, step, tracker)
             done = step + 1  # the number of finished updates is the only counter there is
-            update_teacher(teacher, student, ema_momentum(done, cfg.uda.ema_momentum))
-            tracker.step_done()
             if _due(done, limit.log_every, limit.max_steps):
                 tracker.flush(done, cfg.optim.lr * factor)
             if _due(done, limit.evaluate_every, limit.max_steps) and done < limit.max_steps:
@@ -72,6 +50,32 @@ def train(run: Run, start_step: int = 0) -> None:
             if _due(done, limit.save_every, limit.max_steps) and done < limit.max_steps:
                 run.save(run.folder / f"checkpoint-{done:06d}" / "student")
         run.save(run.folder / "student")
+
+
+def update(run: Run, step: int, tracker: Tracker) -> float:
+    """One update of student and teacher; the share of the base learning rate it was made with. Collective."""
+    cfg, accelerator, student = run.cfg, run.accelerator, run.parts.student
+    all_sum = accelerator.reduce if cfg.pull.sync_stats and accelerator.num_processes > 1 else _unchanged
+    factor = learning_rate_factor(step, cfg.optim, cfg.train.max_steps)
+    set_learning_rate(run.optimizer, factor)
+    for micro in range(cfg.train.micro_batches):
+        generator = seed_step(cfg.seed, step, accelerator.process_index * cfg.train.micro_batches + micro)
+        asked = time.perf_counter()
+        batch = next(run.batches).on(accelerator.device)
+        tracker.waited(time.perf_counter() - asked)
+        for terms in run.method(batch, run.parts, cfg, step, generator, all_sum):  # one graph at a time
+            accelerator.backward(weighted_sum(terms, cfg.loss_weights))
+            tracker.add(terms)
+    average_gradients(student, accelerator, cfg.train.micro_batches)  # collective: every rank, every step
+    norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters() if p.grad is not None])
+    stop_if_not_finite(norm, step, tracker, accelerator)  # before the update, on every process
+    if cfg.optim.max_grad_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(student.parameters(), cfg.optim.max_grad_norm, norm)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    update_teacher(run.parts.teacher, student, ema_momentum(step + 1, cfg.uda.ema_momentum))
+    tracker.step_done()
+    return factor
 
 
 def weighted_sum(terms: dict[str, Tensor], weights: LossWeights) -> Tensor:

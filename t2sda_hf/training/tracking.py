@@ -22,13 +22,17 @@ class Tracker:
     data_share (share of the time spent waiting for data), seconds_per_step; and one per evaluation.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, max_steps: int, start_step: int, title: str) -> None:
+    def __init__(
+        self, accelerator: Accelerator, folder: Path, max_steps: int, start_step: int, title: str, show: bool = True
+    ) -> None:
         self._accelerator = accelerator
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
         self._waited, self._since, self._steps = 0.0, time.perf_counter(), 0
         main = accelerator.is_main_process
         self._file = (folder / "scalars.jsonl").open("a", encoding="utf-8") if main else None
-        self._bar = tqdm(total=max_steps, initial=start_step, desc=title, disable=not main, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=max_steps, initial=start_step, desc=title, disable=not (main and show), dynamic_ncols=True
+        )
         accelerator.init_trackers(title)
 
     def __enter__(self) -> "Tracker":

@@ -162,7 +162,7 @@ def test_input_size_is_read_from_the_processor_beside_the_model(model_folder, tm
     assert saved_image_size(str(tmp_path)) is None
 
     T2SDAImageProcessor(size=(32, 64), resize="keep_ratio").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="does not state one height and width.*--image_size"):
+    with pytest.raises(ValueError, match=r"does not state one height and width.*--image_size"):
         saved_image_size(str(tmp_path))
 
 

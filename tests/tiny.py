@@ -1,0 +1,90 @@
+"""A run, networks and a batch that fit in milliseconds, for tests of what stands above the mathematics."""
+
+import torch
+from torch import Generator, Tensor
+
+from t2sda_hf.batch import UdaBatch
+from t2sda_hf.config import RunConfig, load_config
+from t2sda_hf.methods import Parts
+from t2sda_hf.methods.parts import ClassMemory
+from t2sda_hf.models import T2SDAConfig, T2SDAForSemanticSegmentation
+from t2sda_hf.teacher import make_teacher
+from t2sda_hf.translate import build_engine
+
+CLASSES = ("road", "building", "sky", "person", "car")
+CROP, OUTER = (32, 64), (48, 96)
+TINY = [
+    f"--classes=[{', '.join(CLASSES)}]",
+    "--model={pretrained: null, head: all_mlp, depths: [1, 1, 1, 1], hidden_sizes: [8, 16, 24, 32], "
+    "num_attention_heads: [1, 2, 3, 4], decoder_hidden_size: 16}",
+    "--projector={hidden: 16, dim: 16}",
+    f"--data={{crop_size: {list(CROP)}, outer_crop_size: {list(OUTER)}}}",
+    "--uda={ignore_top: 2, ignore_bottom: 4, pseudo_threshold: 0.25}",
+    "--translate.fda.beta=0.1",
+    "--pull={num_queries: 16, num_negatives: 8}",
+    "--loss_weights.feature_distance=0",
+]
+
+
+def tiny_config(*overrides: str) -> RunConfig:
+    """A small run; `overrides` are those of the command line."""
+    return load_config(None, [*TINY, *overrides])
+
+
+def tiny_model(cfg: RunConfig | None = None, seed: int = 0) -> T2SDAForSemanticSegmentation:
+    """The student of `cfg`, a function of the seed."""
+    cfg = cfg or tiny_config()
+    torch.manual_seed(seed)
+    return T2SDAForSemanticSegmentation(
+        T2SDAConfig(
+            depths=cfg.model.depths,
+            hidden_sizes=cfg.model.hidden_sizes,
+            num_attention_heads=cfg.model.num_attention_heads,
+            decoder_hidden_size=cfg.model.decoder_hidden_size,
+            head=cfg.model.head,
+            classifier_dropout_prob=cfg.model.head_dropout,
+            drop_path_rate=cfg.model.drop_path_rate,
+            projector_hidden=cfg.projector.hidden,
+            projector_dim=cfg.projector.dim,
+            num_labels=len(cfg.classes),
+        )
+    )
+
+
+def tiny_parts(cfg: RunConfig, seed: int = 0) -> Parts:
+    """Student in training mode, a teacher with other weights, the frozen encoder, and the run's engine."""
+    student = tiny_model(cfg, seed).train()
+    return Parts(
+        student=student,
+        teacher=make_teacher(tiny_model(cfg, seed + 1)),
+        imagenet=make_teacher(tiny_model(cfg, seed + 2).segformer).eval()
+        if cfg.loss_weights.feature_distance
+        else None,
+        translate=build_engine(cfg.translate),
+        memory=ClassMemory(len(cfg.classes), cfg.projector.dim),
+    )
+
+
+def tiny_batch(cfg: RunConfig, seed: int = 0) -> UdaBatch:
+    """Two source and two target crops as they are on the device; blocks of 8 pixels of one class, some ignored."""
+    random = Generator().manual_seed(seed)
+    (height, width), (outer_height, outer_width) = cfg.data.crop_size, cfg.data.outer_crop_size
+    blocks = torch.randint(0, len(cfg.classes) + 1, (2, height // 8, width // 8), generator=random)
+    blocks[blocks == len(cfg.classes)] = 255
+    outer = torch.rand(2, 3, outer_height, outer_width, generator=random)
+    corner = torch.tensor([[3, 5], [outer_height - height, outer_width - width]])
+    batch = UdaBatch(
+        source_images=torch.empty(2, 3, height, width),
+        source_labels=blocks.repeat_interleave(8, 1).repeat_interleave(8, 2),
+        target_images=0.2 + 0.6 * torch.rand(2, 3, height, width, generator=random),
+        outer_source=outer,
+        style_reference=torch.rand(2, 3, outer_height, outer_width, generator=random) ** 2,
+        inner_corner=corner,
+    )
+    batch.source_images.copy_(batch.crop_inner(outer))  # the crop is the window's
+    return batch
+
+
+def alone(statistics: Tensor) -> Tensor:
+    """The sum over the processes of a run with one process."""
+    return statistics
