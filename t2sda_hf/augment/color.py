@@ -71,7 +71,7 @@ def color_jitter(images: Tensor, strength: float, generator: Generator) -> Tenso
 
 
 def blur_kernel_size(side: int) -> int:
-    """Largest odd size that is not above 10 % of the side, by DAFormer's formula: 512 -> 51, 1024 -> 103."""
+    """Largest odd number up to ⌈side/10⌉, by DAFormer's formula: 512 -> 51, 1024 -> 103."""
     tenth = math.ceil(0.1 * side)
     return math.floor(tenth - 0.5 + tenth % 2)
 

@@ -1,8 +1,8 @@
 """The embedded default: two small street-scene domains, drawn on the spot, with a real gap between them.
 
 *source* is a computer game: flat saturated colours, hard edges, even light, box buildings, lollipop trees, one row of
-parked cars, a camera high above the middle of the road. *target* is a photograph by another car: dusk light and a colour
-cast, haze, textured surfaces, blur, vignette and sensor noise, but also gabled houses with gaps between them, shaggy
+parked cars, a camera high above the middle of the road. *target* is a photograph by another car: the low sun of a dusty
+evening, haze, textures, blur, vignette and sensor noise, but also gabled houses with gaps between them, shaggy
 trees, vans instead of saloons, walking people, cars parked on both sides, and a lower camera with a longer lens. What
 carries over is what carries over between real cities: each class keeps its place and its outline in the street.
 
@@ -499,13 +499,14 @@ def _photograph(canvas: _Canvas, rng: np.random.Generator) -> tuple[np.ndarray, 
     haze = np.where(np.isinf(distances), np.clip(rows, 0, 1) ** 2 * 0.7, haze * 0.8)
     colours += haze[..., None] * (np.array(_vary((188, 178, 170), rng, 8), dtype=np.float32) - colours)
 
-    # Light: low sun from one side, darker towards the bottom, warm and dim.
+    # Light: a low sun from one side through dusty air. All colours lean to orange, the shadows are lifted.
     across = np.linspace(-1, 1, width, dtype=np.float32) * rng.uniform(-0.18, 0.18)
     down = np.linspace(0.06, -0.12, height, dtype=np.float32)[:, None]
     radius = np.hypot(np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)).astype(np.float32)
     light = (1.02 + across + down) * (1 - 0.16 * radius**2)
-    cast = np.array([1.05, 0.98, 0.87], dtype=np.float32) * rng.uniform(0.9, 1.05)
-    colours = 255 * (np.clip(colours * light[..., None] * cast, 0, 255) / 255) ** 1.15
+    cast = np.array([1.15, 0.70, 0.35], dtype=np.float32) * rng.uniform(0.9, 1.05)
+    colours = 255 * (np.clip(colours * light[..., None] * cast, 0, 255) / 255) ** 1.3
+    colours = np.clip(colours + np.array([30, 10, 0], dtype=np.float32), 0, 255)
 
     # Lens and sensor.
     photo = Image.fromarray(colours.astype(np.uint8)).filter(

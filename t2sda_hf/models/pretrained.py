@@ -83,7 +83,8 @@ def load_pretrained_encoder(
     # Without a file, with the text that Git LFS leaves in its place, and with one that was cut off, of either format.
     except (OSError, EOFError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise ValueError(
-            f"{name_or_path} has a config.json, but no weights that can be read. Fetch the files again. ({error})"
+            f"{name_or_path} has a config.json, but no weights that can be read. Fetch the files again. "
+            f"({type(error).__name__}: {error})"
         ) from error
     finally:
         logging.set_verbosity(verbosity)
