@@ -70,6 +70,13 @@ class Domain:
         """Size of an image of `size` after the domain's resize rule."""
         return size if self.config.resize is None else resized_size(size, self.config.resize, self.config.resize_mode)
 
+    def network_size(self) -> Size | None:
+        """What every image is brought to for inference: the first one's size by the resize rule; None without a rule."""
+        if self.config.resize is None:
+            return None
+        image = self.image(0)
+        return self.working_size((image.shape[0], image.shape[1]))
+
     def resized_image(self, index: int) -> np.ndarray:
         image = self.image(index)
         return resize_image(image, self.working_size((image.shape[0], image.shape[1])))

@@ -120,13 +120,14 @@ def run_method(
     if cfg.rcs.enabled:
         rare = rare_classes(domains.source_counts, cfg.rcs.temperature, cfg.rcs.min_pixels)
     dataset = PairDataset(cfg, domains.source, domains.target if cfg.method == "t2sda" else None, rare)
-    processor = T2SDAImageProcessor(size=cfg.test.resize, resize=cfg.test.resize_mode)
+    image_size = domains.test.network_size()
+    processor = T2SDAImageProcessor(size=image_size, resize="exact")
 
     def evaluate(model: nn.Module) -> dict[str, Any]:
         return evaluate_model(
             model,
             domains.test,
-            image_size=cfg.test.resize,
+            image_size=image_size,
             classes=cfg.classes,
             accelerator=accelerator,
             mode=cfg.evaluation.mode,

@@ -26,7 +26,7 @@ def row_of(pixel: Pixel, maps: Tensor) -> int:
 
 
 def unit(vector: Tensor) -> Tensor:
-    return vector / torch.stack([v**2 for v in vector]).sum().sqrt()
+    return vector / (vector @ vector).sqrt()
 
 
 def prototype(keys: Tensor, labels: Tensor, class_id: int) -> Tensor | None:
@@ -84,10 +84,8 @@ def info_nce(query: Tensor, positive: Tensor, negatives: Sequence[Tensor], tempe
 
 
 def mse(query: Tensor, positive: Tensor) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64)
-    for one, other in zip(query, positive, strict=True):
-        total = total + (one - other) ** 2
-    return total
+    """‖q - k⁺‖², summed over the channels."""
+    return ((query - positive) ** 2).sum()
 
 
 def pull_loss(

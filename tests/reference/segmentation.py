@@ -7,21 +7,21 @@ import torch
 from torch import Tensor
 
 
+def interpolation(length: int, new_length: int) -> Tensor:
+    """(new,old) weights along one side, pixel centres at half numbers (align_corners=False)."""
+    weights = torch.zeros(new_length, length)
+    for i in range(new_length):
+        place = max((i + 0.5) * length / new_length - 0.5, 0)
+        low = int(place)
+        weights[i, low] += 1 - (place - low)
+        weights[i, min(low + 1, length - 1)] += place - low
+    return weights
+
+
 def bilinear(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Upsampling with pixel centres at half numbers (align_corners=False), (K,h,w) -> (K,H,W)."""
-    _, height, width = logits.shape
-    result = torch.empty(logits.shape[0], *size, dtype=logits.dtype)
-    for i in range(size[0]):
-        for j in range(size[1]):
-            y = max((i + 0.5) * height / size[0] - 0.5, 0)
-            x = max((j + 0.5) * width / size[1] - 0.5, 0)
-            top, left = int(y), int(x)
-            bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
-            dy, dx = y - top, x - left
-            result[:, i, j] = (1 - dy) * ((1 - dx) * logits[:, top, left] + dx * logits[:, top, right]) + dy * (
-                (1 - dx) * logits[:, bottom, left] + dx * logits[:, bottom, right]
-            )
-    return result
+    """(K,h,w) -> (K,H,W)."""
+    rows, columns = interpolation(logits.shape[1], size[0]), interpolation(logits.shape[2], size[1])
+    return torch.einsum("ih,khw,jw->kij", rows.to(logits), logits, columns.to(logits))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None) -> float:
