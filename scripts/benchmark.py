@@ -25,6 +25,7 @@ from t2sda_hf.methods import METHODS, Parts
 from t2sda_hf.methods.parts import ClassMemory
 from t2sda_hf.teacher import make_teacher
 from t2sda_hf.training.build import build_student
+from t2sda_hf.training.checkpoint import Progress
 from t2sda_hf.training.loop import Run, update
 from t2sda_hf.training.optim import make_optimizer
 from t2sda_hf.training.tracking import Tracker
@@ -115,10 +116,10 @@ def make_step(cfg: RunConfig, accelerator: Accelerator, folder: Path) -> Callabl
         translate=build_engine(cfg.translate),
         memory=ClassMemory(len(cfg.classes), cfg.projector.dim),
     )
-    optimizer = make_optimizer(student.segformer, student, cfg.optim)
-    run = Run(cfg, folder, accelerator, parts, METHODS[cfg.method], batches(), optimizer, lambda _: {}, lambda _: None)
+    optimizer = make_optimizer(student.encoder, student, cfg.optim)
+    run = Run(cfg, folder, accelerator, parts, METHODS[cfg.method], batches(), optimizer, lambda _: {}, lambda *_: None)
     steps = iter(range(cfg.train.max_steps))
-    tracker = Tracker(accelerator, folder, cfg.train.max_steps, 0, cfg.method, show=False)
+    tracker = Tracker(accelerator, folder, cfg.train.max_steps, Progress(), cfg.method, show=False)
     return lambda: update(run, next(steps), tracker)
 
 

@@ -1,34 +1,46 @@
 """Adapt a segmentation model to an unlabelled domain.
 
     accelerate launch scripts/train_uda.py --config configs/demo.yaml [--seed 1] [--output_dir DIR] [--a.key value]
+                                           [--resume auto|CHECKPOINT] [--allow_changes "[key, ...]"]
 
 Every key of the config can be given on the command line; t2sda_hf/config.py lists them with the paper's defaults.
+--resume auto goes on where the run in output_dir stopped, or starts it: the same command serves every start.
+Exit code 0; 2 when the input is at fault; 143 or 130 after SIGTERM or SIGINT, with a checkpoint; 1 for what else ends
+a run. Each with one line that says why.
 """
 
 import json
 import logging
 import sys
 import time
-from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from filelock import FileLock
 
 from t2sda_hf import T2SDAForSemanticSegmentation, load_config
 from t2sda_hf.config import RunConfig
-from t2sda_hf.evaluation.evaluator import format_table
 from t2sda_hf.evaluation.report import save_panel
-from t2sda_hf.training.build import Domains, build_student, open_domains, run_method
+from t2sda_hf.evaluation.table import format_table
+from t2sda_hf.training.build import Domains, build_student, open_domains, records, run_method
+from t2sda_hf.training.checkpoint import CheckpointError, DamagedCheckpoint, write_text
+from t2sda_hf.training.distributed import decided_by_main, lost_contact
+from t2sda_hf.training.masking import MaskFilter, mask, mask_uncaught
+from t2sda_hf.training.resume import Start, check_folder, config_of, lock_run, plan
+from t2sda_hf.training.stopping import Stopped, StopRequest
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0, or 2 with one line when the input is at fault."""
+    """The exit code, see above."""
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(__doc__)
         return 0
+    locks: list[FileLock] = []
     try:
         path = None
         if "--config" in arguments:
@@ -37,17 +49,57 @@ def main(arguments: list[str]) -> int:
         cfg = load_config(path, arguments)
         if cfg.train.num_threads is not None:
             torch.set_num_threads(cfg.train.num_threads)
-        accelerator = Accelerator(log_with=list(cfg.train.log_with) or None, project_dir=cfg.output_dir)
-        logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
-        logging.getLogger("httpx").setLevel(logging.WARNING)
-        transformers.utils.logging.disable_progress_bar()
+        accelerator = Accelerator(
+            log_with=list(cfg.train.log_with) or None,
+            project_dir=cfg.output_dir,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=cfg.train.timeout_seconds))],
+        )
+        log_to_stderr(logging.INFO if accelerator.is_main_process else logging.ERROR)
         domains, initial = prepare(cfg, accelerator)
+        decided_by_main(lambda: locks.append(lock_run(cfg)), accelerator, ValueError)
+        described = records(cfg, domains, accelerator)
+        starts = plan(cfg, described, accelerator)
     except ValueError as error:
-        print(f"ValueError: {error}", file=sys.stderr)
-        return 2
-    run_all(cfg, domains, initial, accelerator)
-    accelerator.end_training()
+        for lock in locks:
+            lock.release()
+        return end(2, f"ValueError: {error}")
+    try:
+        with StopRequest() as stop:
+            run_all(cfg, domains, initial, accelerator, described, starts, stop)
+        accelerator.end_training()
+    except (Stopped, DamagedCheckpoint, CheckpointError, FloatingPointError) as error:  # the same on every process
+        code = error.exit_code if isinstance(error, Stopped) else 2 if isinstance(error, DamagedCheckpoint) else 1
+        return end(code, f"{type(error).__name__}: {error}" if accelerator.is_main_process else "")
+    except OSError as error:
+        return end(1, f"{type(error).__name__}: {error}. Checkpoints are intact; go on with --resume auto.")
+    except RuntimeError as error:
+        if accelerator.num_processes == 1 or not lost_contact(error):
+            raise
+        said = str(error).splitlines()[0]
+        return end(
+            1,
+            f"RuntimeError: process {accelerator.process_index} lost contact with another one ({said}). "
+            "Checkpoints are intact; start all again with --resume auto.",
+        )
+    finally:
+        for lock in locks:
+            lock.release()
     return 0
+
+
+def log_to_stderr(level: int) -> None:
+    handler = logging.StreamHandler()
+    handler.addFilter(MaskFilter())
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+
+
+def end(code: int, text: str) -> int:
+    """Say one line, and hand back the exit code."""
+    if text:
+        print(mask(text), file=sys.stderr)
+    return code
 
 
 def prepare(cfg: RunConfig, accelerator: Accelerator) -> tuple[Domains, T2SDAForSemanticSegmentation]:
@@ -62,25 +114,36 @@ def prepare(cfg: RunConfig, accelerator: Accelerator) -> tuple[Domains, T2SDAFor
             f"accelerate was given gradient_accumulation_steps {accelerator.gradient_accumulation_steps}; "
             "leave it at 1 and set train.micro_batches instead."
         )
-    folder = Path(cfg.output_dir)
-    if folder.exists() and any(folder.iterdir()):
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ValueError(
-            f"output_dir {cfg.output_dir!r} exists and is not empty. Nothing is overwritten: "
-            "pass another --output_dir, or remove the folder yourself."
+            f"accelerate was started with {accelerator.distributed_type.value}, and here every process keeps the whole "
+            "student. Launch without FSDP and DeepSpeed, see configs/accelerate/."
         )
+    check_folder(cfg)
     accelerator.wait_for_everyone()  # nobody creates it before everybody looked
     student = build_student(cfg)  # before the data: it is looked at faster
     return open_domains(cfg, accelerator), student
 
 
-def run_all(cfg: RunConfig, domains: Domains, initial: T2SDAForSemanticSegmentation, accelerator: Accelerator) -> None:
+def run_all(
+    cfg: RunConfig,
+    domains: Domains,
+    initial: T2SDAForSemanticSegmentation,
+    accelerator: Accelerator,
+    described: dict[str, dict[str, Any]],
+    starts: dict[str, Start],
+    stop: StopRequest,
+) -> None:
     """Train the baseline, if there is one, and the method; write summary.json and panel.png, print the table."""
     folder = Path(cfg.output_dir)
     started = time.perf_counter()
     columns: dict[str, dict[str, Any]] = {}
-    for method in [cfg.baseline] * (cfg.baseline != "none") + [cfg.method]:
-        run_cfg = replace(cfg, method=method, baseline="none")
-        results = run_method(run_cfg, initial, domains, accelerator, folder / method)
+    for method, start in starts.items():
+        stop.check()
+        run_cfg, record = config_of(cfg, method), described[method]
+        results = run_method(
+            run_cfg, initial, domains, accelerator, folder / method, start=start, record=record, stop=stop
+        )
         columns[method] = results["student"]
         if "teacher" in results:
             columns[f"{method} (teacher)"] = results["teacher"]
@@ -90,6 +153,9 @@ def run_all(cfg: RunConfig, domains: Domains, initial: T2SDAForSemanticSegmentat
         "seed": cfg.seed,
         "num_processes": accelerator.num_processes,
         "seconds": round(time.perf_counter() - started, 1),
+        "resumed": [
+            method for method, start in starts.items() if start.checkpoint
+        ],  # then seconds are the last start's
         "classes": cfg.classes,
     }
     for name, result in columns.items():
@@ -98,7 +164,7 @@ def run_all(cfg: RunConfig, domains: Domains, initial: T2SDAForSemanticSegmentat
         entry |= {f"{prefix}miou": result["miou"], f"{prefix}iou": [result["iou"][c] for c in cfg.classes]}
     if cfg.baseline != "none":
         summary["gain"] = columns[cfg.method]["miou"] - columns[cfg.baseline]["miou"]
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    write_text(folder / "summary.json", json.dumps(summary, indent=2))
     students = [name for name in columns if not name.endswith(" (teacher)")]
     # Loaded from the folders just written: what the picture shows is what others will load.
     models = {name: T2SDAForSemanticSegmentation.from_pretrained(folder / name / "student").eval() for name in students}
@@ -110,4 +176,5 @@ def run_all(cfg: RunConfig, domains: Domains, initial: T2SDAForSemanticSegmentat
 
 
 if __name__ == "__main__":
+    sys.excepthook = mask_uncaught
     sys.exit(main(sys.argv[1:]))

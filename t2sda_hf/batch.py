@@ -13,8 +13,8 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 class UdaBatch:
     """B source crops with labels and B target crops without.
 
-    Images are (B,3,H,W) RGB: uint8 from the loader, float in [0,1] after `on`. The last three fields are there only
-    when the objective translates: FDA works on a larger window than the network sees (paper section 4.1).
+    Images are (B,3,H,W) RGB: uint8 from the loader, float in [0,1] after `on`. Outer window, style and corner are
+    there only when the objective translates: FDA works on a larger window than the network sees (paper section 4.1).
 
     Attributes:
         source_images: (B,3,H,W).
@@ -23,6 +23,7 @@ class UdaBatch:
         outer_source: (B,3,Ho,Wo) the source window around the crop.
         style_reference: (B,3,Ho,Wo) the target image whose style is taken.
         inner_corner: (B,2) int64, top and left of the crop in the outer window.
+        target_valid: (B,H,W) bool, False at target pixels whose pseudo-labels are never trusted; None trusts all.
     """
 
     source_images: Tensor
@@ -31,6 +32,7 @@ class UdaBatch:
     outer_source: Tensor | None = None
     style_reference: Tensor | None = None
     inner_corner: Tensor | None = None
+    target_valid: Tensor | None = None
 
     def on(self, device: torch.device) -> "UdaBatch":
         """The batch on `device`: uint8 crosses the bus, floats are made there."""
@@ -46,15 +48,24 @@ class UdaBatch:
             moved[field.name] = value
         return UdaBatch(**moved)  # type: ignore[arg-type]
 
-    def crop_inner(self, outer_images: Tensor) -> Tensor:
-        """Cut the crop of every sample out of images in the outer window: (B,3,Ho,Wo) -> (B,3,H,W)."""
+    def crop_inner(self, outer_images: Tensor, shrunk: int = 1) -> Tensor:
+        """Cut the crop of every sample out of images in the outer window.
+
+        Args:
+            outer_images: (B,3,Ho,Wo), or of a whole fraction of that size.
+            shrunk: that fraction: 2 for half. The crop's corner and sides should divide by it.
+
+        Returns:
+            (B,3,H,W), or the same fraction of it.
+        """
         if self.inner_corner is None:
             return outer_images
-        height, width = self.source_images.shape[-2:]
+        height, width = (side // shrunk for side in self.source_images.shape[-2:])
+        corners = (self.inner_corner // shrunk).tolist()
         return torch.stack(
             [
                 image[:, top : top + height, left : left + width]
-                for image, (top, left) in zip(outer_images, self.inner_corner.tolist(), strict=True)
+                for image, (top, left) in zip(outer_images, corners, strict=True)
             ]
         )
 

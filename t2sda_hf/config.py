@@ -28,36 +28,61 @@ def _require(condition: bool, key: str, rule: str, value: object) -> None:
 class DomainConfig:
     """Where the images of one domain come from and how their labels are read."""
 
-    path: str = ""  # a name of data.domains.DOMAINS, a parquet file or folder, or a data set of the Hub
+    # A name of data.sources.DRAWN, a parquet file or folder, a folder of images (with label_path, or as imagefolder
+    # with metadata), a list of pairs (.txt, .csv, .tsv), a video, a data set of the Hub, or the root of a layout.
+    path: str = ""
     split: str = "train"
+    layout: str = ""  # path is an unpacked official download: a name of data.layouts.LAYOUTS
+    label_path: str = ""  # folder of label maps for a folder of images: same relative names, any extension
+    image_suffix: str = ""  # endings of the names before the extension that do not count when the two are matched
+    label_suffix: str = ""
     image_column: str = "image"
     label_column: str = "label"
+    streaming: bool = False  # of the Hub: fetch the first num_images only, without downloading the whole data set
+    frame_step: int = 1  # of a video: every so many frames
     label_space: str = "cityscapes"  # what the ids on disk mean: a name of labels.LABEL_SPACES ...
-    class_names: tuple[str, ...] = ()  # ... or the names themselves, position = id
+    class_names: tuple[str, ...] = ()  # ... or the names themselves, position = id ...
+    label_ids: dict[int, str] = field(default_factory=dict)  # ... or id: name, where ids have gaps ...
+    label_colors: dict[str, str] = field(default_factory=dict)  # ... or "R,G,B" or "#RRGGBB": name, for coloured maps
+    ignore_id: int | None = None  # an id on disk without a class; 255 is always one
     label_map: dict[str, str] = field(default_factory=dict)  # data set's class name: run's class name
+    crop_box: tuple[int, int, int, int] | None = None  # (top, left, height, width) of the file that is used at all
     resize: tuple[int, int] | None = None  # (height, width) before cropping; None keeps the size
     resize_mode: Literal["keep_ratio", "exact"] = "keep_ratio"  # [D] GTA5 "1280x720" is really 1280x704
+    valid_mask: str = ""  # picture of any size: where it is black, a target is never trusted and a label is ignored
+    max_pixels: int = 2**25  # larger files are refused before they are decoded; 8192x4096 is allowed
     num_images: int | None = None  # the first so many; None takes all
     drawing_seed: int = 0  # for the drawn streets: another seed is another city
 
     def __post_init__(self) -> None:
-        if not self.class_names and self.label_space not in LABEL_SPACES:
+        given = [key for key in ("class_names", "label_ids", "label_colors") if getattr(self, key)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} contradict each other: each says what labels mean. Keep one.")
+        if not given and self.label_space not in LABEL_SPACES:
             raise ValueError(
                 f"label_space must be one of {', '.join(sorted(LABEL_SPACES))}, got {self.label_space!r}. "
-                "For your own ids list their names in class_names instead."
+                "For your own ids list their names in class_names, label_ids or label_colors instead."
             )
+        for label_id in [*self.label_ids, *([] if self.ignore_id is None else [self.ignore_id])]:
+            _require(0 <= label_id <= 255, "label_ids and ignore_id", "ids in 0..255", label_id)
         if self.resize is not None:
             _require(min(self.resize) >= 1, "resize", "two positive numbers (height, width)", self.resize)
+        if self.crop_box is not None:
+            good = min(self.crop_box) >= 0 and min(self.crop_box[2:]) >= 1
+            _require(good, "crop_box", "(top, left, height, width) with a positive height and width", self.crop_box)
+        _require(not self.streaming or self.num_images is not None, "num_images", "set when streaming", self.num_images)
+        _require(self.frame_step >= 1, "frame_step", "at least 1", self.frame_step)
+        _require(1 <= self.max_pixels <= 178_956_970, "max_pixels", "in 1..178956970 (Pillow's limit)", self.max_pixels)
         _require(self.num_images is None or self.num_images >= 1, "num_images", "at least 1", self.num_images)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    size: str = "mit_b5"  # [P]
-    pretrained: str | None = (
-        "nvidia/mit-b5"  # encoder weights: Hub id or folder of any SegFormer; None starts at random
-    )
-    head: Literal["daformer", "all_mlp"] = "daformer"  # [P]
+    size: str = "mit_b5"  # [P] mit_b0 ... mit_b5, resnet50c or resnet101c
+    # Encoder weights: Hub id or folder of any SegFormer; of a ResNet v1c also a file; None starts at random.
+    pretrained: str | None = "nvidia/mit-b5"
+    head: Literal["daformer", "all_mlp", "deeplabv2"] = "daformer"  # [P]
+    head_dilations: tuple[int, ...] | None = None  # [D] None: 1, 6, 12, 18 for daformer, 6, 12 for deeplabv2
     decoder_hidden_size: int = 256  # [D]
     head_dropout: float = 0.1  # [D]
     drop_path_rate: float = 0.1  # [D]
@@ -66,6 +91,31 @@ class ModelConfig:
     depths: tuple[int, ...] | None = None  # the next three make an encoder of your own size
     hidden_sizes: tuple[int, ...] | None = None
     num_attention_heads: tuple[int, ...] | None = None
+
+    @property
+    def logits_stride(self) -> int:
+        """Pixels of the network's input per cell of its logits."""
+        return 4 if self.head != "deeplabv2" else 8 if self.size.startswith("resnet") else 32
+
+
+@dataclass(frozen=True)
+class HrdaConfig:
+    """[D] HRDA: the whole crop at half size (the context) and a part of it at full size (the detail)."""
+
+    enabled: bool = False
+    crop_size: tuple[int, int] = (512, 512)  # (height, width) of the detail, in pixels of data.crop_size
+    detail_weight: float = 0.1  # λ_d: losses are (1-λ_d)·fused + λ_d·detail
+    crops_at_once: int | None = None  # memory limit where crops cover an image: 9 per image of 1024x1024; None is all
+
+    def __post_init__(self) -> None:
+        _require(min(self.crop_size) >= 32, "hrda.crop_size", "at least 32 x 32", self.crop_size)
+        _require(0 <= self.detail_weight <= 1, "hrda.detail_weight", "in [0, 1]", self.detail_weight)
+        _require(
+            self.crops_at_once is None or self.crops_at_once >= 1,
+            "hrda.crops_at_once",
+            "at least 1, or null for all",
+            self.crops_at_once,
+        )
 
 
 @dataclass(frozen=True)
@@ -126,17 +176,22 @@ class RareClassSamplingConfig:
 class UdaConfig:
     """[P] Mean-teacher self-training."""
 
+    source_ce_on: Literal["source", "ptarget"] = "source"  # [P] what L_source sees (Tables 7, 11: "CE on p. target")
     ema_momentum: float = 0.999
     pseudo_threshold: float = 0.968
     weight_scope: Literal["batch", "image"] = "batch"  # [O A6] one trust for the batch, or one per image
     ignore_top: int = 15  # [D] rows of the target crop that are not trusted: rectification border ...
     ignore_bottom: int = 120  # [D] ... and the car's own bonnet, in Cityscapes
+    ignore_left: int = 0  # [D] columns of the target *image*, after resizing, wherever the crop lies; HRDA has 30
+    ignore_right: int = 0
 
     def __post_init__(self) -> None:
         _require(0 <= self.ema_momentum <= 1, "uda.ema_momentum", "in [0, 1]", self.ema_momentum)
         _require(0 <= self.pseudo_threshold <= 1, "uda.pseudo_threshold", "in [0, 1]", self.pseudo_threshold)
         _require(self.ignore_top >= 0, "uda.ignore_top", "at least 0", self.ignore_top)
         _require(self.ignore_bottom >= 0, "uda.ignore_bottom", "at least 0", self.ignore_bottom)
+        _require(self.ignore_left >= 0, "uda.ignore_left", "at least 0", self.ignore_left)
+        _require(self.ignore_right >= 0, "uda.ignore_right", "at least 0", self.ignore_right)
 
 
 @dataclass(frozen=True)
@@ -159,6 +214,18 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True)
+class PatchMaskConfig:
+    """[D] MIC: squares of the target image are hidden from the student. Weight: loss_weights.masked_consistency."""
+
+    block_size: int = 64  # pixels, for crops of 1024; 32 for 512
+    ratio: float = 0.7  # of the squares is hidden
+
+    def __post_init__(self) -> None:
+        _require(self.block_size >= 1, "patch_mask.block_size", "at least 1", self.block_size)
+        _require(0 <= self.ratio <= 1, "patch_mask.ratio", "in [0, 1]", self.ratio)
+
+
+@dataclass(frozen=True)
 class FdaConfig:
     beta: float = 0.01  # [O A1] half side of the swapped square, as a share of the shorter image side
     window: Literal["square", "rect"] = "square"  # [O A12]
@@ -169,16 +236,85 @@ class FdaConfig:
 
 
 @dataclass(frozen=True)
+class ColorJitterConfig:
+    """[P] "the same with SimCLR"."""
+
+    probability: float = 0.8  # [O A13]
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("probability", "strength"):
+            _require(0 <= getattr(self, name) <= 1, f"translate.color_jitter.{name}", "in [0, 1]", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class GaussianBlurConfig:
+    """[P] "the same with SimCLR"."""
+
+    probability: float = 0.5  # [O A13]
+    sigma: tuple[float, float] = (0.1, 2.0)  # pixels
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.probability <= 1, "translate.gaussian_blur.probability", "in [0, 1]", self.probability)
+        _require(0 < self.sigma[0] <= self.sigma[1], "translate.gaussian_blur.sigma", "0 < low <= high", self.sigma)
+
+
+STYLES = ("fda", "randomization", "adain", "weather", "cartoon")
+
+
+@dataclass(frozen=True)
+class StyleConfig:
+    """[P] Domain generalisation draws one of five styles per image. Those without their files are left out."""
+
+    styles: tuple[str, ...] = STYLES
+    images: str = ""  # folder of style images (paintings), for fda and adain
+    adain: str = ""  # folder or Hub repository: vgg_normalised and decoder, .safetensors or .pth
+    randomization: str = ""  # the same: checkpoint_transformer, checkpoint_stylepredictor, checkpoint_embeddings
+    random_share: float = 0.5  # [D] of the drawn style; the rest is the image's own
+
+    def __post_init__(self) -> None:
+        known = bool(self.styles) and set(self.styles) <= set(STYLES) and len(set(self.styles)) == len(self.styles)
+        _require(known, "translate.style.styles", f"some of {', '.join(STYLES)}, each once", self.styles)
+        _require(0 <= self.random_share <= 1, "translate.style.random_share", "in [0, 1]", self.random_share)
+
+
+@dataclass(frozen=True)
+class TrainedConfig:
+    """A translator that was trained beforehand: a network, or a folder of the images it made."""
+
+    model: str = ""  # folder or Hub repository with config.json and model.safetensors
+    architecture: str = "t2sda_hf.translate.generator:TranslationGenerator"  # the class of its nn.Module
+    folder: str = ""  # one image per source image, and manifest.json
+
+
+NEEDS_TARGET = ("fda", "trained")  # engines that look, or whose training looked, at target images
+
+
+@dataclass(frozen=True)
 class TranslateConfig:
-    engine: Literal["fda", "none"] = "fda"  # [P]
+    engine: Literal["fda", "color_jitter", "gaussian_blur", "style", "trained", "none"] = "fda"  # [P]
     reference: Literal["paired", "random"] = "paired"  # [O A9] the target image of the pair, or another one
     fda: FdaConfig = FdaConfig()
+    color_jitter: ColorJitterConfig = ColorJitterConfig()
+    gaussian_blur: GaussianBlurConfig = GaussianBlurConfig()
+    style: StyleConfig = StyleConfig()
+    trained: TrainedConfig = TrainedConfig()
+
+    def __post_init__(self) -> None:
+        _require(
+            self.engine != "trained" or bool(self.trained.model) != bool(self.trained.folder),
+            "translate.trained",
+            "given with engine trained: either model (a network) or folder (translated images)",
+            self.trained,
+        )
 
 
 @dataclass(frozen=True)
 class PullConfig:
     """[P] The pull loss. The letters are the paper's."""
 
+    query_domain: Literal["source", "ptarget", "target"] = "ptarget"  # what is pulled (Table 7) ...
+    key_domain: Literal["source", "ptarget", "target"] = "source"  # ... to the prototypes of what
     temperature: float = 0.2  # τ
     num_queries: int = 128  # n, per class on average
     num_negatives: int = 1024  # m, per query
@@ -196,6 +332,7 @@ class PullConfig:
     teacher_forward: Literal["separate", "joint"] = "separate"  # [O A5]
     start_step: int = 0  # [O A31]
     augment: bool = False  # [O A33] colour-augment the pseudo-target image
+    bn_track_ptarget: bool = True  # whether pseudo-target images count in the running statistics of a ResNet
     proto_momentum: float = 0.0  # [O A34] memory of prototypes across steps
     proto_prenorm: bool = False  # [O A35] unit length before averaging
 
@@ -237,9 +374,10 @@ class LossWeights:
     feature_distance: float = 0.005  # [D]
     target: float = 1.0
     pull: float = 0.1  # [P] λ
+    masked_consistency: float = 0.0  # [D] 1 in MIC
 
     def __post_init__(self) -> None:
-        for name in ("source", "feature_distance", "target", "pull"):
+        for name in ("source", "feature_distance", "target", "pull", "masked_consistency"):
             _require(getattr(self, name) >= 0, f"loss_weights.{name}", "at least 0", getattr(self, name))
 
 
@@ -268,12 +406,26 @@ class TrainConfig:
     log_every: int = 50
     evaluate_every: int = 4_000
     save_every: int = 4_000
+    keep_checkpoints: int = 2  # the newest so many; older ones are deleted
+    non_finite: Literal["stop", "skip"] = "stop"  # what to do with an update whose losses or gradients are not finite
+    max_skipped_steps: int = 10  # of the whole run; one more stops it
+    timeout_seconds: float = 60.0  # how long a process waits for the others, also while one of them writes a checkpoint
     num_threads: int | None = None  # CPU threads of torch; None leaves torch's choice
     log_with: tuple[str, ...] = ("tensorboard",)  # trackers of accelerate; () is none
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "micro_batches", "log_every", "evaluate_every", "save_every"):
+        for name in (
+            "max_steps",
+            "batch_size",
+            "micro_batches",
+            "log_every",
+            "evaluate_every",
+            "save_every",
+            "keep_checkpoints",
+        ):
             _require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
+        _require(self.max_skipped_steps >= 0, "train.max_skipped_steps", "at least 0", self.max_skipped_steps)
+        _require(self.timeout_seconds > 0, "train.timeout_seconds", "positive", self.timeout_seconds)
 
 
 @dataclass(frozen=True)
@@ -289,24 +441,44 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class PushConfig:
+    """Publish the student when the run is done. There is no key for the token: `hf auth login`, or HF_TOKEN."""
+
+    repo_id: str = ""  # user/name; "" publishes nothing
+    private: bool = False
+    create_pr: bool = False  # offer the files as a pull request instead of writing to the main branch
+    license: str = ""  # of the weights, an id of the Hub; "" is worked out where nothing but drawn streets was used
+    terms: dict[str, str] = field(default_factory=dict)  # source, target and test: under which terms the images come
+    source_only: str = ""  # <run>/source_only to compare with, if this run has no baseline
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.terms) - {"source", "target", "test"})
+        _require(not unknown, "push_to_hub.terms", "a mapping with the keys source, target and test", unknown)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run: `method` learns `classes` from `source` and `target`, and is measured on `test`."""
 
-    method: Literal["t2sda", "source_only"] = "t2sda"
+    method: Literal["t2sda", "source_only", "generalization"] = "t2sda"
     baseline: Literal["none", "source_only"] = "none"  # train this first from the same initial weights, and compare
     seed: int = 0
     output_dir: str = "outputs/run"
+    resume: str | None = None  # auto: go on with the run in output_dir, if there is one; or the path of a checkpoint
+    allow_changes: tuple[str, ...] = ()  # keys that may differ from the resumed run, though they change the result
     classes: tuple[str, ...] = CITYSCAPES_CLASSES
     source: DomainConfig = DomainConfig()
     target: DomainConfig = DomainConfig()
     test: DomainConfig = DomainConfig(split="validation")  # labelled, read by evaluation only
     model: ModelConfig = ModelConfig()
+    hrda: HrdaConfig = HrdaConfig()
     projector: ProjectorConfig = ProjectorConfig()
     data: DataConfig = DataConfig()
     rcs: RareClassSamplingConfig = RareClassSamplingConfig()
     uda: UdaConfig = UdaConfig()
     mix: MixConfig = MixConfig()
     augment: AugmentConfig = AugmentConfig()
+    patch_mask: PatchMaskConfig = PatchMaskConfig()
     translate: TranslateConfig = TranslateConfig()
     pull: PullConfig = PullConfig()
     drw: DrwConfig = DrwConfig()
@@ -315,6 +487,7 @@ class RunConfig:
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    push_to_hub: PushConfig = PushConfig()
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "seed", "at least 0", self.seed)
@@ -335,17 +508,96 @@ class RunConfig:
             "0 when model.pretrained is null: the encoder to stay near would be a random one",
             self.loss_weights.feature_distance,
         )
+        _require(
+            not (self.model.activation_checkpointing and self.model.size.startswith("resnet")),
+            "model.activation_checkpointing",
+            "false for a ResNet: run twice, its batch norm would count every batch twice",
+            self.model.activation_checkpointing,
+        )
+        if self.hrda.enabled:
+            self._check_hrda()
+        if self.method == "generalization":
+            self._check_generalization()
+
+    def _check_hrda(self) -> None:
+        crop, detail, grid = self.data.crop_size, self.hrda.crop_size, 2 * self.model.logits_stride
+        _require(
+            all(side % 64 == 0 for side in crop),
+            "data.crop_size",
+            "multiples of 64 with hrda.enabled (the encoder's coarsest stride, at half size)",
+            crop,
+        )
+        _require(
+            all(side % grid == 0 for side in detail),
+            "hrda.crop_size",
+            f"multiples of {grid}, twice the stride of the logits, so that the detail lies on the grid of the context",
+            detail,
+        )
+        _require(
+            all(inner <= outer for inner, outer in zip(detail, crop, strict=True)),
+            "hrda.crop_size",
+            f"at most data.crop_size {crop}, of which it is a part",
+            detail,
+        )
+        _require(
+            not self.translates or all(side % 2 == 0 for side in self.data.outer_crop_size),
+            "data.outer_crop_size",
+            "even with hrda.enabled: it is translated at half size",
+            self.data.outer_crop_size,
+        )
+        _require(
+            self.mix.source == "source",
+            "mix.source",
+            "'source' with hrda.enabled: images are translated at half size, and mixed at full size",
+            self.mix.source,
+        )
+        _require(
+            self.uda.source_ce_on == "source",
+            "uda.source_ce_on",
+            "'source' with hrda.enabled: images are translated at half size, and learned from at full size",
+            self.uda.source_ce_on,
+        )
+
+    def _check_generalization(self) -> None:
+        _require(
+            not self.target.path,
+            "target.path",
+            "empty with method generalization: it learns without any target. Set method t2sda to adapt to one",
+            self.target.path,
+        )
+        _require(
+            self.translate.engine not in NEEDS_TARGET,
+            "translate.engine",
+            f"none of {', '.join(NEEDS_TARGET)} with method generalization: they know the target. Take style",
+            self.translate.engine,
+        )
+        _require(
+            self.drw.apply_to == "none",
+            "drw.apply_to",
+            "none with method generalization: there is no confidence on a target to weigh classes by",
+            self.drw.apply_to,
+        )
+        _require(
+            "target" not in (self.pull.query_domain, self.pull.key_domain),
+            "pull.query_domain and pull.key_domain",
+            "source or ptarget with method generalization",
+            (self.pull.query_domain, self.pull.key_domain),
+        )
 
     @property
     def translates(self) -> bool:
         """Whether the objective needs pseudo-target images."""
-        if self.method != "t2sda" or self.translate.engine == "none":
+        if self.method == "source_only" or self.translate.engine == "none":
             return False
-        return self.loss_weights.pull > 0 or self.mix.source == "pseudo_target"
+        pulls = self.loss_weights.pull > 0 and "ptarget" in (self.pull.query_domain, self.pull.key_domain)
+        if self.method == "generalization":
+            return pulls
+        return pulls or self.mix.source == "pseudo_target" or self.uda.source_ce_on == "ptarget"
 
     @property
     def uses_outer_crop(self) -> bool:
-        return self.translates if self.data.outer_crop == "auto" else self.data.outer_crop == "true"
+        translates_windows = self.translates and self.method == "t2sda"
+        return translates_windows if self.data.outer_crop == "auto" else self.data.outer_crop == "true"
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -357,7 +609,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         ValueError: for a missing file, an unknown key (naming the nearest known one), a wrong type or a value out
             of range. The message names the key, the rule and the value.
     """
-    tree: dict[str, Any] = {}
+    tree: dict[str, Any] = draccus.encode(RunConfig())  # a section that is given in part keeps the rest of its default
     if path is not None:
         if not Path(path).is_file():
             raise ValueError(f"config file {str(path)!r} does not exist. Give the path of a YAML file, see configs/.")
@@ -376,7 +628,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         _merge(tree, {key[2:]: _parse_yaml(text, key)}, "", "the command line")
     for item in fields(RunConfig):  # first, because a domain does not know which of the three it is
         if item.type is DomainConfig:
-            _decode(DomainConfig, tree.get(item.name, {}), f"{item.name}.")
+            _decode(DomainConfig, tree[item.name], f"{item.name}.")
     return _decode(RunConfig, tree)
 
 
@@ -422,10 +674,13 @@ def _merge(tree: dict[str, Any], values: Mapping[str, Any], prefix: str, where: 
         for position, part in enumerate([*sections, leaf]):
             types = {item.name: item.type for item in fields(kind)} if is_dataclass(kind) else {}
             if part not in types:
+                while isinstance(value, dict) and value:  # "traget: {path: x}" is about traget.path
+                    inner, value = next(iter(value.items()))
+                    key += f".{inner}"
                 raise ValueError(_unknown_key(key, where))
             kind = types[part]
             if position < len(sections):
-                node = node.setdefault(part, {})
+                node = node[part]
         if is_dataclass(kind):
             if not isinstance(value, dict):
                 inside = ", ".join(known for known in _dotted_keys(RunConfig) if known.startswith(f"{key}."))

@@ -48,9 +48,31 @@ THING_CLASSES: tuple[str, ...] = (
     "bicycle",
 )
 
-# The names of a data set's ids, in the order of the ids.
+
+def _ids(count: int, names: Mapping[int, str]) -> tuple[str, ...]:
+    return tuple(names.get(label_id, VOID) for label_id in range(count))
+
+
+def _cityscapes_at(*ids: int) -> dict[int, str]:
+    """`ids` in the order of the train ids, -1 for a class that is not there."""
+    return {label_id: name for label_id, name in zip(ids, CITYSCAPES_CLASSES, strict=True) if label_id >= 0}
+
+
+# The label ids of Cityscapes and GTA5 (method 3.1).
+_CITYSCAPES_IDS = _ids(35, _cityscapes_at(7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33))
+
+# The names of a data set's ids, in the order of the ids. Several ids may have one name.
 LABEL_SPACES: dict[str, tuple[str, ...]] = {
-    "cityscapes": CITYSCAPES_CLASSES,
+    "cityscapes": CITYSCAPES_CLASSES,  # train ids: also ACDC, Dark Zurich, BDD100K
+    "cityscapes_ids": _CITYSCAPES_IDS,
+    "gta5": _CITYSCAPES_IDS,
+    "synthia": _ids(23, _cityscapes_at(3, 4, 2, 21, 5, 7, 15, 9, 6, 16, 1, 10, 17, 8, 18, 19, 20, 12, 11)),
+    # Vistas 1.2 by Cityscapes' names, as benchmarks of generalisation map it (RobustNet, datasets/mapillary.py).
+    "mapillary": _ids(
+        66,
+        {24: "road", 41: "road", 2: "sidewalk", 47: "pole", 20: "rider", 21: "rider"}
+        | _cityscapes_at(13, 15, 17, 6, 3, 45, 48, 50, 30, 29, 27, 19, 22, 55, 61, 54, 58, 57, 52),
+    ),
     "camvid": (
         "sky",
         "building",
@@ -65,7 +87,38 @@ LABEL_SPACES: dict[str, tuple[str, ...]] = {
         "bicyclist",
         VOID,
     ),
+    "idd_lite": (
+        "drivable",
+        "non-drivable",
+        "living things",
+        "vehicles",
+        "roadside objects",
+        "far objects",
+        "sky",
+    ),
 }
+
+# Colours of masks that were saved as pictures, (R, G, B): class name, for spaces that have standard colours.
+# Cityscapes' polegroups look like poles and its licence plates like cars, so they become those (method 3.1).
+_CITYSCAPES_BY_COLOR = {color: name for name, color in CITYSCAPES_COLORS.items()} | dict.fromkeys(
+    [
+        (0, 0, 0),
+        (20, 20, 20),
+        (111, 74, 0),
+        (81, 0, 81),
+        (250, 170, 160),
+        (230, 150, 140),
+        (180, 165, 180),
+        (150, 100, 100),
+        (150, 120, 90),
+        (0, 0, 90),
+        (0, 0, 110),
+    ],
+    VOID,
+)
+SPACE_COLORS: dict[str, dict[tuple[int, int, int], str]] = dict.fromkeys(
+    ("cityscapes", "cityscapes_ids", "gta5"), _CITYSCAPES_BY_COLOR
+)
 
 
 def id_map(names: Sequence[str], classes: Sequence[str], renames: Mapping[str, str]) -> np.ndarray:

@@ -15,9 +15,17 @@ LAYERS = [
     {"models", "translate", "augment", "losses"},
     {"data", "teacher"},
     {"methods"},
-    {"evaluation", "training"},
+    {"evaluation", "training", "hub"},
 ]
-WITHIN_ROW = {("labels", "config"), ("config", "labels"), ("batch", "labels"), ("training", "evaluation")}
+WITHIN_ROW = {
+    ("labels", "config"),
+    ("config", "labels"),
+    ("batch", "labels"),
+    ("translate", "augment"),
+    ("training", "evaluation"),
+    ("hub", "evaluation"),
+    ("hub", "training"),
+}
 NEVER = {("methods", "data"), *(("models", part) for part in LAYERS[0])}
 
 

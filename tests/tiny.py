@@ -37,6 +37,7 @@ def tiny_model(cfg: RunConfig | None = None, seed: int = 0) -> T2SDAForSemanticS
     torch.manual_seed(seed)
     return T2SDAForSemanticSegmentation(
         T2SDAConfig(
+            encoder="resnet" if cfg.model.size.startswith("resnet") else "mit",
             depths=cfg.model.depths,
             hidden_sizes=cfg.model.hidden_sizes,
             num_attention_heads=cfg.model.num_attention_heads,
@@ -44,8 +45,12 @@ def tiny_model(cfg: RunConfig | None = None, seed: int = 0) -> T2SDAForSemanticS
             head=cfg.model.head,
             classifier_dropout_prob=cfg.model.head_dropout,
             drop_path_rate=cfg.model.drop_path_rate,
+            projector_in_index=cfg.projector.in_index,
             projector_hidden=cfg.projector.hidden,
             projector_dim=cfg.projector.dim,
+            multi_resolution=cfg.hrda.enabled,
+            detail_crop_size=cfg.hrda.crop_size,
+            detail_crops_at_once=cfg.hrda.crops_at_once,
             num_labels=len(cfg.classes),
         )
     )
@@ -55,13 +60,13 @@ def tiny_parts(cfg: RunConfig, seed: int = 0) -> Parts:
     """Student in training mode, a teacher with other weights, the frozen encoder, and the run's engine."""
     student = tiny_model(cfg, seed).train()
     teacher = make_teacher(tiny_model(cfg, seed + 1))
-    teacher.decode_head.classifier.weight.data *= 100  # new ones predict every class with the same confidence
+    head = teacher.decode_head  # new ones predict every class with the same confidence
+    for classifier in head.branches if cfg.model.head == "deeplabv2" else [head.classifier]:
+        classifier.weight.data *= 100
     return Parts(
         student=student,
         teacher=teacher,
-        imagenet=make_teacher(tiny_model(cfg, seed + 2).segformer).eval()
-        if cfg.loss_weights.feature_distance
-        else None,
+        imagenet=make_teacher(tiny_model(cfg, seed + 2).encoder).eval() if cfg.loss_weights.feature_distance else None,
         translate=build_engine(cfg.translate),
         memory=ClassMemory(len(cfg.classes), cfg.projector.dim),
     )

@@ -1,1 +1,1 @@
-"""Pure functions of (tensor, generator): class mixing and colour."""
+"""Pure functions of (tensor, generator): class mixing, colour and patch masks."""

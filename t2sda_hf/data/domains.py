@@ -1,32 +1,26 @@
 """Domains: `datasets` in, images and class ids of the run out.
 
-A domain is a table of rows with an image and perhaps a label map. Where the table comes from (drawn on the spot, a
-parquet file, a folder, the Hub) ends here; what its ids mean is settled once, by class name.
+A domain is a table of rows with an image and perhaps a label map. Where the table comes from is settled in `sources`,
+what is in a file in `files`; what the ids mean is settled here, once, by class name.
 """
 
-import difflib
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Image, load_dataset
-from PIL import Image as PILImage
-from PIL import ImageOps, UnidentifiedImageError
+from datasets import Dataset, Image
+from PIL import ImageColor
 
 from ..config import DomainConfig
-from ..labels import CITYSCAPES_CLASSES, IGNORE_INDEX, LABEL_SPACES, id_map
-from .streets import streets
-from .transforms import Size, resize_image, resized_size
+from ..labels import CITYSCAPES_CLASSES, IGNORE_INDEX, LABEL_SPACES, SPACE_COLORS, id_map
+from .files import Color, LabelRule, read_header, read_ids, read_image
+from .sources import load_rows
+from .transforms import Size, resize_image, resize_labels, resized_size
 
-# Domains that need no path: name -> a function of the domain's config.
-DOMAINS: dict[str, Callable[[DomainConfig], Dataset]] = {
-    "streets-source": lambda config: streets("source", config.split, config.num_images, config.drawing_seed),
-    "streets-target": lambda config: streets("target", config.split, config.num_images, config.drawing_seed),
-}
+COUNTS = "class_counts"  # column of prepared domains: pixels per id at the size of the original file
 
 
 @dataclass(frozen=True)
@@ -35,43 +29,65 @@ class Domain:
 
     Attributes:
         name: for messages and tables.
-        rows: column "image" and, if labelled, "label", both undecoded ({"bytes", "path"}).
-        ids: (256,) uint8, id on disk -> class id of the run or 255; None without labels.
-        known_ids: how many ids the data set defines; larger ones are an error, but 255 is always "ignored".
-        config: resize rule of the domain.
+        table: column "image" and, if labelled, "label", both undecoded ({"bytes", "path"}); perhaps "file_name" and
+            `COUNTS`.
+        rule: what label files mean; None without labels.
+        valid: (h,w) bool, the static validity mask at its own size; None if all is valid.
+        config: crop, resize rule and limits of the domain.
     """
 
     name: str
-    rows: Dataset
-    ids: np.ndarray | None
-    known_ids: int
+    table: Dataset
+    rule: LabelRule | None
+    valid: np.ndarray | None
     config: DomainConfig
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.table)
+
+    @property
+    def rows(self) -> Dataset:
+        """The files alone: "image" and, if labelled, "label"."""
+        return self.table.select_columns([name for name in ("image", "label") if name in self.table.column_names])
+
+    @property
+    def ids(self) -> np.ndarray | None:
+        """(256,) uint8, id on disk -> class id of the run or 255; None without labels."""
+        return None if self.rule is None else self.rule.ids
 
     def image(self, index: int) -> np.ndarray:
-        """(H,W,3) uint8 RGB at the size of the file, turned upright if its EXIF data says so."""
-        with _open(self.rows[index]["image"], self._where(index)) as picture:
-            return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+        """(H,W,3) uint8 RGB at the size of the file or the crop box, turned upright if its EXIF data says so."""
+        row = self.table[index]
+        return self._cut(read_image(row["image"], self.where(row, index), self.config.max_pixels))
 
     def labels(self, index: int) -> np.ndarray:
-        """(H,W) uint8 class ids of the run, 255 ignored, at the size of the file.
+        """(H,W) uint8 class ids of the run, 255 ignored, at the size of the file or the crop box.
 
         Raises:
             ValueError: for a file that is not a map of ids, or for ids the data set does not define.
         """
-        if self.ids is None:
+        row = self.table[index]
+        return self.labels_of(row, self.where(row, index))
+
+    def labels_of(self, row: Mapping[str, Any], where: str) -> np.ndarray:
+        """`labels` of a row."""
+        if self.rule is None:
             raise ValueError(f"domain {self.name} was loaded without labels.")
-        raw = _read_ids(self.rows[index]["label"], self._where(index))
-        return self.ids[_checked(raw, self.known_ids, self._where(index), self.name)]
+        labels = self.rule.ids[self._cut(read_ids(row["label"], where, self.rule, self.config.max_pixels))]
+        if self.valid is not None:
+            labels[~resize_labels(self.valid, (labels.shape[0], labels.shape[1]))] = IGNORE_INDEX
+        return labels
+
+    def validity(self, size: Size) -> np.ndarray | None:
+        """(H,W) bool at `size`, False where the domain's valid_mask is black; None without a mask."""
+        return None if self.valid is None else resize_labels(self.valid, size)
 
     def working_size(self, size: Size) -> Size:
         """Size of an image of `size` after the domain's resize rule."""
         return size if self.config.resize is None else resized_size(size, self.config.resize, self.config.resize_mode)
 
     def network_size(self) -> Size | None:
-        """What every image is brought to for inference: the first one's size by the resize rule; None without a rule."""
+        """What every image is brought to for inference: the first one's size by the resize rule; None without one."""
         if self.config.resize is None:
             return None
         image = self.image(0)
@@ -81,8 +97,21 @@ class Domain:
         image = self.image(index)
         return resize_image(image, self.working_size((image.shape[0], image.shape[1])))
 
-    def _where(self, index: int) -> str:
-        return f"row {index} of {self.name}"
+    def where(self, row: Mapping[str, Any], index: int) -> str:
+        """How messages call a row."""
+        file = row.get("file_name") or (row["image"] or {}).get("path")
+        return f"row {index}{f' ({file})' if file else ''} of {self.name}"
+
+    def _cut(self, array: np.ndarray) -> np.ndarray:
+        if self.config.crop_box is None:
+            return array
+        top, left, height, width = self.config.crop_box
+        if top + height > array.shape[0] or left + width > array.shape[1]:
+            raise ValueError(
+                f"{self.name}: crop_box {self.config.crop_box} (top, left, height, width) reaches beyond an image of "
+                f"{array.shape[1]}x{array.shape[0]} pixels. Make it smaller."
+            )
+        return array[top : top + height, left : left + width]
 
 
 def load_domain(
@@ -91,7 +120,7 @@ def load_domain(
     """Open a domain. Nothing is decoded yet; `check_domain` does that.
 
     Args:
-        domain: a name of `DOMAINS`, a parquet file or folder, a data set of the Hub, or a full DomainConfig.
+        domain: what DomainConfig.path allows, or a full DomainConfig.
         classes: class names of the run.
         labelled: False drops the label column, if there is one, before anything can read it.
 
@@ -99,49 +128,123 @@ def load_domain(
         ValueError: if there is no such data set or split, a column is missing, it is empty, or label names do not fit.
     """
     config = DomainConfig(path=domain) if isinstance(domain, str) else domain
-    rows = _load_rows(config)
+    rows, space = load_rows(config, labelled)
     name = f"{config.path} ({config.split})"
     columns = {"image": config.image_column} | ({"label": config.label_column} if labelled else {})
     for kind, column in columns.items():
-        if column not in rows.column_names:
+        if column not in rows.column_names and len(rows):
             raise ValueError(
-                f"{name} has no column {column!r}: it has {', '.join(rows.column_names)}. Set {kind}_column to one of them."
+                f"{name} has no column {column!r}: it has {', '.join(rows.column_names)}. "
+                f"Set {kind}_column to one of them."
             )
     if config.num_images is not None:
         rows = rows.select(range(min(config.num_images, len(rows))))
     if not len(rows):
         raise ValueError(f"{name} is empty: there is no image to train or test on. Check path and split.")
-    rows = rows.select_columns(list(columns.values()))
+    kept = [
+        column for column in ("file_name", COUNTS) if column in rows.column_names and column not in columns.values()
+    ]
+    rows = rows.select_columns([*columns.values(), *kept])
     for kind, column in columns.items():
+        if "image" not in str(rows.features[column]).lower():
+            raise ValueError(
+                f"{name}: column {column!r} holds {rows.features[column]}, not images. Set {kind}_column to a "
+                "column of image files."
+            )
         rows = rows.cast_column(column, Image(decode=False))
         rows = rows if column == kind else rows.rename_column(column, kind)
-    names = config.class_names or LABEL_SPACES[config.label_space]
     try:
-        ids = id_map(names, classes, config.label_map) if labelled else None
+        rule = label_rule(config, space, classes) if labelled else None
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return Domain(name, rows, ids, len(names), config)
+    return Domain(name, rows, rule, _validity_mask(config), config)
 
 
-def check_domain(domain: Domain, classes: Sequence[str]) -> np.ndarray:
-    """Read every label map and every image header once, before training.
+def label_names(config: DomainConfig, space: str) -> tuple[tuple[str, ...], dict[Color, int] | None]:
+    """Names of the ids 0, 1, ... on disk ("" for an id that is not defined), and the ids of colours, if any."""
+    if config.label_colors:
+        names = tuple(dict.fromkeys(config.label_colors.values()))
+        return names, {_color(text): names.index(name) for text, name in config.label_colors.items()}
+    if config.label_ids:
+        return tuple(config.label_ids.get(label_id, "") for label_id in range(max(config.label_ids) + 1)), None
+    if config.class_names:
+        return config.class_names, None
+    names = LABEL_SPACES[space]
+    table = SPACE_COLORS.get(space)
+    if table is None:
+        return names, None
+    ids = {color: names.index(name) if name in names else IGNORE_INDEX for color, name in table.items()}
+    return names, ids
 
-    Returns:
-        (images, K) int64 pixels per class at the labels' own resolution; zeros without labels.
+
+def label_rule(config: DomainConfig, space: str, classes: Sequence[str]) -> LabelRule:
+    """What the label files of a domain mean for a run with `classes`.
 
     Raises:
-        ValueError: naming the first row that is not an image, has a label map of another size, or shows an id that
-            the data set does not define; or if fewer than two classes occur in a labelled domain.
+        ValueError: see `labels.id_map`.
     """
-    counted = domain.rows.map(
-        partial(_count_row, name=domain.name, ids=domain.ids, known_ids=domain.known_ids, num_classes=len(classes)),
+    names, colors = label_names(config, space)
+    ids = id_map(names, classes, config.label_map)
+    known = np.zeros(256, dtype=bool)
+    known[[label_id for label_id, name in enumerate(names) if name]] = True
+    if config.ignore_id is not None:
+        known[config.ignore_id] = True
+        ids[config.ignore_id] = IGNORE_INDEX
+    return LabelRule(ids, known, colors, bool(config.label_colors), space == "synthia")
+
+
+def _color(text: str) -> Color:
+    """ "R,G,B" or anything Pillow knows as a colour, such as "#804080"."""
+    try:
+        parts = tuple(int(part) for part in text.split(",")) if "," in text and "(" not in text else None
+        red, green, blue = ImageColor.getrgb(text)[:3] if parts is None else parts
+    except ValueError as error:
+        raise ValueError(
+            f'label_colors has the key {text!r}, which is no colour. Write "R,G,B" with 0..255, or "#RRGGBB".'
+        ) from error
+    if not all(0 <= value <= 255 for value in (red, green, blue)):
+        raise ValueError(f"label_colors has the key {text!r}; each of R, G and B must be in 0..255.")
+    return red, green, blue
+
+
+def _validity_mask(config: DomainConfig) -> np.ndarray | None:
+    if not config.valid_mask:
+        return None
+    if not Path(config.valid_mask).is_file():
+        raise ValueError(f"valid_mask {config.valid_mask!r} does not exist. Give a picture: black is never trusted.")
+    pixels = read_image(
+        {"bytes": None, "path": config.valid_mask}, f"valid_mask {config.valid_mask}", config.max_pixels
+    )
+    valid = np.asarray(pixels.any(axis=2))
+    if not valid.any():
+        raise ValueError(f"valid_mask {config.valid_mask!r} is black everywhere: no pixel would be left.")
+    return valid
+
+
+def check_domain(domain: Domain, classes: Sequence[str], num_proc: int | None = None) -> np.ndarray:
+    """Read every label map and every image header once, before training. `datasets` caches what was read.
+
+    Args:
+        num_proc: processes to read with; None reads in this one.
+
+    Returns:
+        (images, K) int64 pixels per class at the labels' own resolution; zeros without labels. A domain that was
+        prepared at a smaller size tells the numbers of its original files.
+
+    Raises:
+        ValueError: naming the first row that is not an image, has a label map of another size or orientation, or shows
+            an id that the data set does not define; or if fewer than two classes occur in a labelled domain.
+    """
+    counted = domain.table.map(
+        partial(_count_row, domain=_without_rows(domain), num_classes=len(classes)),
         with_indices=True,
-        remove_columns=domain.rows.column_names,
+        remove_columns=domain.table.column_names,
+        num_proc=num_proc,
         desc=f"reading {domain.name}",
     )
     counts = np.array(counted["counts"], dtype=np.int64).reshape(len(domain), len(classes))
     present = [name for name, total in zip(classes, counts.sum(axis=0), strict=True) if total]
-    if domain.ids is not None and len(present) < 2:
+    if domain.rule is not None and len(present) < 2:
         raise ValueError(
             f"{domain.name} shows {'only the class ' + present[0] if present else 'none of the classes'}: "
             "at least two are needed. Check label_space and label_map."
@@ -149,70 +252,31 @@ def check_domain(domain: Domain, classes: Sequence[str]) -> np.ndarray:
     return counts
 
 
-def _count_row(
-    row: dict[str, Any], index: int, *, name: str, ids: np.ndarray | None, known_ids: int, num_classes: int
-) -> dict[str, list[int]]:
-    where = f"row {index} of {name}"
-    with _open(row["image"], where) as picture:
-        width, height = ImageOps.exif_transpose(picture).size
-    if ids is None:
+def _without_rows(domain: Domain) -> Domain:
+    """The rules of a domain alone, so that caches do not depend on how its table was made."""
+    return Domain(domain.name, Dataset.from_dict({}), domain.rule, domain.valid, domain.config)
+
+
+def _count_row(row: dict[str, Any], index: int, *, domain: Domain, num_classes: int) -> dict[str, list[int]]:
+    where = domain.where(row, index)
+    size, orientation = read_header(row["image"], where, domain.config.max_pixels)
+    if domain.rule is None:
         return {"counts": [0] * num_classes}
-    labels = _read_ids(row["label"], where)
-    if labels.shape != (height, width):
+    if orientation != 1:
         raise ValueError(
-            f"{where}: the image has {width}x{height} pixels, its label map {labels.shape[1]}x{labels.shape[0]}. "
+            f"{where}: the camera says that the photo must be turned (EXIF orientation {orientation}), which its label "
+            "map cannot say. Save the photo upright, or turn both, and remove the EXIF entry."
+        )
+    raw = read_ids(row["label"], where, domain.rule, domain.config.max_pixels)
+    if raw.shape != size:
+        raise ValueError(
+            f"{where}: the image has {size[1]}x{size[0]} pixels, its label map {raw.shape[1]}x{raw.shape[0]}. "
             "They must be equal; resize or re-export the label map (nearest neighbour)."
         )
-    mapped = ids[_checked(labels, known_ids, where, name)]
-    return {"counts": np.bincount(mapped.ravel(), minlength=IGNORE_INDEX + 1)[:num_classes].tolist()}
-
-
-def _open(cell: dict[str, Any] | None, where: str) -> PILImage.Image:
-    """The picture in a cell {"bytes", "path"}."""
-    if cell is None:
-        raise ValueError(f"{where} is empty: it has no file.")
-    source: Any = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
-    try:
-        return PILImage.open(source)
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{where} ({cell['path'] or 'embedded file'}) cannot be read as an image: {error}") from error
-
-
-def _read_ids(cell: dict[str, Any] | None, where: str) -> np.ndarray:
-    """(H,W) ids as stored. Palette files give their indices: turned to grey they would give brightness."""
-    with _open(cell, where) as picture:
-        if picture.mode not in ("L", "P", "I;16", "I", "1"):
-            raise ValueError(
-                f"{where}: the label map is a {picture.mode} picture, not a map of ids. "
-                "Save class ids as 8-bit grey or palette PNG."
-            )
-        return np.asarray(picture)
-
-
-def _checked(raw: np.ndarray, known_ids: int, where: str, name: str) -> np.ndarray:
-    """`raw` as uint8 if every id is defined or 255."""
-    wrong = raw[(raw >= known_ids) & (raw != IGNORE_INDEX)]
-    if wrong.size:
-        found, times = np.unique(wrong, return_counts=True)
-        listed = ", ".join(f"{value} ({count} pixels)" for value, count in zip(found[:5], times[:5], strict=True))
-        raise ValueError(
-            f"{where} contains the ids {listed}, but its label space has ids 0..{known_ids - 1}, and 255 for ignored "
-            "pixels. Set label_space or class_names to what the ids mean."
-        )
-    return raw.astype(np.uint8)
-
-
-def _load_rows(config: DomainConfig) -> Dataset:
-    if config.path in DOMAINS:
-        return DOMAINS[config.path](config)
-    path = Path(config.path)
-    try:
-        if path.is_file():
-            return load_dataset("parquet", data_files={config.split: str(path)}, split=config.split)
-        if path.is_dir() or config.path.count("/") == 1:
-            return load_dataset(config.path, split=config.split)
-    except (OSError, ValueError) as error:  # missing on the Hub or offline, no such split, no readable file
-        raise ValueError(f"cannot load the data set {config.path!r}, split {config.split!r}: {error}") from error
-    near = difflib.get_close_matches(config.path, DOMAINS, 1)
-    hint = f"Did you mean {near[0]!r}?" if near else f"Domains by name: {', '.join(DOMAINS)}."
-    raise ValueError(f"there is no domain {config.path!r}: no such file, folder or name. {hint}")
+    labels = domain.labels_of(row, where)
+    counts = np.bincount(labels.ravel(), minlength=IGNORE_INDEX + 1)[:num_classes]
+    if COUNTS in row and domain.valid is None and domain.config.crop_box is None:
+        counts = np.zeros(IGNORE_INDEX + 1, dtype=np.int64)
+        np.add.at(counts, domain.rule.ids[: len(row[COUNTS])], row[COUNTS])
+        counts = counts[:num_classes]
+    return {"counts": counts.tolist()}

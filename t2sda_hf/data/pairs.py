@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..batch import UdaBatch
 from ..config import RunConfig
+from ..translate.trained import TranslatedFolder
 from .domains import Domain
 from .rare_class_sampling import RareClasses
 from .transforms import (
@@ -38,12 +39,14 @@ class PairDataset(Dataset):
     source: Domain
     target: Domain | None
     rare: RareClasses | None
+    translated: TranslatedFolder | None = None  # of the source images, instead of an engine that runs along
 
     def __getitem__(self, position: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng([self.config.seed, _DATA_STREAM, position])
         index, wanted = self.rare.draw(rng) if self.rare else (int(rng.integers(len(self.source))), None)
         image = self.source.resized_image(index)
-        labels = resize_labels(self.source.labels(index), (image.shape[0], image.shape[1]))
+        size = (image.shape[0], image.shape[1])
+        labels = resize_labels(self.source.labels(index), size)
 
         data = self.config.data
         outer_size = data.outer_crop_size if self.config.uses_outer_crop else data.crop_size
@@ -60,16 +63,30 @@ class PairDataset(Dataset):
             style = target_image
             if self.config.translate.reference == "random":
                 style = self.target.resized_image(int(rng.integers(len(self.target))))
+            style = resize_image(style, outer_size)
+            if self.translated is not None:  # the translation itself stands where others have its style
+                whole = resize_image(self.translated.image(index), size)
+                style = outer.of(pad_image(whole, outer_size))
             # Flipping window and style together flips the translation: FDA's window is symmetric.
             left = outer_size[1] - data.crop_size[1] - inner.left if flip else inner.left
             sample |= {
                 "outer_source": _flipped(outer_image, flip),
-                "style_reference": _flipped(resize_image(style, outer_size), flip),
+                "style_reference": _flipped(style, flip),
                 "inner_corner": np.array([inner.top, left]),
             }
+        unpadded = (target_image.shape[0], target_image.shape[1])
         target_image = pad_image(target_image, data.crop_size)
         crop = random_window((target_image.shape[0], target_image.shape[1]), data.crop_size, rng)
-        flip_target = data.flip and rng.random() < 0.5
+        flip_target = bool(data.flip and rng.random() < 0.5)
+        uda = self.config.uda
+        size = (target_image.shape[0], target_image.shape[1])
+        valid = self.target.validity(unpadded)
+        if valid is not None or uda.ignore_left or uda.ignore_right:
+            columns = np.arange(size[1])
+            trusted = np.zeros(size, dtype=bool)  # padding is not
+            trusted[: unpadded[0], : unpadded[1]] = True if valid is None else valid
+            trusted &= (columns >= uda.ignore_left) & (columns < unpadded[1] - uda.ignore_right)
+            sample["target_valid"] = _flipped(crop.of(trusted), flip_target)
         return sample | {"target_images": _flipped(crop.of(target_image), flip_target)}
 
     def _source_window(
@@ -78,10 +95,11 @@ class PairDataset(Dataset):
         """Outer window, the crop relative to it, and whether to flip."""
         data, rcs = self.config.data, self.config.rcs
         size = (labels.shape[0], labels.shape[1])
+        multiple = 2 if self.config.hrda.enabled else 1  # pixels of the crop lie evenly in those of half the size
         for _ in range(1 + RETRIES):
             for _ in range(1 + RETRIES):
-                outer = random_window(size, outer_size, rng)
-                inner = random_window(outer_size, data.crop_size, rng)
+                outer = random_window(size, outer_size, rng, multiple)
+                inner = random_window(outer_size, data.crop_size, rng, multiple)
                 crop = outer.inside(inner).of(labels)
                 if data.cat_max_ratio == 1 or shows_several_classes(crop, data.cat_max_ratio):
                     break

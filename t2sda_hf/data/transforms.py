@@ -77,10 +77,13 @@ class Window:
         return Window(self.top + inner.top, self.left + inner.left, inner.height, inner.width)
 
 
-def random_window(size: Size, window: Size, rng: np.random.Generator) -> Window:
-    """A uniformly placed window (every offset, the last included) inside an image of `size`, which must hold it."""
+def random_window(size: Size, window: Size, rng: np.random.Generator, multiple: int = 1) -> Window:
+    """A uniformly placed window (every offset, the last included) inside an image of `size`, which must hold it.
+
+    Offsets are rounded down to a `multiple`.
+    """
     top, left = (int(rng.integers(side - extent + 1)) for side, extent in zip(size, window, strict=True))
-    return Window(top, left, *window)
+    return Window(top - top % multiple, left - left % multiple, *window)
 
 
 def shows_several_classes(labels: np.ndarray, max_ratio: float) -> bool:

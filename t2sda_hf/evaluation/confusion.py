@@ -39,6 +39,16 @@ def confusion_matrix(predictions: Any, labels: Any, num_classes: int, ignore_ind
             "Resize the logits to the labels before argmax; never resize the labels."
         )
     predictions, labels = predictions.reshape(-1), labels.reshape(-1)
+    if predictions.dtype == labels.dtype == np.uint8:
+        counts = _count_bytes(predictions, labels)
+        if 0 <= ignore_index < 256:
+            counts[ignore_index] = 0
+        inside = counts[:num_classes, :num_classes]
+        if inside.sum() != counts.sum():
+            _refuse(predictions, labels, num_classes, ignore_index)
+        matrix = np.zeros((num_classes, num_classes), dtype=np.int64)
+        matrix[: len(inside), : len(inside)] = inside
+        return matrix
     counts = np.zeros(num_classes * num_classes, dtype=np.int64)
     for start in range(0, labels.size, _CHUNK):
         rows, columns = labels[start : start + _CHUNK], predictions[start : start + _CHUNK]
@@ -53,6 +63,26 @@ def confusion_matrix(predictions: Any, labels: Any, num_classes: int, ignore_ind
         pairs += columns.astype(np.intp)
         counts += np.bincount(pairs, minlength=counts.size)
     return counts.reshape(num_classes, num_classes)
+
+
+def _count_bytes(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(256, 256) int64 counts of all pairs (label, prediction) of two flat uint8 arrays.
+
+    Neighbouring pixels mostly show the same pair, so runs of equal pairs are counted, not pixels: twice as fast on
+    street maps. Where there are few such runs, as in noise, pixels are.
+    """
+    counts = np.zeros(65_536, dtype=np.int64)
+    for start in range(0, labels.size, _CHUNK):
+        pairs = labels[start : start + _CHUNK].astype(np.uint16)
+        pairs <<= 8
+        pairs |= predictions[start : start + _CHUNK]
+        ends = np.flatnonzero(pairs[1:] != pairs[:-1])
+        if 4 * ends.size > pairs.size:
+            counts += np.bincount(pairs, minlength=counts.size)
+        else:
+            ends = np.append(ends, pairs.size - 1)
+            np.add.at(counts, pairs[ends], np.diff(ends, prepend=-1))
+    return counts.reshape(256, 256)
 
 
 def scores(matrix: np.ndarray, class_names: Sequence[str] | None = None) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """One pass over a labelled domain: predict, count, sum over processes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
 
@@ -27,6 +29,37 @@ class LabelledDomain(Protocol):
     def labels(self, index: int, /) -> np.ndarray: ...
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some images of a labelled domain.
+
+    Attributes:
+        domain: what they are taken from.
+        indices: which, in this order.
+        name: for messages and tables.
+    """
+
+    domain: LabelledDomain
+    indices: Sequence[int]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def image(self, index: int) -> np.ndarray:
+        return self.domain.image(self.indices[index])
+
+    def labels(self, index: int) -> np.ndarray:
+        return self.domain.labels(self.indices[index])
+
+
+def evenly_spread(domain: LabelledDomain, num_images: int, remark: str = "") -> Part:
+    """At most `num_images` images of a domain at equal distances, its first among them."""
+    num_images = min(num_images, len(domain))
+    indices = [len(domain) * place // num_images for place in range(num_images)]
+    return Part(domain, indices, f"{domain.name}{remark}")
+
+
 def evaluate_model(
     model: nn.Module,
     domain: LabelledDomain,
@@ -39,6 +72,7 @@ def evaluate_model(
     stride: Size | None = None,
     progress: bool = True,
     limit: int | None = None,
+    skip_unreadable: bool = False,
 ) -> dict[str, Any]:
     """Score `model` on every image of `domain` against labels in their own resolution (method 6.1).
 
@@ -55,18 +89,21 @@ def evaluate_model(
         mode, window, stride: see `predict_logits`.
         progress: show a bar on the first process.
         limit: only the first so many images.
+        skip_unreadable: go on after an image or label map that cannot be read, and list it. It is for data somebody
+            else made; the score is then of other images than the same score elsewhere.
 
     Returns:
         On every process the same, ready for JSON. All scores in %, None for 0/0:
 
         - domain: its name; num_images: how many were scored
+        - unreadable: what was left out and why, in words; empty unless `skip_unreadable`
         - miou, pixel_accuracy, mean_accuracy: see `confusion.scores`
         - iou: class name -> score. None is a class neither labelled nor predicted, left out of miou
         - confusion: (K, K) list of lists of pixel counts, rows = labels, columns = predictions
 
     Raises:
-        ValueError: if the domain is empty, an image and its labels differ in size, or a label or prediction is not a
-            class id. Domain and image are named.
+        ValueError: if the domain is empty or nothing in it can be read, an image and its labels differ in size, or a
+            label or prediction is not a class id. Domain and image are named.
     """
     num_images = len(domain) if limit is None else min(limit, len(domain))
     if num_images < 1:
@@ -74,12 +111,19 @@ def evaluate_model(
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     device = next(model.parameters()).device
     matrix = np.zeros((len(classes), len(classes)), dtype=np.int64)
+    unreadable: list[str] = []
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         shard = range(rank, num_images, world)
         for index in tqdm(shard, desc=f"evaluate {domain.name}", disable=not progress or rank != 0):
-            image, labels = domain.image(index), domain.labels(index)
+            try:
+                image, labels = domain.image(index), domain.labels(index)
+            except (ValueError, OSError) as error:
+                if not skip_unreadable:
+                    raise
+                unreadable.append(str(error))
+                continue
             if image.shape[:2] != labels.shape:
                 raise ValueError(
                     f"{domain.name}, image {index}: the image has {image.shape[:2]} pixels, its labels {labels.shape}."
@@ -95,10 +139,14 @@ def evaluate_model(
             module.training = mode_before
     if accelerator is not None:
         matrix = accelerator.reduce(torch.from_numpy(matrix).to(accelerator.device), reduction="sum").cpu().numpy()
+        unreadable = sorted(gather_object(unreadable))
+    if len(unreadable) == num_images:
+        raise ValueError(f"none of the {num_images} images of {domain.name} can be scored. The first: {unreadable[0]}")
     result = scores(matrix, classes)
     return {
         "domain": domain.name,
-        "num_images": num_images,
+        "num_images": num_images - len(unreadable),
+        "unreadable": unreadable,
         "miou": _percent(result["mean_iou"]),
         "pixel_accuracy": _percent(result["overall_accuracy"]),
         "mean_accuracy": _percent(result["mean_accuracy"]),
@@ -107,34 +155,5 @@ def evaluate_model(
     }
 
 
-def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Results of `evaluate_model` side by side, as a Markdown table that is aligned as plain text too.
-
-    Args:
-        results: column title -> result. Classes that one result does not have are shown as "-".
-
-    Returns:
-        One row per class and then mIoU, pixel accuracy and mean accuracy, in % with two decimals.
-    """
-    names = dict.fromkeys(name for result in results.values() for name in result["iou"])
-    scored = {name: [result["iou"].get(name) for result in results.values()] for name in names}
-    for title, key in (("mIoU", "miou"), ("pixel accuracy", "pixel_accuracy"), ("mean accuracy", "mean_accuracy")):
-        scored[title] = [result[key] for result in results.values()]
-    rows = [["class", *results], *([title, *map(_cell, values)] for title, values in scored.items())]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [_line(row, widths) for row in rows]
-    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([lines[0], _line(rule, widths), *lines[1:]])
-
-
 def _percent(share: float) -> float | None:
     return None if np.isnan(share) else 100 * share
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = zip(cells, widths, strict=True)
-    return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]) + " |"

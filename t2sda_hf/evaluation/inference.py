@@ -1,16 +1,26 @@
 """Prediction for images of any size: the whole image at once, or in overlapping windows (method 6.1)."""
 
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import file_digest
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import httpx2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import get_session
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import ImageProcessingMixin
+from transformers import ImageProcessingMixin, PreTrainedConfig
+from transformers.utils import logging
 
-from ..batch import normalize
-from ..data.transforms import Size, resize_image
-from ..models import T2SDAForSemanticSegmentation
+from ..data.transforms import Size
+from ..models import T2SDAConfig, T2SDAForSemanticSegmentation, T2SDAImageProcessor
 
 # The encoder's coarsest stride. On fewer pixels its last levels have nothing left to convolve.
 MIN_SIDE = 32
@@ -24,6 +34,19 @@ class SegmentationModel(Protocol):
     def __call__(self, pixel_values: Tensor) -> Any: ...
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """What is seen in B images of one size.
+
+    Attributes:
+        labels: (B,H,W) uint8 class ids.
+        confidence: (B,H,W) float32, the softmax probability of that class, in (0,1]; None if it was not asked for.
+    """
+
+    labels: Tensor
+    confidence: Tensor | None
+
+
 def load_model(name_or_path: str) -> tuple[T2SDAForSemanticSegmentation, tuple[str, ...]]:
     """A trained model in eval mode on the CPU, and the names of its classes, position = class id.
 
@@ -31,15 +54,29 @@ def load_model(name_or_path: str) -> tuple[T2SDAForSemanticSegmentation, tuple[s
         name_or_path: a folder or a Hub id, of a T2S-DA model or of a plain SegFormer.
 
     Raises:
-        ValueError: if there is no such model, or if it has no trained head.
+        ValueError: in one sentence with the cure: if there is no such model, it may not be read, the Hub cannot be
+            reached, it is of another architecture, its files are damaged, or it has no trained head.
     """
     loaded: Any
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers would print a table; what is wrong raises below
+    cached = {"local_files_only": True} if not Path(name_or_path).exists() and not _hub_answers() else {}
     try:
+        config, _ = PreTrainedConfig.get_config_dict(name_or_path, **cached)
+        model_type = config.get("model_type", "unknown")
+        if model_type not in (T2SDAConfig.model_type, "segformer"):
+            raise ValueError(
+                f"{name_or_path!r} is a {model_type!r} model: give a T2S-DA model or a SegFormer, or load it with its "
+                "own Auto class."
+            )
         loaded = T2SDAForSemanticSegmentation.from_pretrained(
-            name_or_path, output_loading_info=True, dtype=torch.float32
+            name_or_path, output_loading_info=True, dtype=torch.float32, **cached
         )
-    except OSError as error:
-        raise ValueError(f"cannot load a model from {name_or_path!r}: {str(error).splitlines()[0]}") from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(_why_not_loaded(name_or_path, error)) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    _refuse_damage(name_or_path)
     model, info = loaded
     if any(name.startswith("decode_head.") for name in info["missing_keys"]):
         raise ValueError(f"{name_or_path!r} has no segmentation head: it is an encoder that still needs training.")
@@ -53,8 +90,9 @@ def saved_image_size(name_or_path: str) -> Size | None:
         ValueError: if there is no image processor, or if it makes other sizes of other images.
     """
     advice = "Give the network's input size instead: --image_size HEIGHT WIDTH."
+    cached = {"local_files_only": True} if not Path(name_or_path).exists() and not _hub_answers() else {}
     try:
-        processor, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
+        processor, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path, **cached)
     except OSError as error:
         raise ValueError(f"{name_or_path!r} has no image processor that states an input size. {advice}") from error
     size = processor.get("size")
@@ -76,10 +114,10 @@ def to_pixel_values(image: np.ndarray, size: Size | None, device: torch.device) 
     Returns:
         (1, 3, *size) float32 on `device`, normalised.
     """
-    if size is not None and image.shape[:2] != size:
-        image = resize_image(image.copy(), size)  # decoded files are read-only arrays, of which PyTorch warns
-    images = torch.tensor(image, device=device).permute(2, 0, 1)[None].float() / 255
-    return normalize(images)
+    # The image processor itself, so that the pixels are those that others get from the saved one. Channels first: an
+    # image of three rows would be taken for one. Copied, because decoded files are read-only arrays.
+    channels_first = torch.from_numpy(image.transpose(2, 0, 1).copy())
+    return T2SDAImageProcessor(size=size)(channels_first, return_tensors="pt")["pixel_values"].to(device)
 
 
 @torch.no_grad()
@@ -109,29 +147,9 @@ def predict_logits(
     Raises:
         ValueError: for another mode, or a window and stride that are missing, not positive or leave gaps.
     """
-    size = _size(pixel_values)
-    if mode == "whole":
-        return _upsample(_raw_logits(model, pixel_values), size)
-    window, stride = _checked_windows(mode, window, stride)
-    if size[0] <= window[0] and size[1] <= window[1]:
-        return _upsample(_raw_logits(model, pixel_values), size)
-    tops, lefts = (_starts(*axis) for axis in zip(size, window, stride, strict=True))
-    total: Tensor | None = None
-    num_windows = pixel_values.new_zeros(size, dtype=torch.float32)
-    for top in tops:
-        for left in lefts:
-            box = (..., slice(top, top + window[0]), slice(left, left + window[1]))
-            crop = pixel_values[box]
-            logits = _upsample(_raw_logits(model, crop), _size(crop))
-            if total is None:
-                total = logits.new_zeros(*logits.shape[:2], *size)
-            total[box] += logits
-            num_windows[box] += 1
-    assert total is not None
-    return total.div_(num_windows)
+    return torch.cat(list(_strips(model, pixel_values, mode, window, stride)), dim=2)
 
 
-@torch.no_grad()
 def predict_labels(
     model: SegmentationModel,
     pixel_values: Tensor,
@@ -140,38 +158,97 @@ def predict_labels(
     window: Size | None = None,
     stride: Size | None = None,
 ) -> Tensor:
+    """The labels of `predict`: (B, *size) uint8 class ids."""
+    return predict(model, pixel_values, size, mode, window, stride).labels
+
+
+@torch.no_grad()
+def predict(
+    model: SegmentationModel,
+    pixel_values: Tensor,
+    size: Size,
+    mode: Mode = "whole",
+    window: Size | None = None,
+    stride: Size | None = None,
+    confidence: bool = False,
+) -> Prediction:
     """Class of every pixel of the original image.
 
     Two bilinear steps, to the network's input size and from there to `size`, then argmax: the order of the published
     numbers. It works through the classes one by one with a running maximum, so that about 10 bytes per output pixel
-    are held instead of 4 K, with the labels of the plain `argmax` exactly.
+    are held instead of 4 K, with the labels of the plain `argmax` exactly. In "slide" mode at the input's own size
+    rows are decided as soon as the last window that sees them is done.
 
     Args:
         model, pixel_values, mode, window, stride: as in `predict_logits`; at most 256 classes.
         size: (height, width) of the output.
-
-    Returns:
-        (B, *size) uint8 class ids.
+        confidence: also the probability of the class that was chosen.
 
     Raises:
         ValueError: as `predict_logits`.
     """
     if mode == "whole":
-        logits = _raw_logits(model, pixel_values)
-    else:
-        logits = predict_logits(model, pixel_values, mode, window, stride)
+        return _decide(_raw_logits(model, pixel_values), _size(pixel_values), size, confidence)
+    strips = _strips(model, pixel_values, mode, window, stride)
+    if _size(pixel_values) == tuple(size):
+        decided = [_decide(strip, _size(strip), _size(strip), confidence) for strip in strips]
+        labels, sure = zip(*((one.labels, one.confidence) for one in decided), strict=True)
+        return Prediction(torch.cat(labels, dim=1), torch.cat(sure, dim=1) if confidence else None)
+    logits = torch.cat(list(strips), dim=2)
+    return _decide(logits, _size(logits), size, confidence)
+
+
+def _decide(logits: Tensor, through: Size, size: Size, confidence: bool) -> Prediction:
+    """Argmax of logits that are upsampled to `through` and then to `size`, class by class."""
     if logits.shape[1] > 256:
         raise ValueError(f"labels are bytes, so the model may have at most 256 classes; it has {logits.shape[1]}.")
     labels = torch.zeros(len(logits), *size, dtype=torch.uint8, device=logits.device)
     best: Tensor | None = None
+    total: Tensor | None = None  # Σ exp(score - best) over the classes so far
     for class_id in range(logits.shape[1]):
-        score = _upsample(_upsample(logits[:, class_id : class_id + 1], _size(pixel_values)), size)[:, 0]
+        score = _upsample(_upsample(logits[:, class_id : class_id + 1], through), size)[:, 0]
         if best is None:
             best = score
-        else:
-            labels.masked_fill_(score > best, class_id)
-            best = torch.maximum(best, score)
-    return labels
+            total = torch.ones_like(score) if confidence else None
+            continue
+        labels.masked_fill_(score > best, class_id)
+        higher = torch.maximum(best, score)
+        if total is not None:
+            total = total * (best - higher).exp() + (score - higher).exp()
+        best = higher
+    return Prediction(labels, None if total is None else 1 / total)
+
+
+def _strips(
+    model: SegmentationModel, pixel_values: Tensor, mode: Mode, window: Size | None, stride: Size | None
+) -> Iterator[Tensor]:
+    """The rows of `predict_logits` from top to bottom, (B,K,rows,W) each, as soon as no window will add to them."""
+    size = _size(pixel_values)
+    if mode == "whole":
+        yield _upsample(_raw_logits(model, pixel_values), size)
+        return
+    window, stride = _checked_windows(mode, window, stride)
+    if size[0] <= window[0] and size[1] <= window[1]:
+        yield _upsample(_raw_logits(model, pixel_values), size)
+        return
+    tops, lefts = (_starts(*axis) for axis in zip(size, window, stride, strict=True))
+    height = min(window[0], size[0])
+    total: Tensor | None = None  # (B,K,height,W), the rows from `top` on
+    num_windows = pixel_values.new_zeros(height, size[1], dtype=torch.float32)
+    for top, next_top in zip(tops, [*tops[1:], size[0]], strict=True):
+        for left in lefts:
+            columns = slice(left, left + window[1])
+            crop = pixel_values[..., top : top + window[0], columns]
+            logits = _upsample(_raw_logits(model, crop), _size(crop))
+            if total is None:
+                total = logits.new_zeros(*logits.shape[:2], height, size[1])
+            total[..., columns] += logits
+            num_windows[:, columns] += 1
+        assert total is not None
+        done = next_top - top
+        yield total[..., :done, :] / num_windows[:done]
+        total = torch.cat([total[..., done:, :], torch.zeros_like(total[..., :done, :])], dim=2)
+        num_windows = torch.cat([num_windows[done:], torch.zeros_like(num_windows[:done])])
 
 
 def _raw_logits(model: SegmentationModel, pixel_values: Tensor) -> Tensor:
@@ -204,3 +281,60 @@ def _checked_windows(mode: str, window: Size | None, stride: Size | None) -> tup
     if min(*window, *stride) < 1 or stride[0] > window[0] or stride[1] > window[1]:
         raise ValueError(f"stride must be positive and at most the window {window}, to miss no pixel; got {stride}.")
     return window, stride
+
+
+def _why_not_loaded(name: str, error: Exception) -> str:
+    """One sentence, with the cure."""
+    where = f"cannot load a model from {name!r}:"
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    answers = [one.response.status_code for one in causes if isinstance(one, HfHubHTTPError)]
+    if answers and answers[-1] == 403:
+        return f"{where} your token may not read it. Ask its owner, or give another token (hf auth login)."
+    if answers and answers[-1] in (401, 404):
+        return (
+            f"{where} neither a folder here nor a model that the Hub shows to you. Check the spelling; for a private "
+            "one run `hf auth login`."
+        )
+    if answers:
+        return f"{where} the Hub answered with an error ({answers[-1]}). Try again later."
+    if "mismatched_sizes" in str(error):
+        return (
+            f"{where} its weights have other shapes than its config.json says, which another number of classes does. "
+            "Give the config that belongs to the weights."
+        )
+    if not isinstance(error, OSError):
+        return f"{where} its weights do not fit its config.json, or are damaged ({str(error).splitlines()[0]})."
+    if Path(name).is_dir():
+        return f"{where} {str(error).splitlines()[0]}"
+    if constants.HF_HUB_OFFLINE:
+        return f"{where} it is neither a folder nor among the downloaded models, and HF_HUB_OFFLINE is set."
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return f"{where} there is no such folder."
+    return f"{where} it is no folder, and the Hub cannot be reached. Check the connection and HF_ENDPOINT."
+
+
+def _hub_answers() -> bool:
+    """One request without the minute of tries that huggingface_hub makes; True also if it is not to be asked at all."""
+    if constants.HF_HUB_OFFLINE:
+        return True
+    try:
+        get_session().head(constants.ENDPOINT, timeout=2.5)
+    except httpx2.TransportError:
+        return False
+    return True
+
+
+def _refuse_damage(name: str) -> None:
+    """ValueError if weights of the Hub's cache are not those that the Hub named: there a file's name is its sha256."""
+    path = None if Path(name).exists() else try_to_load_from_cache(name, "model.safetensors")
+    if not isinstance(path, str):
+        return
+    stored = Path(path).resolve()
+    with stored.open("rb") as file:
+        if re.fullmatch(r"[0-9a-f]{64}", stored.name) and file_digest(file, "sha256").hexdigest() != stored.name:
+            raise ValueError(
+                f"the weights of {name!r} were damaged on their way from the Hub (their sha256 differs). "
+                f"Remove {stored} and load again."
+            )

@@ -212,6 +212,7 @@ def sample_pull(
     negatives: Literal["denps", "pooled"] = "denps",
     share: Literal["class", "query"] = "class",
     ignore_as_negative: bool = False,
+    query_labels: Tensor | None = None,
 ) -> PullSamples:
     """Draw queries and negatives (paper section 3.4, method 5.4 and 5.6).
 
@@ -226,6 +227,7 @@ def sample_pull(
         negatives: "denps" draws half from each domain, "pooled" draws from their union.
         share: one set of negatives for a class, or one for every query.
         ignore_as_negative: admit source pixels labelled 255 as negatives of every class.
+        query_labels: (B,h,w) int64 of the images that are pulled, 255 ignored, if they are not the source's scenes.
 
     Returns:
         PullSamples. A class without pixels here, or without any negative for its queries, keeps its queries out of
@@ -241,15 +243,20 @@ def sample_pull(
     if pseudo_labels is not None and unreliable is not None:
         target = sort_by_class(pseudo_labels.flatten(), unreliable.flatten(), num_classes, generator)
 
+    asked, asked_labels = source, flat
+    if query_labels is not None:
+        asked_labels = query_labels.flatten()
+        valid = asked_labels != IGNORE_INDEX
+        asked = sort_by_class(asked_labels.clamp(max=num_classes), valid, num_classes, generator)
     rows: list[Tensor] = [
-        source.of_class(class_id, wanted if source.counts[class_id] else 0, generator)
+        asked.of_class(class_id, wanted if asked.counts[class_id] else 0, generator)
         for class_id, wanted in enumerate(queries_per_class)
     ]
     if uniform_queries is not None:
-        num_known = sum(source.counts[:num_classes])
+        num_known = sum(asked.counts[:num_classes])
         picked = torch.randint(max(num_known, 1), (uniform_queries if num_known else 0,), generator=generator)
-        pixels = source.order[picked.to(source.order.device)]
-        rows = [pixels[flat[pixels] == class_id] for class_id in range(num_classes)]
+        pixels = asked.order[picked.to(asked.order.device)]
+        rows = [pixels[asked_labels[pixels] == class_id] for class_id in range(num_classes)]
 
     samples = PullSamples([], [], [], [])
     for class_id, queries in enumerate(rows):

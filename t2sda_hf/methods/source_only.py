@@ -7,8 +7,8 @@ from torch import Generator, Tensor
 from ..augment.color import photometric_distortion
 from ..batch import UdaBatch, normalize
 from ..config import RunConfig
-from ..losses.segmentation import segmentation_loss
 from .parts import Parts
+from .t2sda import draw_box, fused_and_detail_loss
 
 
 def source_only_losses(
@@ -21,4 +21,6 @@ def source_only_losses(
 ) -> Iterator[dict[str, Tensor]]:
     """Cross-entropy on photometrically distorted source images (method 3.4, last paragraphs)."""
     images = photometric_distortion(batch.source_images, generator)
-    yield {"source": segmentation_loss(parts.student(normalize(images)).logits, batch.source_labels)}
+    labels = batch.source_labels
+    output = parts.student(normalize(images), detail_box=draw_box(cfg, labels, generator))
+    yield {"source": fused_and_detail_loss(output, labels, cfg)}

@@ -4,7 +4,7 @@ without this package: they import torch, transformers, numpy, PIL and each other
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 
-from .configuration_t2sda import MIT_SIZES, T2SDAConfig
+from .configuration_t2sda import MIT_SIZES, RESNET_SIZES, T2SDAConfig
 from .image_processing_t2sda import T2SDAImageProcessor
 from .modeling_t2sda import T2SDAForSemanticSegmentation, T2SDAOutput
 from .pretrained import load_pretrained_encoder
@@ -22,6 +22,7 @@ MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[T2SDAConfig.model_type] = T2SDAFor
 
 __all__ = [
     "MIT_SIZES",
+    "RESNET_SIZES",
     "T2SDAConfig",
     "T2SDAForSemanticSegmentation",
     "T2SDAImageProcessor",

@@ -1,4 +1,4 @@
-"""Configuration of T2S-DA networks: SegFormer's own fields, and those of the segmentation head and the projector."""
+"""Configuration of T2S-DA networks: SegFormer's own fields, and those of the other encoder, of heads and projector."""
 
 from dataclasses import fields
 from typing import Any
@@ -14,7 +14,13 @@ MIT_SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     "mit_b4": {"depths": (3, 8, 27, 3), "hidden_sizes": (64, 128, 320, 512)},
     "mit_b5": {"depths": (3, 6, 40, 3), "hidden_sizes": (64, 128, 320, 512)},
 }
-HEADS = ("daformer", "all_mlp")
+# Dilated ResNets with a deep stem (method 1.4).
+RESNET_SIZES: dict[str, dict[str, tuple[int, ...]]] = {
+    "resnet50c": {"depths": (3, 4, 6, 3), "hidden_sizes": (256, 512, 1024, 2048)},
+    "resnet101c": {"depths": (3, 4, 23, 3), "hidden_sizes": (256, 512, 1024, 2048)},
+}
+ENCODERS = ("mit", "resnet")
+HEADS = ("daformer", "all_mlp", "deeplabv2")
 
 
 class T2SDAConfig(SegformerConfig):
@@ -24,10 +30,13 @@ class T2SDAConfig(SegformerConfig):
     is "all_mlp" there unless it is given.
 
     Attributes:
-        head: "daformer" (method 1.3, the paper's) or "all_mlp" (SegFormer's own, method 1.2).
+        encoder: "mit" (Mix Transformer, method 1.1) or "resnet" (ResNet v1c of stride 8, method 1.4). Of SegFormer's
+            fields the latter reads `depths`, `hidden_sizes` and `num_channels`.
+        head: "daformer" (method 1.3, the paper's), "all_mlp" (SegFormer's own, method 1.2) or "deeplabv2" (method 1.4).
         decoder_hidden_size: channels of the head: E of the all-MLP head, 256 in the DAFormer head.
         classifier_dropout_prob: whole channels are dropped with this probability before the classifier.
-        head_dilations: of the DAFormer head's branches. 1 is a 1x1 convolution, all others are separable 3x3.
+        head_dilations: of the branches of the DAFormer head (1, 6, 12, 18; 1 is a 1x1 convolution, all others are
+            separable 3x3) or of the DeepLab-V2 head (6, 12). None takes these.
         projector_dim: D, channels of the embeddings.
         projector_hidden: channels between the projector's two blocks.
         projector_kernel: 1 or 3, of both blocks.
@@ -36,6 +45,11 @@ class T2SDAConfig(SegformerConfig):
         projector_final_relu: whether the second block ends in a ReLU, which makes embeddings non-negative.
         encoder_ln_eps_fix: use `layer_norm_eps` (1e-6) in the norms of blocks and stages, as the original MiT does.
             transformers builds them with 1e-5 whatever the config says (method 1.1).
+        multi_resolution: HRDA (method 1.5): the network sees a context at half size and detail crops at full size.
+        detail_crop_size: (height, width) of the crops, in pixels of the full image.
+        detail_crops_at_once: at most so many crops (images times crops) run together; None runs all. It limits
+            memory. In eval mode it changes nothing; a teacher, whose batch norm uses the statistics of what it sees
+            at once, then sees fewer crops.
 
     Raises:
         ValueError: if a value is outside what is stated here.
@@ -43,20 +57,31 @@ class T2SDAConfig(SegformerConfig):
 
     model_type = "t2sda"
 
+    encoder: str = "mit"
     head: str = "daformer"
-    head_dilations: list[int] | tuple[int, ...] = (1, 6, 12, 18)
+    head_dilations: list[int] | tuple[int, ...] | None = None
     projector_dim: int = 256
     projector_hidden: int = 256
     projector_kernel: int = 1
     projector_in_index: list[int] | tuple[int, ...] = (0, 1, 2, 3)
     projector_final_relu: bool = True
     encoder_ln_eps_fix: bool = True
+    multi_resolution: bool = False
+    detail_crop_size: list[int] | tuple[int, ...] = (512, 512)
+    detail_crops_at_once: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         # JSON knows no tuples: without this a reloaded config would differ from the one that was saved.
+        if self.head_dilations is None:
+            self.head_dilations = (6, 12) if self.head == "deeplabv2" else (1, 6, 12, 18)
         self.head_dilations = tuple(self.head_dilations)
         self.projector_in_index = tuple(self.projector_in_index)
+        self.detail_crop_size = tuple(self.detail_crop_size)
+        if self.encoder not in ENCODERS:
+            raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}; got {self.encoder!r}.")
+        if self.encoder == "resnet" and any(size % 8 for size in self.hidden_sizes):
+            raise ValueError(f"hidden_sizes of a ResNet must be multiples of 8; got {tuple(self.hidden_sizes)}.")
         if self.head not in HEADS:
             raise ValueError(f"head must be one of {', '.join(HEADS)}; got {self.head!r}.")
         if self.projector_kernel not in (1, 3):
@@ -80,6 +105,26 @@ class T2SDAConfig(SegformerConfig):
                 raise ValueError(f"{name} must be at least 1; got {channels}.")
         if not self.reshape_last_stage:
             raise ValueError("reshape_last_stage must be True: the heads read maps, not tokens.")
+        crop, grid = self.detail_crop_size, self.detail_grid
+        if self.multi_resolution and (len(crop) != 2 or min(crop) < 32 or any(side % grid for side in crop)):
+            raise ValueError(
+                f"detail_crop_size must be two multiples of {grid} (twice the logits' stride), at least 32, so that "
+                f"the crop lies on the grid of the context; got {crop}."
+            )
+        if self.detail_crops_at_once is not None and self.detail_crops_at_once < 1:
+            raise ValueError(f"detail_crops_at_once must be at least 1, or None; got {self.detail_crops_at_once}.")
+
+    @property
+    def logits_stride(self) -> int:
+        """Pixels per cell of the logits: 4, with the DeepLab-V2 head that of the encoder's last map."""
+        if self.head != "deeplabv2":
+            return 4
+        return 8 if self.encoder == "resnet" else 32
+
+    @property
+    def detail_grid(self) -> int:
+        """Pixels of the full image per cell of the context's logits: sides and offsets of crops divide by it."""
+        return 2 * self.logits_stride
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "T2SDAConfig":
@@ -96,17 +141,21 @@ class T2SDAConfig(SegformerConfig):
 
     @classmethod
     def from_size(cls, size: str, **overrides: Any) -> "T2SDAConfig":
-        """The config of a Mix Transformer by name, without any download.
+        """The config of an encoder by name, without any download.
 
         Args:
-            size: "mit_b0" ... "mit_b5".
+            size: "mit_b0" ... "mit_b5", "resnet50c" or "resnet101c".
             overrides: any field. `decoder_hidden_size` is 256, but 768 for the all-MLP head on B2 to B5 (method 1.2).
+                With a ResNet the head is DeepLab-V2's, and the projector reads the last stage (method 1.4, 1.6).
 
         Raises:
             ValueError: for another name.
         """
+        if size in RESNET_SIZES:
+            resnet: dict[str, Any] = {"encoder": "resnet", "head": "deeplabv2", "projector_in_index": (3,)}
+            return cls(**(resnet | RESNET_SIZES[size] | overrides))
         if size not in MIT_SIZES:
-            raise ValueError(f"size must be one of {', '.join(MIT_SIZES)}; got {size!r}.")
+            raise ValueError(f"size must be one of {', '.join([*RESNET_SIZES, *MIT_SIZES])}; got {size!r}.")
         values: dict[str, Any] = dict(MIT_SIZES[size])
         if overrides.get("head") == "all_mlp" and size not in ("mit_b0", "mit_b1"):
             values["decoder_hidden_size"] = 768

@@ -1,4 +1,4 @@
-"""Segmentation heads on the four maps of a Mix Transformer. All return logits at the size of the finest map."""
+"""Segmentation heads on the four maps of an encoder. Two return logits at the size of the finest, one of the last."""
 
 from collections.abc import Sequence
 
@@ -156,3 +156,32 @@ class DAFormerHead(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Maps (B,C_i,h_i,w_i), finest first -> logits (B,num_labels,h_0,w_0)."""
         return self.classifier(self.dropout(self.penultimate(features)))
+
+
+class DeepLabV2Head(nn.Module):
+    """DeepLab-V2's head, as AdaptSegNet, DACS and DAFormer run it (method 1.4): a sum of dilated 3x3 convolutions.
+
+    It reads the last map alone and is linear: no norm, no activation, no dropout. The paper of DeepLab-V2 has four
+    branches (6, 12, 18, 24); the public code of its descendants returns after the second. With 2048 channels and 19
+    outputs these two have 700,454 parameters.
+
+    Args:
+        in_channels: of the last map.
+        num_labels: outputs.
+        dilations: one branch each.
+    """
+
+    def __init__(self, in_channels: int, num_labels: int, dilations: Sequence[int] = (6, 12)) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Conv2d(in_channels, num_labels, 3, padding=dilation, dilation=dilation) for dilation in dilations
+        )
+
+    def penultimate(self, features: Sequence[Tensor]) -> Tensor:
+        """What the classifiers read: the last map (the feature of method 6.3)."""
+        return features[-1]
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Maps (B,C_i,h_i,w_i) -> logits (B,num_labels,h,w) at the size of the last."""
+        first, *others = (branch(self.penultimate(features)) for branch in self.branches)
+        return sum(others, first)

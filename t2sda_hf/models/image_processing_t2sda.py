@@ -13,6 +13,8 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.utils import TensorType
 
+from .heads import upsample
+
 RESIZE_RULES = ("exact", "keep_ratio")
 
 
@@ -161,8 +163,9 @@ class T2SDAImageProcessor(BaseImageProcessor):
 
         Args:
             outputs: the model's output; its `logits` (B,C,h,w) are read.
-            target_sizes: (height, width) of every image, to which the logits are upsampled (bilinear) before the
-                decision. None decides at the size of the logits.
+            target_sizes: (height, width) of every image before `preprocess`, to which the logits are upsampled before
+                the decision: bilinear to the network's input size and from there to the image's, in the order of
+                the published numbers. None decides at the size of the logits.
 
         Returns:
             B maps (H,W) int64.
@@ -177,7 +180,7 @@ class T2SDAImageProcessor(BaseImageProcessor):
             raise ValueError(f"target_sizes must be one per image: got {len(target_sizes)} for {len(logits)} images.")
         sizes = [(int(height), int(width)) for height, width in target_sizes]
         return [
-            F.interpolate(one[None], size=size, mode="bilinear", align_corners=False)[0].argmax(dim=0)
+            upsample(upsample(one[None], self._target_size(*size)), size)[0].argmax(dim=0)
             for one, size in zip(logits, sizes, strict=True)
         ]
 
@@ -196,7 +199,8 @@ def keep_ratio_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int
 def to_channels_first(image: Image.Image | np.ndarray | Tensor) -> Tensor:
     """One RGB image of any accepted kind -> (3,H,W), dtype kept. ValueError if it has no three channels."""
     if isinstance(image, Image.Image):
-        image = np.asarray(image.convert("RGB"))
+        # Channels first already here: a picture of 3 rows would be taken for one.
+        image = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
     # A copy where it is needed: arrays of PIL images cannot be written to, and torch warns of that.
     pixels = image.detach().cpu() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
     if pixels.ndim != 3 or 3 not in (pixels.shape[0], pixels.shape[2]):

@@ -1,4 +1,4 @@
-"""SegFormer with a segmentation head and a projector, as one transformers model (method 1.1 to 1.3 and 1.6)."""
+"""Encoder, segmentation head and projector at one or two resolutions, as one transformers model (method 1)."""
 
 import math
 from collections.abc import Sequence
@@ -14,8 +14,13 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_t2sda import T2SDAConfig
-from .heads import AllMLPHead, DAFormerHead, upsample
+from .heads import AllMLPHead, DAFormerHead, DeepLabV2Head, upsample
+from .multi_resolution import Box, context_images, cut, fuse, mean_of_crops, pad_to_grid, scaled, slide_boxes
 from .projector import Projector
+from .resnet import ResNetV1cEncoder
+
+# Below this a Mix Transformer's last levels have nothing left to convolve, and a context is half of the image.
+SMALLEST_OF_TWO_RESOLUTIONS = 64
 
 
 @dataclass
@@ -24,25 +29,36 @@ class T2SDAOutput(ModelOutput):
 
     Attributes:
         loss: scalar, with `labels`.
-        logits: (B,num_labels,H/4,W/4), rounded up.
-        embeddings: (B,D,H/4,W/4), with `project`. Not normalised, channels_last.
-        hidden_states: the encoder's four maps (B,C_i,h_i,w_i) at strides 4, 8, 16, 32, each after its stage's norm.
+        logits: (B,num_labels,H/4,W/4), rounded up; H/8 with a DeepLab-V2 head on a ResNet. Of two resolutions, fused.
+        embeddings: (B,D,H/4,W/4), with `project`; H/8 with a ResNet. Not normalised, channels_last. Of two
+            resolutions, those of the context: half of that.
+        hidden_states: the encoder's four maps (B,C_i,h_i,w_i) at strides 4, 8, 16, 32, each after its stage's norm;
+            with a ResNet 4, 8, 8, 8. Of two resolutions, those of the context.
+        detail_logits: (B,num_labels,h,w) of the detail crop before fusion, with `detail_box`.
+        detail_box: that box, (top, left, height, width) in pixels.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     embeddings: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    detail_logits: Tensor | None = None
+    detail_box: Box | None = None
 
 
 class T2SDAForSemanticSegmentation(PreTrainedModel):
     """Encoder h, head f and projector g of T2S-DA.
 
     The encoder is transformers' own `SegformerModel`, under the name it has in a plain SegFormer. So the files of
-    SegFormer models load as they are, with `head="all_mlp"` their head too; only the projector is then new.
+    SegFormer models load as they are, with `head="all_mlp"` their head too; only the projector is then new. With
+    `encoder="resnet"` it is `ResNetV1cEncoder`, named `resnet`. `encoder` is the one there is.
+
+    With `multi_resolution` (HRDA, method 1.5) the same encoder and head see the image at half size, the context, and
+    crops of it at full size, the detail. A second head on the context's maps says for every class and place how far
+    the detail is to be believed. Embeddings and hidden states are the context's.
 
     A new model is a function of torch's seed: the encoder as transformers draws it, convolutions before a batch norm
-    Kaiming-normal (fan out), linear layers as torch draws them, the classifier N(0, 0.01²) with bias 0.
+    (a ResNet's too) Kaiming-normal (fan out), linear layers as torch draws them, classifiers N(0, 0.01²) with bias 0.
     """
 
     config_class = T2SDAConfig
@@ -60,18 +76,29 @@ class T2SDAForSemanticSegmentation(PreTrainedModel):
 
     def __init__(self, config: T2SDAConfig) -> None:
         super().__init__(config)
-        self.segformer = SegformerModel(config)
-        if config.encoder_ln_eps_fix:
-            set_block_and_stage_norm_eps(self.segformer, config.layer_norm_eps)
+        if config.encoder == "resnet":
+            self.resnet = ResNetV1cEncoder(config.hidden_sizes, config.depths, config.num_channels)
+        else:
+            self.segformer = SegformerModel(config)
+            if config.encoder_ln_eps_fix:
+                set_block_and_stage_norm_eps(self.segformer, config.layer_norm_eps)
         sizes, dropout = config.hidden_sizes, config.classifier_dropout_prob
         num_labels = config.num_labels
-        self.decode_head: DAFormerHead | AllMLPHead
-        if config.head == "daformer":
+        self.decode_head: DAFormerHead | AllMLPHead | DeepLabV2Head
+        if config.head == "deeplabv2":
+            self.decode_head = DeepLabV2Head(sizes[-1], num_labels, config.head_dilations)
+        elif config.head == "daformer":
             self.decode_head = DAFormerHead(
                 sizes, config.decoder_hidden_size, num_labels, config.head_dilations, dropout
             )
         else:
             self.decode_head = AllMLPHead(sizes, config.decoder_hidden_size, num_labels, dropout)
+        if config.multi_resolution:  # HRDA's attention head: DAFormer's with a 1x1 fusion, which is the all-MLP head
+            self.scale_attention: AllMLPHead | DeepLabV2Head
+            if config.head == "deeplabv2":
+                self.scale_attention = DeepLabV2Head(sizes[-1], num_labels, config.head_dilations)
+            else:
+                self.scale_attention = AllMLPHead(sizes, config.decoder_hidden_size, num_labels, dropout)
         self.projector = Projector(
             sizes,
             config.projector_in_index,
@@ -82,9 +109,14 @@ class T2SDAForSemanticSegmentation(PreTrainedModel):
         )
         self.post_init()
 
+    @property
+    def encoder(self) -> SegformerModel | ResNetV1cEncoder:
+        """The encoder, by the same name whatever its kind."""
+        return self.resnet if self.config.encoder == "resnet" else self.segformer
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Only head and projector come here, leaf by leaf: the encoder is a model of its own and draws its weights.
+        # Leaf by leaf come here: heads, projector, a ResNet. A SegFormer is a model of its own and draws its weights.
         if isinstance(module, nn.Conv2d) and module.bias is None:
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, nn.Conv2d):
@@ -114,15 +146,16 @@ class T2SDAForSemanticSegmentation(PreTrainedModel):
         model, info = loaded
         missing = sorted(info["missing_keys"])
         unfit = sorted(info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]})
-        encoder_unfit = [name for name in unfit if name.startswith("segformer.")]
+        encoder_unfit = [name for name in unfit if name.startswith(("segformer.", "resnet."))]
         if encoder_unfit:
             raise ValueError(
                 f"{pretrained_model_name_or_path} has no weights for {len(encoder_unfit)} tensors of the encoder: "
                 f"{name_some(encoder_unfit)}. They would stay random. Give a SegFormer or T2S-DA checkpoint of the "
                 f"sizes in its own config.json."
             )
-        head_missing = [name for name in missing if name.startswith("decode_head.")]
-        head_size = len(model.decode_head.state_dict())
+        heads = ("decode_head.", "scale_attention.")
+        head_missing = [name for name in missing if name.startswith(heads)]
+        head_size = sum(name.startswith(heads) for name in model.state_dict())
         if head_missing and len(head_missing) < head_size:
             raise ValueError(
                 f"{pretrained_model_name_or_path} has weights for {head_size - len(head_missing)} of the {head_size} "
@@ -137,6 +170,8 @@ class T2SDAForSemanticSegmentation(PreTrainedModel):
         labels: Tensor | None = None,
         project: bool = False,
         segment: bool = True,
+        detail_box: Box | None = None,
+        at_context_scale: bool = False,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -149,12 +184,18 @@ class T2SDAForSemanticSegmentation(PreTrainedModel):
                 (Hl,Wl); the loss is the mean cross-entropy over the pixels that are not ignored, 0 if there are none.
             project: also return embeddings.
             segment: False spares the head where only embeddings or hidden states are wanted.
+            detail_box: for two resolutions, the crop that the detail is taken from: (top, left, height, width), all
+                multiples of `config.detail_grid`, inside the image (HRDA's training). None takes overlapping crops of
+                the whole image (its pseudo-labels and test).
+            at_context_scale: for two resolutions, `pixel_values` are already the context: they are not made smaller.
+                Only without `segment`.
             output_hidden_states: also return the encoder's maps. Default: the config's.
             return_dict: False returns a tuple of the fields that are not None. Default: the config's.
             kwargs: handed to the encoder.
 
         Raises:
-            ValueError: if `labels` come without `segment`, or are not one map per image.
+            ValueError: if `labels` come without `segment`, or are not one map per image; for `detail_box` or
+                `at_context_scale` where they mean nothing, and for a box that is off the grid or the image.
         """
         if labels is not None and not segment:
             raise ValueError("labels need logits: leave out segment=False, or the labels.")
@@ -163,20 +204,62 @@ class T2SDAForSemanticSegmentation(PreTrainedModel):
                 f"labels must be (B,H,W) class ids, one map per image; got {tuple(labels.shape)} for "
                 f"{len(pixel_values)} images."
             )
-        features = self.segformer(pixel_values, output_hidden_states=True, return_dict=True, **kwargs).hidden_states
+        two = self.config.multi_resolution
+        if (detail_box is not None and not (two and segment)) or (at_context_scale and (segment or not two)):
+            raise ValueError(
+                "detail_box needs multi_resolution=True in the config, and segment; at_context_scale needs the same "
+                "config, and segment=False."
+            )
+        size = (pixel_values.shape[-2], pixel_values.shape[-1])
+        if two and not at_context_scale:
+            pixel_values = pad_to_grid(pixel_values, self.config.detail_grid, SMALLEST_OF_TWO_RESOLUTIONS)
+        context = context_images(pixel_values) if two and not at_context_scale else pixel_values
+        features = self._encode(context, **kwargs)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         logits = self.decode_head(features) if segment else None
+        detail_logits = None
+        if two and logits is not None:
+            attention = self.scale_attention(features).sigmoid()
+            detail_logits, box = self._detail(pixel_values, detail_box, **kwargs)
+            logits = fuse(logits, detail_logits, attention, box)
+            stride = self.config.logits_stride
+            logits = logits[..., : -(-size[0] // stride), : -(-size[1] // stride)]  # without the padding
         # All at once: in a tuple, and by index, fields then stand in their own order, the loss first.
         output = T2SDAOutput(
             loss=None if labels is None else self._loss(logits, labels),
             logits=logits,
             embeddings=self.projector(features) if project else None,
             hidden_states=features if output_hidden_states else None,
+            detail_logits=None if detail_box is None else detail_logits,
+            detail_box=detail_box,
         )
         if return_dict is None:
             return_dict = self.config.return_dict
         return output if return_dict else output.to_tuple()
+
+    def _encode(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Tensor, ...]:
+        return self.encoder(pixel_values, output_hidden_states=True, return_dict=True, **kwargs).hidden_states
+
+    def _detail(self, pixel_values: Tensor, box: Box | None, **kwargs: Any) -> tuple[Tensor, Box | None]:
+        """Logits of one crop, and its box in cells of them; without a box those of the whole image, from many crops."""
+        config, size = self.config, (pixel_values.shape[-2], pixel_values.shape[-1])
+        stride = config.logits_stride
+        if box is not None:
+            top, left, height, width = box
+            inside = 0 <= top <= size[0] - height and 0 <= left <= size[1] - width and min(height, width) > 0
+            if not inside or any(side % config.detail_grid for side in box):
+                raise ValueError(
+                    f"detail_box (top, left, height, width) must lie in the {size[0]}x{size[1]} image, all multiples "
+                    f"of {config.detail_grid}; got {tuple(box)}."
+                )
+            return self.decode_head(self._encode(cut(pixel_values, box), **kwargs)), scaled(box, stride)
+        boxes = slide_boxes(size, config.detail_crop_size)
+        crops = torch.cat([cut(pixel_values, one) for one in boxes])  # crop after crop, each of all images
+        at_once = config.detail_crops_at_once or len(crops)
+        logits = torch.cat([self.decode_head(self._encode(part, **kwargs)) for part in crops.split(at_once)])
+        cells = [scaled(one, stride) for one in boxes]
+        return mean_of_crops(logits.chunk(len(boxes)), cells, (size[0] // stride, size[1] // stride)), None
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         ignore_index = self.config.semantic_loss_ignore_index

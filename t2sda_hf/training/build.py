@@ -2,16 +2,20 @@
 
 import json
 import logging
+from collections.abc import Mapping
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 from accelerate import Accelerator
+from filelock import FileLock
 from torch import nn
 
-from ..config import RunConfig, dump_config
+from ..config import RunConfig, TranslateConfig, dump_config
 from ..data.domains import Domain, check_domain, load_domain
 from ..data.pairs import PairDataset, batches
 from ..data.rare_class_sampling import rare_classes
@@ -20,42 +24,63 @@ from ..methods import METHODS, Parts
 from ..methods.parts import ClassMemory
 from ..models import T2SDAConfig, T2SDAForSemanticSegmentation, T2SDAImageProcessor, load_pretrained_encoder
 from ..teacher import make_teacher, with_statistics_of
-from ..translate import build_engine
+from ..translate import TranslationEngine, build_engine
+from ..translate.trained import TranslatedFolder, open_translated
+from .checkpoint import write_text
 from .distributed import broadcast_from_main
 from .loop import Run, train
+from .masking import mask
 from .optim import make_optimizer
+from .resume import Start, config_of, describe, fingerprint, load_run, methods_of
 from .seeding import seed_initial_weights
+from .stopping import StopRequest, leave_signals_to_parent
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Domains:
-    """The three domains of a run, checked. `target` has no labels."""
+    """The three domains of a run, checked, and what translates the source, which may read files too.
+
+    `target` has no labels; None for a run that generalises without one. `translated` holds images that were translated
+    beforehand, if there are any.
+    """
 
     source: Domain
-    target: Domain
+    target: Domain | None
     test: Domain
     source_counts: np.ndarray  # (images, K) pixels per class
+    translate: TranslationEngine
+    translated: TranslatedFolder | None
 
 
 def open_domains(cfg: RunConfig, accelerator: Accelerator) -> Domains:
     """Load and check what the run reads; every fault of the data shows here, before any training.
 
     Raises:
-        ValueError: see `load_domain` and `check_domain`.
+        ValueError: see `load_domain`, `check_domain`, `build_engine` and `open_translated`.
     """
-    with accelerator.main_process_first():  # the others then read the cache
+    # One after the other, so that all but the first read the cache. A lock, because the first may take longer than
+    # processes wait for each other in a collective.
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    with FileLock(cache / "t2sda_hf.lock") if accelerator.num_processes > 1 else nullcontext():
         source = load_domain(cfg.source, cfg.classes)
-        target = load_domain(cfg.target, cfg.classes, labelled=False)
+        target = None
+        if cfg.method != "generalization":
+            target = load_domain(cfg.target, cfg.classes, labelled=False)
         test = load_domain(cfg.test, cfg.classes)
         source_counts = check_domain(source, cfg.classes)
-        check_domain(target, cfg.classes)
+        if target is not None:
+            check_domain(target, cfg.classes)
         check_domain(test, cfg.classes)
     absent = [name for name, total in zip(cfg.classes, source_counts.sum(axis=0), strict=True) if not total]
     if absent:
         logger.warning("no source image shows %s: nothing can be learned about it.", ", ".join(absent))
-    return Domains(source, target, test, source_counts)
+    engine = build_engine(cfg.translate if cfg.translates else TranslateConfig(engine="none"))
+    folder = cfg.translate.trained.folder if cfg.translates and cfg.translate.engine == "trained" else ""
+    return Domains(
+        source, target, test, source_counts, engine, open_translated(folder, len(source)) if folder else None
+    )
 
 
 def build_student(cfg: RunConfig) -> T2SDAForSemanticSegmentation:
@@ -68,6 +93,7 @@ def build_student(cfg: RunConfig) -> T2SDAForSemanticSegmentation:
     config = T2SDAConfig.from_size(
         cfg.model.size,
         head=cfg.model.head,
+        head_dilations=cfg.model.head_dilations,
         decoder_hidden_size=cfg.model.decoder_hidden_size,
         classifier_dropout_prob=cfg.model.head_dropout,
         drop_path_rate=cfg.model.drop_path_rate,
@@ -77,6 +103,9 @@ def build_student(cfg: RunConfig) -> T2SDAForSemanticSegmentation:
         projector_hidden=cfg.projector.hidden,
         projector_dim=cfg.projector.dim,
         projector_final_relu=cfg.projector.final_relu,
+        multi_resolution=cfg.hrda.enabled,
+        detail_crop_size=cfg.hrda.crop_size,
+        detail_crops_at_once=cfg.hrda.crops_at_once,
         id2label=dict(enumerate(cfg.classes)),
         label2id={name: index for index, name in enumerate(cfg.classes)},
         **own_sizes,
@@ -91,42 +120,82 @@ def build_student(cfg: RunConfig) -> T2SDAForSemanticSegmentation:
     return student
 
 
+def records(cfg: RunConfig, domains: Domains, accelerator: Accelerator) -> dict[str, dict[str, Any]]:
+    """What each method of the run depends on, in the order they are trained; for `resume.plan`."""
+    source = fingerprint(domains.source, domains.source_counts)
+    target = fingerprint(domains.target) if domains.target is not None else None
+    return {
+        method: describe(
+            config_of(cfg, method), source, target if method == "t2sda" else None, accelerator.num_processes
+        )
+        for method in methods_of(cfg)
+    }
+
+
 def run_method(
-    cfg: RunConfig, initial: T2SDAForSemanticSegmentation, domains: Domains, accelerator: Accelerator, folder: Path
+    cfg: RunConfig,
+    initial: T2SDAForSemanticSegmentation,
+    domains: Domains,
+    accelerator: Accelerator,
+    folder: Path,
+    *,
+    start: Start,
+    record: Mapping[str, Any],
+    stop: StopRequest,
 ) -> dict[str, Any]:
     """Train one method from a copy of the `initial` student and score it on the test domain. Collective.
 
-    Writes into `folder`: resolved_config.yaml, scalars.jsonl, TensorBoard events, student/ (a from_pretrained folder;
-    checkpoint-NNNNNN/student/ at every save), metrics.json.
+    Writes into `folder`: resolved_config.yaml, scalars.jsonl, TensorBoard events, checkpoint-NNNNNN/, student/ (a
+    from_pretrained folder), metrics.json.
+
+    Args:
+        cfg: of this method.
+        initial: not changed.
+        domains: see `open_domains`.
+        accelerator: of this process.
+        folder: of this method.
+        start: where it starts, from `resume.plan`.
+        record: what it depends on, from `records`.
+        stop: signals are noted there.
 
     Returns:
         {"student": ..., "teacher": ...}, results of `evaluate_model`. No teacher for source_only.
+
+    Raises:
+        Stopped, FloatingPointError, CheckpointError: see `train`.
+        DamagedCheckpoint: if the checkpoint to start from cannot be used.
     """
+    if start.results is not None:
+        return start.results
     student = deepcopy(initial).to(accelerator.device)
-    broadcast_from_main(student, accelerator)
+    broadcast_from_main([*student.parameters(), *student.buffers()], accelerator)
     imagenet = None
-    if cfg.method == "t2sda" and cfg.loss_weights.feature_distance:
+    if cfg.method != "source_only" and cfg.loss_weights.feature_distance:
         # The frozen copy is taken before training, so it is the pretrained encoder itself.
-        imagenet = make_teacher(student.segformer).eval()
+        imagenet = make_teacher(student.encoder).eval()
     # "evaluation_mode" only means: no DDP wrapper. Autocast goes inside forward, losses stay float32.
     parts = Parts(
         student=accelerator.prepare_model(student, evaluation_mode=True),
         teacher=accelerator.prepare_model(make_teacher(student), evaluation_mode=True),
         imagenet=imagenet,
-        translate=build_engine(cfg.translate),
+        translate=domains.translate,
         memory=ClassMemory(len(cfg.classes), cfg.projector.dim).to(accelerator.device),
     )
     rare = None
     if cfg.rcs.enabled:
         rare = rare_classes(domains.source_counts, cfg.rcs.temperature, cfg.rcs.min_pixels)
-    dataset = PairDataset(cfg, domains.source, domains.target if cfg.method == "t2sda" else None, rare)
+    target = domains.target if cfg.method == "t2sda" else None
+    dataset = PairDataset(cfg, domains.source, target, rare, domains.translated)
     image_size = domains.test.network_size()
     processor = T2SDAImageProcessor(size=image_size, resize="exact")
+
+    # Several processes finish an evaluation together, or one would wait for the other.
+    test = domains.test if accelerator.num_processes > 1 else Interruptible(domains.test, stop)
 
     def evaluate(model: nn.Module) -> dict[str, Any]:
         return evaluate_model(
             model,
-            domains.test,
+            test,
             image_size=image_size,
             classes=cfg.classes,
             accelerator=accelerator,
@@ -136,23 +205,48 @@ def run_method(
             limit=cfg.evaluation.limit,
         )
 
-    def save(target: Path) -> None:
-        if accelerator.is_main_process:
-            accelerator.unwrap_model(parts.student).save_pretrained(target)
-            processor.save_pretrained(target)
+    def save(network: nn.Module, target: Path) -> None:
+        accelerator.unwrap_model(network).save_pretrained(target)
+        processor.save_pretrained(target)
 
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "resolved_config.yaml").write_text(dump_config(cfg), encoding="utf-8")
+        write_text(folder / "resolved_config.yaml", mask(dump_config(cfg)))
+        (folder / "metrics.json").unlink(missing_ok=True)
     accelerator.wait_for_everyone()
-    loader = batches(dataset, accelerator.process_index, accelerator.num_processes)
-    optimizer = make_optimizer(student.segformer, student, cfg.optim)
-    train(Run(cfg, folder, accelerator, parts, METHODS[cfg.method], iter(loader), optimizer, evaluate, save))
+    optimizer = make_optimizer(student.encoder, student, cfg.optim)
+    progress = load_run(start.checkpoint, parts, optimizer, accelerator)
+    loader = batches(dataset, accelerator.process_index, accelerator.num_processes, progress.step)
+    loader.worker_init_fn = leave_signals_to_parent
+    method = METHODS[cfg.method]
+    train(Run(cfg, folder, accelerator, parts, method, iter(loader), optimizer, evaluate, save, stop, record), progress)
 
     results = {"student": evaluate(parts.student)}
-    if cfg.method == "t2sda":
+    if cfg.method != "source_only":
         results["teacher"] = evaluate(with_statistics_of(parts.teacher, parts.student))
     if accelerator.is_main_process:
-        (folder / "metrics.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+        write_text(folder / "metrics.json", json.dumps(results, indent=2))
     accelerator.wait_for_everyone()
     return results
+
+
+@dataclass(frozen=True)
+class Interruptible:
+    """A domain for evaluation that raises Stopped at the next image after a signal."""
+
+    domain: Domain
+    stop: StopRequest
+
+    @property
+    def name(self) -> str:
+        return self.domain.name
+
+    def __len__(self) -> int:
+        return len(self.domain)
+
+    def image(self, index: int) -> np.ndarray:
+        self.stop.check()
+        return self.domain.image(index)
+
+    def labels(self, index: int) -> np.ndarray:
+        return self.domain.labels(index)

@@ -4,21 +4,57 @@ One backward per loss term frees each graph before the next is built; a DDP wrap
 parameter in every graph. So the average is ours.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 BUCKET_ELEMENTS = 16_000_000  # 64 MB of float32 in flight
 
 
-def broadcast_from_main(module: nn.Module, accelerator: Accelerator) -> None:
-    """Give every process the parameters and buffers of process 0. Collective."""
+def broadcast_from_main(tensors: Iterable[Tensor], accelerator: Accelerator) -> None:
+    """Give every process the values that these tensors have on process 0. Collective."""
     if accelerator.num_processes > 1:
-        for tensor in [*module.parameters(), *module.buffers()]:
+        for tensor in tensors:
             torch.distributed.broadcast(tensor.data, src=0)
+
+
+def decided_by_main(decide: Callable[[], Any], accelerator: Accelerator, *refusals: type[Exception]) -> Any:
+    """What `decide` returns or raises on the main process, on every process. Collective; the others do not call it.
+
+    Args:
+        decide: returns something small.
+        accelerator: of this process.
+        refusals: errors that are handed on; any other ends only the main process.
+    """
+    decided: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            decided[0] = decide()
+        except refusals as error:
+            decided[1] = error
+    result, refusal = broadcast_object_list(decided) if accelerator.num_processes > 1 else decided
+    if refusal is not None:
+        raise refusal
+    return result
+
+
+def largest(value: int, accelerator: Accelerator) -> int:
+    """The largest `value` of all processes. Collective."""
+    if accelerator.num_processes == 1:
+        return value
+    shared = torch.tensor(value, device=accelerator.device)
+    torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+    return int(shared)
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether an error says that another process died or does not answer. gloo has no type for it."""
+    return isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
 
 
 def average_gradients(student: nn.Module, accelerator: Accelerator, micro_batches: int) -> None:

@@ -1,22 +1,25 @@
 """The loop: the only caller of backward and of the optimiser."""
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.utils import gather_object
+from torch import Tensor, nn
 
 from ..batch import UdaBatch
 from ..config import LossWeights, RunConfig
 from ..methods import Method, Parts
 from ..teacher import ema_momentum, update_teacher
-from .distributed import average_gradients
+from .checkpoint import CheckpointError, Progress, checkpoint_folder, keep_newest, write_checkpoint, write_folder
+from .distributed import average_gradients, decided_by_main, largest
 from .optim import learning_rate_factor, set_learning_rate
 from .seeding import seed_step
+from .stopping import Stopped, StopRequest
 from .tracking import Tracker
 
 
@@ -31,33 +34,70 @@ class Run:
     method: Method
     batches: Iterator[UdaBatch]
     optimizer: torch.optim.Optimizer
-    evaluate: Callable[[torch.nn.Module], dict[str, Any]]
-    save: Callable[[Path], None]
+    evaluate: Callable[[nn.Module], dict[str, Any]]
+    save: Callable[[nn.Module, Path], None]  # writes a from_pretrained folder
+    stop: StopRequest = field(default_factory=StopRequest)
+    record: Mapping[str, Any] = field(default_factory=dict)  # what the weights depend on, kept in every checkpoint
 
 
-def train(run: Run, start_step: int = 0) -> None:
-    """Run the updates start_step .. max_steps - 1. Collective: every process calls it."""
+def train(run: Run, start: Progress | None = None) -> None:
+    """Run the updates from `start` to max_steps. Collective: every process calls it.
+
+    Leaves the newest `keep_checkpoints` checkpoints, the last one after the last update, and student/.
+
+    Raises:
+        Stopped: after a signal, with a checkpoint of the last finished update.
+        FloatingPointError: if losses or gradients are not finite; see `update`.
+        CheckpointError: if a checkpoint cannot be written.
+    """
     cfg, limit, student = run.cfg, run.cfg.train, run.parts.student
-    with Tracker(run.accelerator, run.folder, limit.max_steps, start_step, run.folder.name) as tracker:
+    start = start or Progress()
+    saved = start.step
+    with Tracker(run.accelerator, run.folder, limit.max_steps, start, run.folder.name) as tracker:
         student.train()
-        for step in range(start_step, limit.max_steps):
+        for step in range(start.step, limit.max_steps):
+            # At the start of the next step, so that a checkpoint is never younger than the evaluation of its weights.
+            if step and step % limit.evaluate_every == 0:
+                try:
+                    tracker.result(step, "student", run.evaluate(student))
+                except Stopped:
+                    if step != saved:
+                        save_checkpoint(run, tracker, step)
+                    raise
             factor = update(run, step, tracker)
             done = step + 1  # the number of finished updates is the only counter there is
             if _due(done, limit.log_every, limit.max_steps):
                 tracker.flush(done, cfg.optim.lr * factor)
-            if _due(done, limit.evaluate_every, limit.max_steps) and done < limit.max_steps:
-                tracker.result(done, "student", run.evaluate(student))
-            if _due(done, limit.save_every, limit.max_steps) and done < limit.max_steps:
-                run.save(run.folder / f"checkpoint-{done:06d}" / "student")
-        run.save(run.folder / "student")
+            stop = largest(run.stop.number, run.accelerator)
+            if stop or _due(done, limit.save_every, limit.max_steps):
+                save_checkpoint(run, tracker, done)
+                saved = done
+            if stop:
+                raise Stopped(stop)
+
+    def export() -> None:
+        write_folder(run.folder / "student", lambda folder: run.save(student, folder), manifest=False)
+
+    decided_by_main(export, run.accelerator, CheckpointError)
 
 
 def update(run: Run, step: int, tracker: Tracker) -> float:
-    """One update of student and teacher; the share of the base learning rate it was made with. Collective."""
+    """One update of student and teacher; the share of the base learning rate it was made with. Collective.
+
+    If a loss or a gradient is not finite on any process, nothing is updated on any: student, teacher, optimiser and
+    class memory stay as they were, buffers too. Then the step is skipped, or the run stops (`train.non_finite`).
+
+    Raises:
+        FloatingPointError: naming what was not finite, the step and the process.
+    """
     cfg, accelerator, student = run.cfg, run.accelerator, run.parts.student
     all_sum = accelerator.reduce if cfg.pull.sync_stats and accelerator.num_processes > 1 else _unchanged
     factor = learning_rate_factor(step, cfg.optim, cfg.train.max_steps)
     set_learning_rate(run.optimizer, factor)
+    before = [
+        (m, {name: b.clone() for name, b in m.named_buffers()}) for m in (student, run.parts.teacher, run.parts.memory)
+    ]
+    seen: list[dict[str, Tensor]] = []
     for micro in range(cfg.train.micro_batches):
         generator = seed_step(cfg.seed, step, accelerator.process_index * cfg.train.micro_batches + micro)
         asked = time.perf_counter()
@@ -65,10 +105,20 @@ def update(run: Run, step: int, tracker: Tracker) -> float:
         tracker.waited(time.perf_counter() - asked)
         for terms in run.method(batch, run.parts, cfg, step, generator, all_sum):  # one graph at a time
             accelerator.backward(weighted_sum(terms, cfg.loss_weights))
-            tracker.add(terms)
+            seen.append({name: value.detach() for name, value in terms.items()})
+    own = _broken_gradient(student) if accelerator.num_processes > 1 else None  # before the average spreads it
     average_gradients(student, accelerator, cfg.train.micro_batches)  # collective: every rank, every step
     norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters() if p.grad is not None])
-    stop_if_not_finite(norm, step, tracker, accelerator)  # before the update, on every process
+    finite = torch.isfinite(torch.stack([norm, *(v.float() for terms in seen for v in terms.values())])).all()
+    if largest(int(not finite), accelerator):  # on every process or on none
+        guilty = _broken_loss(seen) or own or (_broken_gradient(student) if accelerator.num_processes == 1 else None)
+        run.optimizer.zero_grad()
+        for module, buffers in before:
+            module.load_state_dict(buffers, strict=False)
+        _skip_or_stop(step, guilty, run, tracker)
+        return factor
+    for terms in seen:
+        tracker.add(terms)
     if cfg.optim.max_grad_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(student.parameters(), cfg.optim.max_grad_norm, norm)
     run.optimizer.step()
@@ -78,25 +128,67 @@ def update(run: Run, step: int, tracker: Tracker) -> float:
     return factor
 
 
+def save_checkpoint(run: Run, tracker: Tracker, done: int) -> None:
+    """Write the checkpoint after `done` updates, then delete old ones. Collective; only the main process writes.
+
+    Raises:
+        CheckpointError: on every process.
+    """
+    parts, progress = run.parts, tracker.progress(done)
+    mine = {f"memory.{name}": buffer.cpu() for name, buffer in parts.memory.named_buffers()}
+    mine |= {f"log.{name}": values for name, values in progress.log.items()}
+    processes = gather_object([mine])
+
+    def write() -> None:
+        write_checkpoint(
+            checkpoint_folder(run.folder, done),
+            save=run.save,
+            student=parts.student,
+            teacher=parts.teacher,
+            optimizer=run.optimizer,
+            processes=processes,
+            state={"method": run.cfg.method, "step": done, "skipped": progress.skipped, **run.record},
+        )
+        keep_newest(run.folder, run.cfg.train.keep_checkpoints)
+
+    decided_by_main(write, run.accelerator, CheckpointError)
+
+
 def weighted_sum(terms: dict[str, Tensor], weights: LossWeights) -> Tensor:
     """Σ weight · loss over the terms that have a weight; the others are for the log."""
     known = vars(weights)
     return torch.stack([known[name] * value for name, value in terms.items() if name in known]).sum()
 
 
-def stop_if_not_finite(norm: Tensor, step: int, tracker: Tracker, accelerator: Accelerator) -> None:
-    """Raise before a non-finite gradient reaches the weights. Gradients are averaged, so every process raises.
+def _skip_or_stop(step: int, guilty: str | None, run: Run, tracker: Tracker) -> None:
+    """Leave the step out, or end the run, by its policy. Collective; `guilty` is what this process found."""
+    named = [f"{guilty} on process {run.accelerator.process_index}"] if guilty else []
+    reason = "; ".join(gather_object(named)) or "the average of the gradients is not finite"
+    limit = run.cfg.train
+    if limit.non_finite == "stop":
+        raise FloatingPointError(
+            f"{reason}, in step {step + 1}. Nothing was updated. Lower optim.lr, set optim.max_grad_norm, or leave out "
+            "such steps with train.non_finite skip. Checkpoints are intact."
+        )
+    if tracker.skipped >= limit.max_skipped_steps:
+        raise FloatingPointError(
+            f"{reason}, in step {step + 1}, after {tracker.skipped} skipped ones, the most that "
+            "train.max_skipped_steps allows. Nothing was updated. Checkpoints are intact."
+        )
+    tracker.step_skipped(step, reason)
 
-    Raises:
-        FloatingPointError: naming the term, if it was a loss of this process, the step and the process.
-    """
-    if torch.isfinite(norm):
-        return
-    guilty = tracker.guilty() or "a gradient is not finite while every loss here is"
-    raise FloatingPointError(
-        f"{guilty} at step {step} on process {accelerator.process_index}. Nothing was updated. "
-        "Lower optim.lr or set optim.max_grad_norm; the last checkpoint is intact."
-    )
+
+def _broken_loss(seen: list[dict[str, Tensor]]) -> str | None:
+    broken = ((name, value) for terms in seen for name, value in terms.items() if not torch.isfinite(value))
+    return next((f"loss {name!r} is {value.item()}" for name, value in broken), None)
+
+
+def _broken_gradient(student: nn.Module) -> str | None:
+    gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    if torch.isfinite(torch.nn.utils.get_total_norm(list(gradients.values()))):
+        return None
+    broken = (name for name, gradient in gradients.items() if not torch.isfinite(gradient).all())
+    return f"the gradient of {next(broken, 'several parameters together')} is not finite"
 
 
 def _due(done: int, every: int, last: int) -> bool:

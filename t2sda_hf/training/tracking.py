@@ -12,6 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from .checkpoint import Progress, write_text
+
 
 class Tracker:
     """Collects scalars of every step and shows their mean. Only the main process writes.
@@ -19,21 +21,31 @@ class Tracker:
     The same numbers go to the bar, to `scalars.jsonl` and, through accelerate, to the trackers of `train.log_with`.
 
     `scalars.jsonl` has one object per flush: step (finished updates), the mean of every term since the last flush, lr,
-    data_share (share of the time spent waiting for data), seconds_per_step; and one per evaluation.
+    data_share (share of the time spent waiting for data), seconds_per_step; one per evaluation; and one per skipped
+    update, with the reason. What it says of steps after `start`, written by a run that was killed, is taken out.
+
+    Attributes:
+        skipped: updates left out so far because something was not finite.
     """
 
     def __init__(
-        self, accelerator: Accelerator, folder: Path, max_steps: int, start_step: int, title: str, show: bool = True
+        self, accelerator: Accelerator, folder: Path, max_steps: int, start: Progress, title: str, show: bool = True
     ) -> None:
         self._accelerator = accelerator
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
+        for name, values in start.log.items():
+            self._sums[name] = list(values.to(accelerator.device))
+        self.skipped = start.skipped
         self._waited, self._since, self._steps = 0.0, time.perf_counter(), 0
         main = accelerator.is_main_process
+        if main:
+            _cut_log(folder / "scalars.jsonl", start.step)
         self._file = (folder / "scalars.jsonl").open("a", encoding="utf-8") if main else None
         self._bar = tqdm(
-            total=max_steps, initial=start_step, desc=title, disable=not (main and show), dynamic_ncols=True
+            total=max_steps, initial=start.step, desc=title, disable=not (main and show), dynamic_ncols=True
         )
-        accelerator.init_trackers(title)
+        purge = {"tensorboard": {"purge_step": start.step + 1}} if start.step else {}
+        accelerator.init_trackers(title, init_kwargs=purge)
 
     def __enter__(self) -> "Tracker":
         return self
@@ -61,21 +73,27 @@ class Tracker:
         self._steps += 1
         self._bar.update()
 
-    def guilty(self) -> str | None:
-        """The first term that is not finite in what was added since the last flush, with its value."""
-        for name, values in self._sums.items():
-            bad = [value.item() for value in values if not torch.isfinite(value)]
-            if bad:
-                return f"loss {name!r} is {bad[0]}"
-        return None
+    def step_skipped(self, step: int, reason: str) -> None:
+        """Count an update that was left out, and say why."""
+        self.skipped += 1
+        self._bar.write(f"step {step + 1} skipped: {reason}")
+        self._write_line({"step": step + 1, "skipped": reason})
+        self.step_done()
+
+    def progress(self, done: int) -> Progress:
+        """What goes into a checkpoint after `done` updates."""
+        log = {name: torch.stack(values).cpu() for name, values in self._sums.items() if values}
+        return Progress(done, self.skipped, log)
 
     def flush(self, done: int, learning_rate: float) -> None:
         """Average over processes and steps, show and write. Collective: every process has the same terms."""
         names = sorted(self._sums)
-        means = torch.stack([torch.stack(self._sums[name]).float().mean() for name in names])
-        means = self._accelerator.reduce(means, reduction="mean")
+        means: list[float] = []
+        if names:  # there are none if every step since was skipped
+            local = torch.stack([torch.stack(self._sums[name]).float().mean() for name in names])
+            means = self._accelerator.reduce(local, reduction="mean").tolist()
         now = time.perf_counter()
-        scalars = dict(zip(names, means.tolist(), strict=True)) | {
+        scalars = dict(zip(names, means, strict=True)) | {
             "lr": learning_rate,
             "data_share": self._waited / max(now - self._since, 1e-9),
             "seconds_per_step": (now - self._since) / max(self._steps, 1),
@@ -97,6 +115,25 @@ class Tracker:
 
     def _write(self, done: int, scalars: dict[str, float]) -> None:
         self._accelerator.log(scalars, step=done)
+        self._write_line({"step": done} | scalars)
+
+    def _write_line(self, entry: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps({"step": done} | scalars) + "\n")
+            self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Leave in a log what an uninterrupted run has in it after `step` updates; the evaluation there comes again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:  # cut by a kill
+            continue
+        evaluated = any("/" in name for name in entry)
+        if entry["step"] < step or (entry["step"] == step and not evaluated):
+            kept.append(line + "\n")
+    write_text(path, "".join(kept))

@@ -17,9 +17,6 @@ def fda_translate(
     code) or |u| <= ⌊βH⌋, |v| <= ⌊βW⌋ ("rect", paper eq. 7), the source's amplitude is replaced by the target's. The
     window is symmetric, so the result is real; FDA's torch code swaps an asymmetric block and is not followed.
 
-    Only the few swapped frequencies are computed: with F = E_h x E_w the low block of the spectrum, the result is
-    x + Re(E_h* (|F_t|/|F_s| - 1) F_s E_w*) / HW, two thin matrix products instead of two transforms of the image.
-
     Args:
         source_images: (B,3,H,W) float, any scale.
         target_images: (B,3,H,W) float, the same scale and size.
@@ -37,29 +34,69 @@ def fda_translate(
             f"FDA needs source and target of one size, got {tuple(source_images.shape)} and "
             f"{tuple(target_images.shape)}. Resize the target images to the source window."
         )
+    return with_low_amplitude(source_images, low_amplitude(target_images, beta, window))
+
+
+@torch.no_grad()
+def low_amplitude(images: Tensor, beta: float, window: Literal["square", "rect"] = "square") -> Tensor:
+    """All that FDA takes from a target image: its amplitude on the swapped frequencies.
+
+    A few numbers per image (0.8 KB of float32 at β 0.01 and 512x1024), so it can be kept where the images cannot.
+
+    Args:
+        images: (B,3,H,W) float, at the size of the source images that are to be translated.
+        beta, window: as in `fda_translate`.
+
+    Returns:
+        (B,3,2r+1,c+1): frequencies u = -r..r and v = 0..c; those with v < 0 mirror them.
+
+    Raises:
+        ValueError: if β is out of range.
+    """
     if not 0 <= beta <= 0.5:
         raise ValueError(f"beta must be in [0, 0.5], got {beta!r}.")
-    height, width = source_images.shape[-2:]
+    height, width = images.shape[-2:]
     if window == "square":
         rows = columns = math.floor(min(height, width) * beta)
     else:
         rows, columns = math.floor(height * beta), math.floor(width * beta)
     # At half the sampling rate a frequency and its negative are the same; a side never swaps beyond it.
     rows, columns = min(rows, (height - 1) // 2), min(columns, (width - 1) // 2)
+    return _low_block(images, _rows_and_columns(images, rows, columns)).abs()
 
-    down = _fourier_rows(height, torch.arange(-rows, rows + 1), source_images)  # (2r+1,H)
-    across = _fourier_rows(width, torch.arange(0, columns + 1), source_images)  # (c+1,W)
-    source_low = _low_block(source_images, down, across)  # (B,3,2r+1,c+1)
-    target_low = _low_block(target_images, down, across)
-    amplitude = source_low.abs()
+
+@torch.no_grad()
+def with_low_amplitude(source_images: Tensor, amplitude: Tensor) -> Tensor:
+    """`fda_translate` with `low_amplitude` of the target in place of the target.
+
+    Only the few swapped frequencies are computed: with F = E_h x E_w the low block of the spectrum, the result is
+    x + Re(E_h* (|F_t|/|F_s| - 1) F_s E_w*) / HW, two thin matrix products instead of two transforms of the image.
+
+    Args:
+        source_images: (B,3,H,W) float.
+        amplitude: (B,3,2r+1,c+1), of images of the size (H,W).
+    """
+    height, width = source_images.shape[-2:]
+    down, across = basis = _rows_and_columns(source_images, amplitude.shape[-2] // 2, amplitude.shape[-1] - 1)
+    source_low = _low_block(source_images, basis)
+    present = source_low.abs()
     # A frequency the source does not have has phase 0, as numpy's angle(0).
-    phase = torch.where(amplitude > 0, source_low / amplitude.clamp(min=torch.finfo(amplitude.dtype).tiny), 1.0)
-    change = phase * (target_low.abs() - amplitude)
+    phase = torch.where(present > 0, source_low / present.clamp(min=torch.finfo(present.dtype).tiny), 1.0)
+    change = phase * (amplitude.to(present) - present)
     # Columns v < 0 mirror those with v > 0: they are counted by doubling the real part.
     change[..., 1:] *= 2
     rows_in_space = down.conj().T @ change  # (B,3,H,c+1)
     correction = rows_in_space.real @ across.real + rows_in_space.imag @ across.imag  # Re(a·conj(b))
     return source_images + correction / (height * width)
+
+
+def _rows_and_columns(images: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """E_h (2r+1,H) and E_w (c+1,W)."""
+    height, width = images.shape[-2:]
+    return (
+        _fourier_rows(height, torch.arange(-rows, rows + 1), images),
+        _fourier_rows(width, torch.arange(0, columns + 1), images),
+    )
 
 
 def _fourier_rows(length: int, frequencies: Tensor, like: Tensor) -> Tensor:
@@ -70,7 +107,7 @@ def _fourier_rows(length: int, frequencies: Tensor, like: Tensor) -> Tensor:
     return rows.to(device=like.device, dtype=torch.complex128 if like.dtype == torch.float64 else torch.complex64)
 
 
-def _low_block(images: Tensor, down: Tensor, across: Tensor) -> Tensor:
-    """Spectrum on the chosen frequencies, (B,3,H,W) -> (B,3,F_h,F_w). Real products first: the images are real."""
-    columns = torch.complex(images @ across.real.T, images @ across.imag.T)
-    return down @ columns
+def _low_block(images: Tensor, basis: tuple[Tensor, Tensor]) -> Tensor:
+    """Spectrum on the chosen frequencies, (B,3,H,W) -> (B,3,2r+1,c+1). Real products first: the images are real."""
+    down, across = basis
+    return down @ torch.complex(images @ across.real.T, images @ across.imag.T)

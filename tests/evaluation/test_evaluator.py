@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from t2sda_hf.evaluation.confusion import confusion_matrix
-from t2sda_hf.evaluation.evaluator import evaluate_model, format_table
+from t2sda_hf.evaluation.evaluator import evaluate_model
 from t2sda_hf.evaluation.inference import predict_labels, to_pixel_values
+from t2sda_hf.evaluation.table import format_table
 
 CLASSES = ("road", "sky", "car")
 

@@ -156,9 +156,10 @@ def test_drw_equals_its_twin(beta, seed):
     assert weights[~members].tolist() == [0, 0]
 
 
-def test_a_class_outside_the_benchmark_does_not_set_the_scale():
-    alone = class_weights(torch.tensor([0.9, 0.6]), torch.tensor([True, True]), 0.5)
-    beside = class_weights(torch.tensor([0.9, 0.6, 0.0]), torch.tensor([True, True, False]), 0.5)
+@pytest.mark.parametrize("confidences", [[0.9, 0.6], [1.0, 1.0], [1.0, 0.3]])
+def test_a_class_outside_the_benchmark_does_not_set_the_scale(confidences):
+    alone = class_weights(torch.tensor(confidences), torch.tensor([True, True]), 0.5)
+    beside = class_weights(torch.tensor([*confidences, 0.0]), torch.tensor([True, True, False]), 0.5)
     torch.testing.assert_close(beside[:2], alone)
 
 
@@ -183,10 +184,15 @@ def test_cbqs_equals_its_twin_in_fractions(seed):
     assert [n > 0 for n in wanted] == [bool(count) for count in counts]  # a floor of one for every present class
 
 
-def test_the_ceiling_is_safe_from_rounding():
-    for classes in range(2, 60):  # equal shares are exactly n each, but 1/k is not exact in binary
-        counts = torch.full((classes,), 7.0, dtype=torch.float64)
-        assert num_queries_per_class(counts, classes, 128, "cbqs") == [128] * classes
+@pytest.mark.parametrize(
+    ("counts", "num_classes", "num_queries"),
+    [((21, 17), 19, 128), ((42, 34), 19, 128), ((7, 18), 5, 10), ((14, 11), 5, 10)],
+)
+def test_the_ceiling_is_safe_from_rounding(counts, num_classes, num_queries):
+    """19 · 21/38 · 128 is 1344, but a hair more in binary."""
+    wanted = num_queries_per_class(torch.tensor(counts, dtype=torch.float64), num_classes, num_queries, "cbqs")
+    assert wanted == slow.cbqs(counts, num_classes, num_queries)
+    assert sum(wanted) == num_classes * num_queries
 
 
 def test_ceqs_sends_as_many_from_every_present_class():

@@ -176,8 +176,8 @@ def test_an_image_of_the_wanted_size_and_one_without_a_size_keep_their_pixels():
         ((760, 1280), (760, 1280), (760, 1280)),
         # an upright image fits into the target turned round
         ((2048, 1024), (512, 1024), (1024, 512)),
-        # 3 * 0.5 + 0.5 = 2 exactly: halves go up
-        ((3, 4), (2, 2), (2, 2)),
+        # 5 * 0.5 = 2.5: halves go up
+        ((5, 10), (4, 5), (3, 5)),
         ((1, 1000), (10, 100), (1, 100)),
     ],
 )

@@ -461,17 +461,13 @@ def test_saving_again_writes_the_same_files(small, tmp_path, randomize):
 
 
 def test_weights_are_saved_as_safetensors_only(small, tmp_path):
-    """No pickle: the folder holds the weights, the config, and the code that a checkpoint needs elsewhere."""
+    """No pickle: besides the code, which a checkpoint needs elsewhere, there is one file of weights and the config."""
     build(**small).save_pretrained(tmp_path)
 
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "config.json",
-        "configuration_t2sda.py",
-        "heads.py",
-        "model.safetensors",
-        "modeling_t2sda.py",
-        "projector.py",
-    ]
+    names = {path.name for path in tmp_path.iterdir()}
+
+    assert {"modeling_t2sda.py", "configuration_t2sda.py"} < names
+    assert {name for name in names if not name.endswith(".py")} == {"config.json", "model.safetensors"}
 
 
 def test_auto_classes_find_model_config_and_image_processor(small, tmp_path):
@@ -531,7 +527,7 @@ print("all is well")
 
 
 @pytest.mark.parametrize("from_folder", [False, True])
-def test_the_segmentation_pipeline_masks_what_the_model_says(small, tmp_path, randomize, from_folder):
+def test_the_segmentation_pipeline_masks_what_the_model_says(small, tmp_path, randomize, caplog, from_folder):
     """The masks of all classes are the label map, at the size of the image."""
     names = {0: "road", 1: "car", 2: "sky", 3: "tree", 4: "bus"}
     model = randomize(build(**small, id2label=names)).eval()
@@ -551,6 +547,7 @@ def test_the_segmentation_pipeline_masks_what_the_model_says(small, tmp_path, ra
     with torch.no_grad():
         logits = model(**processor(image, return_tensors="pt")).logits
     labels = F.interpolate(logits, size=(50, 81), mode="bilinear", align_corners=False)[0].argmax(0).numpy()
+    assert "is not supported" not in caplog.text
     assert len(masks) >= 2
     assert [one["label"] for one in masks] == [names[index] for index in np.unique(labels)]
     for one, index in zip(masks, np.unique(labels), strict=True):

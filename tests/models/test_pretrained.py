@@ -108,6 +108,18 @@ def test_files_with_the_names_and_the_config_of_the_hub(model, source, tiny, wri
     assert_tensors(model.segformer, source.state_dict())
 
 
+def test_a_hub_id_with_settings_for_the_hub(model, source, tmp_path):
+    """A cache as downloads leave it: the folder, the revision and "no network" must all reach transformers."""
+    repository = tmp_path / "models--someone--tiny"
+    source.save_pretrained(repository / "snapshots" / ("5" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "tested").write_text("5" * 40)
+
+    load_pretrained_encoder(model, "someone/tiny", cache_dir=tmp_path, revision="tested", local_files_only=True)
+
+    assert_tensors(model.segformer, source.state_dict())
+
+
 def test_files_of_torch_save(model, source, folder):
     """Older checkpoints on the Hub have no safetensors."""
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")

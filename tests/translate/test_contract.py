@@ -1,20 +1,39 @@
 """What every translation engine promises, over all that `build_engine` knows: a new one is tested by its line there."""
 
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from torch import Generator, Tensor
 
-from t2sda_hf.config import FdaConfig, TranslateConfig
+from t2sda_hf.config import NEEDS_TARGET, FdaConfig, TrainedConfig, TranslateConfig
+from t2sda_hf.translate import ENGINES as BUILDERS
 from t2sda_hf.translate import TranslationEngine, build_engine
+from t2sda_hf.translate.generator import TranslationGenerator, save_translator
 
 ENGINES = get_args(get_type_hints(TranslateConfig)["engine"])
 
 
+@pytest.fixture(scope="module")
+def translator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a network that changes images a little."""
+    folder = tmp_path_factory.mktemp("translator")
+    torch.manual_seed(0)
+    network = TranslationGenerator(width=4, num_blocks=1)
+    torch.nn.init.normal_(network.change.weight, std=0.01)
+    save_translator(folder, network, {"width": 4, "num_blocks": 1})
+    return folder
+
+
+def build(name: str, translator: Path) -> TranslationEngine:
+    trained = TrainedConfig(model=str(translator)) if name == "trained" else TrainedConfig()
+    return build_engine(TranslateConfig(engine=name, fda=FdaConfig(beta=0.1), trained=trained))
+
+
 @pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> TranslationEngine:
-    return build_engine(TranslateConfig(engine=request.param, fda=FdaConfig(beta=0.1)))
+def engine(request: pytest.FixtureRequest, translator: Path) -> TranslationEngine:
+    return build(request.param, translator)
 
 
 def random(seed: int = 0) -> Generator:
@@ -25,8 +44,21 @@ def images(num: int = 2) -> tuple[Tensor, Tensor]:
     return torch.rand(num, 3, 33, 48, generator=random(1)), torch.rand(num, 3, 33, 48, generator=random(2)) ** 2
 
 
-def test_there_are_engines():
+def test_every_engine_that_can_be_named_can_be_built():
     assert {"fda", "none"} <= set(ENGINES)
+    assert set(ENGINES) == set(BUILDERS)
+
+
+@pytest.mark.parametrize("name", sorted(set(ENGINES) - set(NEEDS_TARGET)))
+def test_style_from_elsewhere_needs_no_target(name, translator):
+    source, style = images()
+    engine = build(name, translator)
+    assert torch.equal(engine(source, None, random(3)), engine(source, style, random(3)))
+
+
+def test_fda_without_a_target_is_refused():
+    with pytest.raises(ValueError, match="fda takes its style from target images"):
+        build_engine(TranslateConfig())(images()[0], None, random())
 
 
 @pytest.mark.parametrize("num", [1, 3])

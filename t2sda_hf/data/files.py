@@ -1,0 +1,251 @@
+"""One file in, one array out: RGB images and maps of ids, or a ValueError that says what is wrong with the file.
+
+A cell is what a column `Image(decode=False)` of `datasets` holds: {"bytes", "path"}, one of them None.
+"""
+
+import io
+import logging
+import struct
+import warnings
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import fsspec
+import numpy as np
+from PIL import Image, ImageOps
+
+from ..labels import IGNORE_INDEX
+from .transforms import Size
+
+logger = logging.getLogger(__name__)
+
+Cell = Mapping[str, Any]
+Color = tuple[int, int, int]
+
+# What Pillow and its plugins raise for damaged files.
+_DAMAGE = (
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
+_ORIENTATION = 0x0112  # EXIF
+
+
+@dataclass(frozen=True)
+class LabelRule:
+    """What a label file means.
+
+    Attributes:
+        ids: (256,) uint8, id on disk -> class id of the run or 255.
+        known: (256,) bool, ids that the data set defines; others are an error. 255 is always defined.
+        colors: RGB -> id on disk, for coloured maps; None if there are no colours.
+        always_colored: read palettes and grey values as colours too, not as ids.
+        first_channel: of a 16-bit colour PNG the first channel holds the ids (SYNTHIA).
+    """
+
+    ids: np.ndarray
+    known: np.ndarray
+    colors: Mapping[Color, int] | None = None
+    always_colored: bool = False
+    first_channel: bool = False
+
+
+def read_image(cell: Cell | None, where: str, max_pixels: int) -> np.ndarray:
+    """(H,W,3) uint8 RGB, turned upright if its EXIF data says so.
+
+    Raises:
+        ValueError: for a file that is no image, cut, too large, an animation, or has more than 8 bits per channel in a
+            form that cannot be brought to 8 without guessing.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        picture = _opened(file_bytes(cell, where), where, max_pixels)
+        if picture.mode.startswith(("I", "F")):
+            raise ValueError(
+                f"{where} has more than 8 bits per pixel ({picture.mode}). How to bring it to 8 is for you to say: "
+                "save it as 8-bit RGB or grey."
+            )
+        try:
+            return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+        except _DAMAGE as error:
+            raise _damaged(where, error) from error
+
+
+def read_ids(cell: Cell | None, where: str, rule: LabelRule, max_pixels: int) -> np.ndarray:
+    """(H,W) uint8 ids as the data set defines them, or 255.
+
+    Palette files give their indices: turned to grey they would give brightness. Colours are matched exactly.
+
+    Raises:
+        ValueError: for a file that is no map of ids (JPEG, colours without a table, unknown colours or ids).
+    """
+    data = file_bytes(cell, where)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        picture = _opened(data, where, max_pixels)
+        if picture.format in ("JPEG", "MPO", "JPEG2000"):
+            raise ValueError(
+                f"{where}: the label map is a {picture.format} file. Its compression mixes neighbouring ids; export "
+                "the labels again as PNG."
+            )
+        colored = rule.colors is not None and (rule.always_colored or picture.mode in ("RGB", "RGBA"))
+        deep = _is_deep_color_png(data)
+        raw: np.ndarray | None = None
+        try:
+            if deep and rule.first_channel:
+                raw = _first_channel(data)
+            elif colored and not deep:
+                opaque = picture.mode != "RGBA" or picture.getchannel("A").getextrema() == (255, 255)
+                raw = np.asarray(picture.convert("RGB")) if opaque else None
+            elif picture.mode in ("L", "P", "1") or picture.mode.startswith("I"):
+                raw = np.asarray(picture)
+        except _DAMAGE as error:
+            raise _damaged(where, error) from error
+    if raw is None:
+        kind = "16-bit colour" if deep else picture.mode
+        raise ValueError(
+            f"{where}: the label map is a {kind} picture, not a map of ids. Save class ids as 8-bit grey or palette "
+            "PNG, or say in label_colors what its colours mean (label_space synthia reads SYNTHIA's 16-bit files)."
+        )
+    if raw.ndim == 3:
+        if not rule.always_colored:
+            _tell_about_standard_colors()
+        return _ids_of_colors(raw, rule.colors or {}, where)
+    return _checked(raw, rule.known, where)
+
+
+def read_header(cell: Cell | None, where: str, max_pixels: int) -> tuple[Size, int]:
+    """Upright (height, width) of an image and its EXIF orientation, almost without decoding it.
+
+    Raises:
+        ValueError: as `read_image`, also if the file is cut.
+    """
+    data = file_bytes(cell, where)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        picture = _opened(data, where, max_pixels)
+        try:
+            orientation = picture.getexif().get(_ORIENTATION, 1)
+        except _DAMAGE as error:
+            raise _damaged(where, error) from error
+    width, height = picture.size
+    ends_well = {"PNG": b"IEND" in data[-64:], "JPEG": b"\xff\xd9" in data[-64:]}.get(picture.format or "", False)
+    if not ends_well or picture.mode.startswith(("I", "F")):
+        read_image({"bytes": data, "path": None}, where, max_pixels)
+    return ((width, height) if orientation in (5, 6, 7, 8) else (height, width)), orientation
+
+
+def file_bytes(cell: Cell | None, where: str) -> bytes:
+    """The file of a cell, from memory, disk or wherever fsspec reads.
+
+    Raises:
+        ValueError: if it is missing or empty.
+    """
+    if cell is None or (cell["bytes"] is None and cell["path"] is None):
+        raise ValueError(f"{where} is empty: it has no file. Leave the row out, or give it one.")
+    if cell["bytes"] is not None:
+        data = cell["bytes"]
+    else:
+        path = cell["path"]
+        try:
+            if "://" in path:
+                with fsspec.open(path) as stream:
+                    data = stream.read()
+            else:
+                data = Path(path).read_bytes()
+        except OSError as error:
+            raise ValueError(f"{where}: {path} cannot be read: {error}. Check that the file is still there.") from error
+    if not data:
+        raise ValueError(f"{where} is an empty file of 0 bytes. Copy or export it again.")
+    return data
+
+
+def _opened(data: bytes, where: str, max_pixels: int) -> Image.Image:
+    try:
+        picture = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{where} is far too large: {error} Cut it into tiles.") from error
+    except _DAMAGE as error:
+        raise ValueError(f"{where} cannot be read as an image: {_first_line(error)}. Export it again.") from error
+    if picture.width * picture.height > max_pixels:
+        raise ValueError(
+            f"{where} has {picture.width}x{picture.height} pixels, more than max_pixels ({max_pixels}): it is not "
+            "decoded, to save memory. Raise the domain's max_pixels if the size is right."
+        )
+    if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:  # MPO: a photo with a preview
+        raise ValueError(f"{where} has {picture.n_frames} frames: an image is one. Save the frames as files.")  # type: ignore[attr-defined]
+    return picture
+
+
+def _damaged(where: str, error: BaseException) -> ValueError:
+    return ValueError(f"{where} is cut or damaged: {_first_line(error)}. Copy or export it again.")
+
+
+def _first_line(error: BaseException) -> str:
+    return (
+        (str(error).splitlines() or [type(error).__name__])[0].replace("<_io.BytesIO object", "<the file").rstrip(".")
+    )
+
+
+def _is_deep_color_png(data: bytes) -> bool:
+    """A PNG with 16 bits in each of 3 or 4 channels; Pillow would keep the upper halves only."""
+    return data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:26] in (b"\x10\x02", b"\x10\x06")
+
+
+def _first_channel(data: bytes) -> np.ndarray:
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None:
+        raise ValueError("not a readable PNG")
+    return pixels[..., 2]  # OpenCV's order is B, G, R
+
+
+def _ids_of_colors(pixels: np.ndarray, colors: Mapping[Color, int], where: str) -> np.ndarray:
+    """(H,W,3) uint8 -> (H,W) uint8 by exact colour."""
+    keys = pixels.astype(np.uint32) @ np.array([65536, 256, 1], dtype=np.uint32)
+    found, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    table = {red * 65536 + green * 256 + blue: label_id for (red, green, blue), label_id in colors.items()}
+    unknown = [(key, count) for key, count in zip(found.tolist(), counts.tolist(), strict=True) if key not in table]
+    if unknown:
+        unknown.sort(key=lambda pair: -pair[1])
+        listed = ", ".join(f"{key >> 16},{key >> 8 & 255},{key & 255} ({count} pixels)" for key, count in unknown[:5])
+        raise ValueError(
+            f"{where} shows {len(unknown)} colours without a class: {listed}. Add them to label_colors (void: no "
+            "class); colours by the dozen mean that the map was smoothed, or is not a label map."
+        )
+    return np.array([table[key] for key in found.tolist()], dtype=np.uint8)[inverse].reshape(pixels.shape[:2])
+
+
+@cache
+def _tell_about_standard_colors() -> None:
+    """Once per process."""
+    logger.warning(
+        "label maps are RGB pictures, read by Cityscapes' colours. Two of them stand for two classes: pole groups "
+        "become poles, licence plates cars."
+    )
+
+
+def _checked(raw: np.ndarray, known: np.ndarray, where: str) -> np.ndarray:
+    """`raw` as uint8 if every id is defined or 255."""
+    good = np.append(known, False)  # the last entry stands for everything outside 0..255
+    good[IGNORE_INDEX] = True
+    position = np.where((raw < 0) | (raw > 255), 256, raw) if raw.dtype.itemsize > 1 else raw.astype(np.uint8)
+    wrong = raw[~good[position]]
+    if wrong.size:
+        found, times = np.unique(wrong, return_counts=True)
+        listed = ", ".join(f"{value} ({count} pixels)" for value, count in zip(found[:5], times[:5], strict=True))
+        raise ValueError(
+            f"{where} contains the ids {listed}, but its label space has the ids {_ranges(known)}, and 255 for ignored "
+            "pixels. Set label_space, class_names or label_ids to what the ids mean."
+        )
+    return raw.astype(np.uint8)
+
+
+def _ranges(known: np.ndarray) -> str:
+    """0..3, 7, 9..11"""
+    ids = np.flatnonzero(known)
+    runs = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)
+    return ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs if len(run))

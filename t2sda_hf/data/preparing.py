@@ -1,0 +1,233 @@
+"""A domain in, parquet shards out: class ids as 8-bit PNG, original names, class counts, images perhaps resized."""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as PILImage
+from tqdm import tqdm
+
+from ..config import DomainConfig
+from ..labels import IGNORE_INDEX, LABEL_SPACES, VOID
+from .domains import COUNTS, Domain, load_domain
+from .files import file_bytes, read_header
+from .layouts import LAYOUTS
+from .transforms import resize_labels
+
+Encoding = Literal["png", "jpeg", "raw"]
+ROWS_PER_SHARD = 128  # GTA5: 195 files of 350 MB; what a kill costs is at most one per process
+
+
+def prepare_layout(
+    name: str,
+    root: str,
+    output: Path,
+    *,
+    size: tuple[int, int] | None = None,
+    resize_mode: Literal["keep_ratio", "exact"] = "keep_ratio",
+    encoding: Encoding = "png",
+    splits: Sequence[str] = (),
+    unlabelled: Sequence[str] = (),
+    incomplete: bool = False,
+    num_processes: int | None = None,
+) -> dict[str, int]:
+    """Turn an unpacked official download into `output`, which `DomainConfig.path` takes.
+
+    Args:
+        name: of `layouts.LAYOUTS`.
+        size, resize_mode: as DomainConfig.resize; None keeps the files as they are, byte for byte.
+        encoding: of resized images. "raw" is not compressed: large, and the fastest to read.
+        splits: those to prepare; () is all the layout has.
+        unlabelled: of these, those without labels; their label files are not looked for.
+        incomplete: accept another number of images than the complete download has.
+        num_processes: None is one per core.
+
+    Returns:
+        Images per split.
+
+    Raises:
+        ValueError: for a download that is not complete or not what it should be, or an output of other settings.
+    """
+    if name not in LAYOUTS:
+        raise ValueError(f"there is no layout {name!r}: known are {', '.join(LAYOUTS)}.")
+    layout = LAYOUTS[name]
+    unknown = sorted({*splits, *unlabelled} - set(layout.splits))
+    if unknown:
+        raise ValueError(f"{name} has no split {', '.join(unknown)}: it has {', '.join(layout.splits)}.")
+    classes = tuple(name for name in LABEL_SPACES[layout.space] if name != VOID)
+    domains = {}
+    for split in splits or layout.splits:  # all of them are looked at before any work
+        config = DomainConfig(path=root, layout=name, split=split, resize=size, resize_mode=resize_mode)
+        domain = load_domain(config, classes, labelled=split not in unlabelled)
+        expected = layout.splits[split][1]
+        if len(domain) != expected and not incomplete:
+            raise ValueError(
+                f"{name} ({split}) has {len(domain)} images in {root}, but the complete download has {expected}. "
+                "Unpack all archives, or accept what is there with --incomplete."
+            )
+        domains[split] = domain
+    for split, domain in domains.items():
+        prepare(domain, output, split, len(classes), encoding, num_processes)
+        if domain.rule is not None:
+            _check_classes(output, split, name, classes)
+    _describe(output, name, layout.space)
+    return {split: len(domain) for split, domain in domains.items()}
+
+
+def prepare(
+    domain: Domain,
+    output: Path,
+    split: str,
+    num_classes: int,
+    encoding: Encoding = "png",
+    num_processes: int | None = None,
+) -> None:
+    """Write the shards of one split. A shard appears when it is complete, so a killed run goes on where it was.
+
+    Raises:
+        ValueError: naming the first file at fault, or if `output` holds shards of other settings or files.
+    """
+    shards = -(-len(domain) // ROWS_PER_SHARD)
+    paths = [output / f"{split}-{shard:05d}-of-{shards:05d}.parquet" for shard in range(shards)]
+    _claim(domain, output, split, encoding)
+    todo = [shard for shard in range(shards) if not paths[shard].exists()]
+    workers = min(num_processes or os.cpu_count() or 1, max(len(todo), 1))
+    jobs = [(domain, shard, paths[shard], num_classes, encoding) for shard in todo]
+    with tqdm(total=len(domain), initial=len(domain) - _rows(todo, len(domain)), unit="image", desc=split) as bar:
+        if workers == 1:
+            for job in jobs:
+                bar.update(_write_shard(*job))
+            return
+        # Not forked: threads of the parent, torch's among them, would be missing in the child.
+        with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+            running = [pool.submit(_write_shard, *job) for job in jobs]
+            try:
+                for future in as_completed(running):
+                    bar.update(future.result())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def _rows(shards: Sequence[int], length: int) -> int:
+    return sum(min(ROWS_PER_SHARD, length - shard * ROWS_PER_SHARD) for shard in shards)
+
+
+def _claim(domain: Domain, output: Path, split: str, encoding: Encoding) -> None:
+    """Remember in a hidden file what the shards are made of, and refuse to mix."""
+    digest = hashlib.sha256()
+    for row in domain.table.select_columns([name for name in ("file_name",) if name in domain.table.column_names]):
+        digest.update(row["file_name"].encode() + b"\0")
+    rule = None if domain.rule is None else hashlib.sha256(domain.rule.ids.tobytes()).hexdigest()
+    settings = json.dumps(
+        {"config": asdict(domain.config), "encoding": encoding, "files": digest.hexdigest(), "ids": rule, "format": 1},
+        sort_keys=True,
+    )
+    memory = output / f".{split}.json"
+    output.mkdir(parents=True, exist_ok=True)
+    if memory.exists():
+        if memory.read_text(encoding="utf-8") != settings:
+            raise ValueError(
+                f"{output} holds the split {split} of other files or settings (see {memory.name}). Choose another "
+                "--output, or remove the folder yourself."
+            )
+    elif any(output.glob(f"{split}-*.parquet")):
+        raise ValueError(f"{output} holds a split {split} that was not made here. Choose another --output.")
+    else:
+        memory.write_text(settings, encoding="utf-8")
+
+
+def _write_shard(domain: Domain, shard: int, path: Path, num_classes: int, encoding: Encoding) -> int:
+    rows = [
+        _prepared(domain, index, num_classes, encoding)
+        for index in range(shard * ROWS_PER_SHARD, min((shard + 1) * ROWS_PER_SHARD, len(domain)))
+    ]
+    features = Features({"image": Image(), "file_name": Value("string")})
+    if domain.rule is not None:
+        features |= {"label": Image(mode="L"), COUNTS: List(Value("int64"))}
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        Dataset.from_list(rows, features=Features(features)).to_parquet(str(unfinished))
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return len(rows)
+
+
+def _prepared(domain: Domain, index: int, num_classes: int, encoding: Encoding) -> dict[str, Any]:
+    row = domain.table[index]
+    where = domain.where(row, index)
+    image = domain.image(index)  # decoded in any case: a damaged file must not get in
+    size = (image.shape[0], image.shape[1])
+    target = domain.working_size(size)
+    resized = target != size
+    cell = {"bytes": _encoded(domain.resized_image(index), encoding) if resized else file_bytes(row["image"], where)}
+    result: dict[str, Any] = {"image": cell | {"path": None}, "file_name": row["file_name"]}
+    if domain.rule is None:
+        return result
+    if read_header(row["image"], where, domain.config.max_pixels)[1] != 1:
+        raise ValueError(f"{where}: the photo must be turned (EXIF), its label map cannot be. Save it upright.")
+    labels = domain.labels(index)
+    if labels.shape != size:
+        raise ValueError(
+            f"{where}: the image has {size[1]}x{size[0]} pixels, its label map {labels.shape[1]}x{labels.shape[0]}. "
+            "They must be equal; unpack both archives again."
+        )
+    counts = np.bincount(labels.ravel(), minlength=IGNORE_INDEX + 1)[:num_classes].tolist()
+    label = {"bytes": _encoded(resize_labels(labels, target), "png"), "path": None}
+    return result | {"label": label, COUNTS: counts}
+
+
+def _check_classes(output: Path, split: str, name: str, classes: Sequence[str]) -> None:
+    """Whether the labels are plausible as a whole: other files of the same format would pass one by one."""
+    counts = sum(
+        np.array(pq.read_table(file, columns=[COUNTS])[COUNTS].to_pylist()).sum(axis=0)
+        for file in output.glob(f"{split}-*.parquet")
+    )
+    present = [label for label, total in zip(classes, np.atleast_1d(counts), strict=True) if total]
+    expected = ("road", "building", "sky", "car") if name == "synthia" else ()
+    missing = [label for label in expected if label not in present]
+    if len(present) < 2 or missing:
+        raise ValueError(
+            f"the labels of {name} ({split}) show {', '.join(present) or 'no class'}"
+            f"{' but never ' + ', '.join(missing) if missing else ''}: this is another data set, or another "
+            f"subset. Remove {output} and give the right --root."
+        )
+
+
+def _encoded(pixels: np.ndarray, encoding: Encoding) -> bytes:
+    file = io.BytesIO()
+    picture = PILImage.fromarray(pixels)
+    if encoding == "png":
+        picture.save(file, format="PNG", compress_level=1)
+    elif encoding == "jpeg":
+        picture.save(file, format="JPEG", quality=95, subsampling=0)
+    else:
+        picture.save(file, format="BMP")
+    return file.getvalue()
+
+
+def _describe(output: Path, name: str, space: str) -> None:
+    """The card by which `datasets` finds the splits: a configuration each, since one may have no labels."""
+    splits = sorted({file.name.split("-")[0] for file in output.glob("*.parquet")})
+    configs = "\n".join(
+        f"- config_name: {split}\n  data_files:\n  - split: {split}\n    path: {split}-*.parquet" for split in splits
+    )
+    ids = ", ".join(f"{label_id} {label}" for label_id, label in enumerate(LABEL_SPACES[space]) if label != VOID)
+    (output / "README.md").write_text(
+        f"---\nconfigs:\n{configs}\n---\n"
+        f"{name}, prepared by scripts/prepare_domain.py. `label` holds class ids, 255 ignored: {ids}. `{COUNTS}` are "
+        "pixels per class at the size of the original file. The terms of the original data set apply.\n",
+        encoding="utf-8",
+    )

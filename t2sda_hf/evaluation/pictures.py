@@ -1,0 +1,104 @@
+"""Pictures of images, label maps and confidences side by side, with a legend."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.patches import Patch
+
+from ..labels import IGNORE_INDEX, palette
+
+RIGHT, WRONG, IGNORED = (225, 225, 225), (200, 30, 30), (0, 0, 0)  # colours of an error map
+CELL = 3.2  # inches
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of `save_grid`.
+
+    Attributes:
+        title: shown above.
+        pictures: one array per row. "image": (H,W,3) uint8; "classes": (H,W) class ids, 255 ignored; "confidence":
+            (H,W) in [0,1]; "error": (H,W) 0 right, 1 wrong, 255 ignored.
+        kind: what they are.
+    """
+
+    title: str
+    pictures: Sequence[np.ndarray]
+    kind: Literal["image", "classes", "confidence", "error"] = "image"
+
+
+def colorize(labels: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+    """(H,W) class ids, 255 ignored -> (H,W,3) uint8 RGB, ignored pixels black."""
+    colors = np.zeros((IGNORE_INDEX + 1, 3), np.uint8)
+    colors[: len(classes)] = palette(classes)
+    return colors[labels]
+
+
+def errors(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(H,W) uint8: 0 where the prediction is right, 1 where it is wrong, 255 where the label is ignored."""
+    return np.where(labels == IGNORE_INDEX, IGNORE_INDEX, predictions != labels).astype(np.uint8)
+
+
+def save_grid(path: Path, columns: Sequence[Column], classes: Sequence[str], title: str = "") -> None:
+    """Write pictures side by side, one row per image, as PNG.
+
+    Args:
+        path: file to write.
+        columns: all with the same number of pictures.
+        classes: names, for colours and legend.
+        title: above all of it.
+    """
+    num_rows = len(columns[0].pictures)
+    height, width = columns[0].pictures[0].shape[:2]
+    shown = {
+        int(value) for column in columns if column.kind == "classes" for p in column.pictures for value in np.unique(p)
+    }
+    has_errors = any(column.kind == "error" for column in columns)
+    handles = [Patch(color=palette(classes)[c] / 255, label=classes[c]) for c in sorted(shown - {IGNORE_INDEX})]
+    if IGNORE_INDEX in shown or has_errors:
+        handles.append(Patch(color=_unit(IGNORED), label="ignored"))
+    if has_errors:
+        handles += [Patch(facecolor=_unit(RIGHT), label="right"), Patch(color=_unit(WRONG), label="wrong")]
+    in_row = max(1, min(len(handles), int(1.3 * len(columns)) + 1))
+    legend = 0.1 + 0.22 * -(-len(handles) // in_row)
+    total = CELL * height / width * num_rows + legend + 0.3 + 0.3 * bool(title)
+    figure, axes = plt.subplots(num_rows, len(columns), figsize=(CELL * len(columns), total), squeeze=False)
+    for place, column in enumerate(columns):
+        for row, picture in enumerate(column.pictures):
+            axis = axes[row, place]
+            axis.set_axis_off()
+            if column.kind == "confidence":
+                shade = axis.imshow(picture, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+                figure.colorbar(shade, ax=axis, fraction=0.035, pad=0.02)
+            else:
+                axis.imshow(_rgb(picture, column.kind, classes), interpolation="nearest")
+        axes[0, place].set_title(column.title, fontsize=11)
+    if title:
+        figure.suptitle(title, fontsize=12, x=0.01, ha="left")
+    if handles:
+        figure.legend(handles=handles, loc="lower center", ncol=in_row, fontsize=9, frameon=False)
+    figure.tight_layout(rect=(0, legend / total, 1, 1), pad=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _rgb(picture: np.ndarray, kind: str, classes: Sequence[str]) -> np.ndarray:
+    if kind == "classes":
+        return colorize(picture, classes)
+    if kind == "error":
+        colors = np.zeros((IGNORE_INDEX + 1, 3), np.uint8)
+        colors[0], colors[1], colors[IGNORE_INDEX] = RIGHT, WRONG, IGNORED
+        return colors[picture]
+    return picture
+
+
+def _unit(color: tuple[int, int, int]) -> tuple[float, ...]:
+    return tuple(value / 255 for value in color)

@@ -1,0 +1,199 @@
+"""What a run shows of itself while it trains, without one more forward: proxies and pseudo-label pictures.
+
+A proxy is a number in [0,1], larger is hoped to be better, that needs no label of the target. It is gathered over the
+updates between two evaluations from what the objective computed anyway (`Parts.seen`).
+
+    confidence  1 - entropy / log K of the teacher's classes on target crops
+    coverage    share of target pixels on which the teacher is as sure as uda.pseudo_threshold
+    agreement   share of target pixels of mixed images where the student says what the teacher says
+    stability   1 - distance of the class shares of the pseudo-labels from those of the updates before
+    prior       1 - distance of the class shares of the pseudo-labels from those of the source's labels
+    source      mIoU of the student on its source crops
+    combined    geometric mean of agreement, confidence and prior
+
+Distance of shares is total variation, half the sum of absolute differences.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .confusion import scores
+from .pictures import Column, save_grid
+
+PROXIES = ("confidence", "coverage", "agreement", "stability", "prior", "source", "combined")
+MIN_PANELS = 4
+SELECTED, SELECTED_FILE = "selected", "selected.json"
+
+
+class Watch(nn.Module):
+    """Sums over the updates since the last `read`. Buffers only, so it is saved, restored and rolled back as a model.
+
+    Args:
+        source_counts: (K,) pixels per class in the labels of the source.
+        threshold: confidence from which a pixel counts as covered.
+    """
+
+    sums: Tensor  # (5,) float64: target pixels, 1 - entropy, sure ones; target pixels of mixed images, agreeing ones
+    shares: Tensor  # (K,) float64 pixels per pseudo-class
+    before: Tensor  # (K,) float64 the same of the updates before the last `read`
+    confusion: Tensor  # (K,K) float64 of the student on source crops
+
+    def __init__(self, source_counts: Sequence[int], threshold: float) -> None:
+        super().__init__()
+        counts = torch.tensor(list(source_counts), dtype=torch.float64)
+        num_classes = len(counts)
+        self.threshold = threshold
+        self.prior = counts / counts.sum().clamp(min=1)
+        self.register_buffer("sums", torch.zeros(5, dtype=torch.float64))
+        self.register_buffer("shares", torch.zeros(num_classes, dtype=torch.float64))
+        self.register_buffer("before", torch.zeros(num_classes, dtype=torch.float64))
+        self.register_buffer("confusion", torch.zeros(num_classes, num_classes, dtype=torch.float64))
+
+    @torch.no_grad()
+    def look(self, seen: Mapping[str, Tensor]) -> None:
+        """Add one batch, at the resolution of the logits; nothing is moved off the device.
+
+        Args:
+            seen: `Parts.seen`: teacher_logits (B,K,h,w); mixed_logits (B,K,h,w) and from_source (B,H,W) bool;
+                source_logits (B,K,h,w) and source_labels (B,H,W). What is missing is not counted.
+        """
+        num_classes = len(self.shares)
+        if "teacher_logits" in seen:
+            log_shares = seen["teacher_logits"].float().log_softmax(dim=1)
+            entropy = -(log_shares.exp() * log_shares).sum(dim=1) / math.log(num_classes)
+            confidence, pseudo_labels = log_shares.max(dim=1)
+            self.sums[0] += entropy.numel()
+            self.sums[1] += (1 - entropy).double().sum()
+            self.sums[2] += (confidence.exp() >= self.threshold).sum()
+            self.shares += pseudo_labels.flatten().bincount(minlength=num_classes)
+            if "mixed_logits" in seen:
+                logits = seen["mixed_logits"]
+                of_target = ~_nearest(seen["from_source"], logits)
+                self.sums[3] += of_target.sum()
+                self.sums[4] += ((logits.argmax(dim=1) == pseudo_labels) & of_target).sum()
+        if "source_logits" in seen:
+            logits = seen["source_logits"]
+            labels = _nearest(seen["source_labels"], logits)
+            known = labels < num_classes
+            pairs = labels[known] * num_classes + logits.argmax(dim=1)[known]
+            self.confusion += pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes)
+
+    def read(self, sum_over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The proxies of the updates since the last call; those that nothing was seen for are left out. Collective.
+
+        Args:
+            sum_over_processes: sums a tensor over all processes.
+        """
+        flat = torch.cat([self.sums, self.shares, self.confusion.flatten()])
+        num_classes = len(self.shares)
+        sums, shares, confusion = sum_over_processes(flat).cpu().split([5, num_classes, num_classes**2])
+        found: dict[str, float] = {}
+        if sums[0]:
+            found["confidence"] = float(sums[1] / sums[0])
+            found["coverage"] = float(sums[2] / sums[0])
+            shares = shares / shares.sum()
+            if self.before.sum():
+                found["stability"] = 1 - _distance(shares, self.before.cpu())
+            found["prior"] = 1 - _distance(shares, self.prior)
+            self.before.copy_(shares)
+        if sums[3]:
+            found["agreement"] = float(sums[4] / sums[3])
+        if confusion.sum():
+            found["source"] = float(scores(confusion.view(num_classes, num_classes).numpy())["mean_iou"])
+        parts = [found.get(name) for name in ("agreement", "confidence", "prior")]
+        if None not in parts:
+            found["combined"] = math.prod(part for part in parts if part is not None) ** (1 / 3)
+        for buffer in (self.sums, self.shares, self.confusion):
+            buffer.zero_()
+        return found
+
+
+def selects(folder: Path, select: str, proxies: Mapping[str, float]) -> bool:
+    """Whether weights are the best so far: their proxy is above that of the ones kept in `folder`/selected.
+
+    Args:
+        folder: of the method.
+        select: "last", which keeps none, or "proxy:<name>".
+        proxies: of these weights, from `Watch.read`. Without the one that is asked for they are not kept.
+    """
+    value = proxies.get(select.removeprefix("proxy:"))
+    if value is None:
+        return False
+    kept = folder / SELECTED / SELECTED_FILE
+    return not kept.is_file() or value > json.loads(kept.read_text(encoding="utf-8"))["value"]
+
+
+def describe_selected(select: str, proxies: Mapping[str, float], done: int) -> str:
+    """Content of `SELECTED_FILE`: which proxy, its value, and after how many updates."""
+    name = select.removeprefix("proxy:")
+    return json.dumps({"proxy": name, "value": proxies[name], "step": done})
+
+
+def panel_due(done: int, max_steps: int, evaluate_every: int) -> bool:
+    """Whether pseudo-labels are pictured after `done` updates: at evaluations, or at four evenly spread updates."""
+    if max_steps // evaluate_every >= MIN_PANELS:
+        return done % evaluate_every == 0 or done == max_steps
+    return done in {max_steps * part // MIN_PANELS for part in range(1, MIN_PANELS + 1)}
+
+
+def save_panel_of_step(
+    folder: Path, done: int, seen: Mapping[str, Tensor], classes: Sequence[str], trust: float | None = None
+) -> Path | None:
+    """Picture what the objective saw in the running update: target image, pseudo-label, confidence, mix, translation.
+
+    Args:
+        folder: `panels/` of the method; the file is step_NNNNNN.png.
+        done: number of finished updates.
+        seen: `Parts.seen`, images (B,3,H,W) in [0,1].
+        classes: names, for colours and legend.
+        trust: weight of the pseudo-labels in the loss, for the title.
+
+    Returns:
+        The file, or None if the objective makes no pseudo-labels.
+    """
+    if "pseudo_labels" not in seen:
+        return None
+    num = min(2, len(seen["pseudo_labels"]))
+    columns = [
+        Column("target image", _images(seen, "target_images", num)),
+        Column("pseudo-label", _maps(seen, "pseudo_labels", num), "classes"),
+        Column("confidence", _maps(seen, "confidence", num), "confidence"),
+        Column("mixed image (student's input)", _images(seen, "mixed_images", num)),
+        Column("source image", _images(seen, "source_images", num)),
+        Column("translated to target style", _images(seen, "pseudo_target_images", num)),
+    ]
+    sure = float(seen["confidence"].mean())
+    title = f"after {done} updates: mean confidence {sure:.2f}"
+    title += "" if trust is None else f", weight of pseudo-labels {trust:.2f}"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{done:06d}.png"
+    save_grid(path, [column for column in columns if column.pictures], classes, title)
+    return path
+
+
+def _images(seen: Mapping[str, Tensor], name: str, num: int) -> list:
+    if name not in seen:
+        return []
+    images = (seen[name][:num].detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return list(images.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def _maps(seen: Mapping[str, Tensor], name: str, num: int) -> list:
+    return list(seen[name][:num].detach().cpu().numpy())
+
+
+def _distance(shares: Tensor, others: Tensor) -> float:
+    return float((shares - others).abs().sum() / 2)
+
+
+def _nearest(maps: Tensor, logits: Tensor) -> Tensor:
+    """(B,H,W) of any type sampled at the cells of (B,K,h,w)."""
+    height, width = logits.shape[-2:]
+    rows = torch.arange(height, device=maps.device) * maps.shape[-2] // height
+    columns = torch.arange(width, device=maps.device) * maps.shape[-1] // width
+    return maps[:, rows[:, None], columns]

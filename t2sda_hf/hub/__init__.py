@@ -1,0 +1,1 @@
+"""Where a result meets the Hub: the model card, and the push."""

@@ -1,0 +1,381 @@
+"""The model card: facts are read from the files of a run, never typed; the card is a function of the facts.
+
+`run.json` holds what only the machine knows at the start of a run (`record_run`), `resolved_config.yaml` and
+`metrics.json` the rest. A fact that is missing is an error: a card with holes reads like a result.
+"""
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
+
+from ..config import DomainConfig, RunConfig, load_config
+from ..training.masking import mask
+
+RUN_FACTS = ("command", "commit", "hardware", "software")
+METHODS = {
+    "t2sda": "T2S-DA: mean-teacher self-training with the pull loss (Pulling Target to Source, arXiv 2305.13752)",
+    "source_only": "supervised training on the source domain alone, no adaptation",
+}
+DRAWN = ("streets-source", "streets-target")
+DRAWN_TERMS = "drawn by t2sda_hf itself, Apache-2.0"
+PACKAGE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Everything a card says. All scores in %, None for a class that is neither labelled nor predicted.
+
+    Attributes:
+        repo_id: user/name on the Hub.
+        method, seed, steps, batch_size, num_processes: of the training; batch_size per process and domain.
+        host: encoder, head and what they start from, in words.
+        base_model: Hub id of the encoder's weights, "" for random ones.
+        parameters: number of trained numbers in the file, the projector's included.
+        classes: position = class id.
+        domains: source, target and test, each {"name", "split", "terms"}.
+        license: Hub id, of the weights.
+        image_size: (height, width) that every image is brought to, or None for the image's own.
+        window, stride: of the sliding window, None for the whole image at once.
+        num_images: how many test images were scored.
+        student, teacher, source_only: {"miou", "pixel_accuracy", "mean_accuracy", "iou": {class: score}}. No teacher
+            in a source-only run, where `source_only` is the student.
+        source_only_seed: of that run.
+        command, commit, hardware, software: see `record_run`.
+    """
+
+    repo_id: str
+    method: str
+    host: str
+    base_model: str
+    parameters: int
+    classes: tuple[str, ...]
+    domains: dict[str, dict[str, str]]
+    license: str
+    seed: int
+    steps: int
+    batch_size: int
+    num_processes: int
+    image_size: tuple[int, int] | None
+    window: tuple[int, int] | None
+    stride: tuple[int, int] | None
+    num_images: int
+    student: dict[str, Any]
+    teacher: dict[str, Any] | None
+    source_only: dict[str, Any]
+    source_only_seed: int
+    command: str
+    commit: str
+    hardware: str
+    software: str
+
+    @property
+    def not_measured(self) -> list[str]:
+        """What a reader might take for granted and nobody looked at."""
+        gaps = [
+            f"Other seeds: this is one run with seed {self.seed}. The spread over seeds is not in this card.",
+            f"Other domains than {self.domains['test']['name']} ({self.domains['test']['split']}), and the source "
+            "domain itself: what adaptation costs there is unknown.",
+            "Corrupted images, night, snow and other cameras; calibration of the confidences; speed on a device.",
+        ]
+        if self.seed != self.source_only_seed:
+            gaps.insert(0, f"Both columns from one seed: the source-only run has seed {self.source_only_seed}.")
+        if self.domains["target"]["name"] == self.domains["test"]["name"]:
+            gaps.append(
+                "Independence of settings and test images: if settings were chosen by looking at this test split, the "
+                "scores are optimistic."
+            )
+        return gaps
+
+
+def record_run(folder: Path, script: str, arguments: Sequence[str], num_processes: int = 1) -> None:
+    """Write `run.json`: the command that repeats the run, the commit, the machine and the versions.
+
+    Args:
+        folder: of the run; made if it is not there.
+        script: "scripts/train_uda.py".
+        arguments: those of its command line.
+        num_processes: of the launcher.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS")  # another number of threads adds in another order
+    launcher = f"OMP_NUM_THREADS={threads} " if threads else ""
+    launcher += "accelerate launch" + (f" --multi_gpu --num_processes {num_processes}" if num_processes > 1 else "")
+    facts = {
+        "command": mask(f"{launcher} {script} {shlex.join(arguments)}"),
+        "commit": _commit(),
+        "hardware": _hardware(num_processes),
+        "software": f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def gather_facts(run_folder: Path, repo_id: str, given: Mapping[str, Any] | None = None) -> CardFacts:
+    """Read the facts of a finished run.
+
+    Args:
+        run_folder: the output folder of a run (its adapted method is taken), or one method's folder in it.
+        repo_id: user/name.
+        given: facts that the files do not hold, or that win over them: `license`, `terms` ({"source": ..., "target":
+            ..., "test": ...}), `source_only` (a method folder), and those of run.json.
+
+    Raises:
+        ValueError: naming the fact that is missing or the file that cannot be read, and where to give it.
+    """
+    given = dict(given or {})
+    folder = method_folder(run_folder)
+    cfg = load_config(_existing(folder / "resolved_config.yaml"))
+    metrics = _read_json(folder / "metrics.json")
+    run = _run_facts(folder, given)
+    push = cfg.push_to_hub
+    license_id = str(given.get("license") or push.license or own_license(cfg))
+    if not license_id:
+        raise ValueError(
+            f"the licence of the weights is not known: they start from {cfg.model.pretrained!r} and saw "
+            f"{cfg.source.path!r} and {cfg.target.path!r}. Give --license, or push_to_hub.license in the config."
+        )
+    terms = push.terms | dict(given.get("terms") or {})
+    baseline_folder, baseline = _baseline(folder, cfg, metrics, str(given.get("source_only") or push.source_only))
+    size = _read_json(folder / "student" / "preprocessor_config.json").get("size")
+    slides = cfg.evaluation.mode == "slide"
+    return CardFacts(
+        repo_id=repo_id,
+        method=cfg.method,
+        host=_host(cfg),
+        base_model=cfg.model.pretrained or "",
+        parameters=_count_parameters(folder / "student"),
+        classes=cfg.classes,
+        domains={role: domain_facts(role, getattr(cfg, role), terms) for role in ("source", "target", "test")},
+        license=license_id,
+        seed=cfg.seed,
+        steps=cfg.train.max_steps,
+        batch_size=cfg.train.batch_size * cfg.train.micro_batches,
+        num_processes=int(_summary(folder).get("num_processes", 1)),
+        image_size=(size["height"], size["width"]) if size else None,
+        window=cfg.evaluation.window if slides else None,
+        stride=cfg.evaluation.stride if slides else None,
+        num_images=metrics["student"]["num_images"],
+        student=_scores(metrics["student"]),
+        teacher=_scores(metrics["teacher"]) if "teacher" in metrics else None,
+        source_only=_scores(baseline["student"]),
+        source_only_seed=load_config(_existing(baseline_folder / "resolved_config.yaml")).seed,
+        **run,
+    )
+
+
+def save_facts(facts: CardFacts, path: Path) -> None:
+    path.write_text(json.dumps(asdict(facts), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def load_facts(path: Path) -> CardFacts:
+    """Facts as `save_facts` wrote them.
+
+    Raises:
+        ValueError: if one is missing or unknown.
+    """
+    values = _read_json(path)
+    names = {field.name for field in fields(CardFacts)}
+    if names != values.keys():
+        raise ValueError(
+            f"{path} is not the facts of a card: missing {sorted(names - values.keys())}, "
+            f"unknown {sorted(values.keys() - names)}."
+        )
+    for name in ("classes", "image_size", "window", "stride"):
+        values[name] = None if values[name] is None else tuple(values[name])
+    return CardFacts(**values)
+
+
+def render_card(facts: CardFacts) -> ModelCard:
+    """The card, a function of the facts alone. It shows `panel.png` and `curve.png`, which stand beside it."""
+    test = facts.domains["test"]
+    results = [_eval_result("mIoU", "mean_iou", facts.student["miou"], test)]
+    results += [
+        _eval_result(f"IoU ({name})", "mean_iou", iou, test)
+        for name, iou in facts.student["iou"].items()
+        if iou is not None
+    ]
+    data = ModelCardData(
+        license=facts.license,
+        license_name="see-the-card" if facts.license == "other" else None,
+        library_name="transformers",
+        pipeline_tag="image-segmentation",
+        base_model=facts.base_model if facts.base_model.count("/") == 1 else None,
+        metrics=["mean_iou"],
+        tags=["semantic-segmentation", "domain-adaptation", "t2s-da", "custom_code"],
+        model_name=facts.repo_id.split("/")[-1],
+        eval_results=results,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(_template()),
+        facts=facts,
+        method=METHODS[facts.method],
+        cell=lambda value: "-" if value is None else f"{value:.2f}",
+        gain=lambda new, old: "-" if new is None or old is None else f"{new - old:+.2f}",
+    )
+
+
+def method_folder(run_folder: Path) -> Path:
+    """`run_folder` if it is one method's, or else the folder in it of the method that was adapted.
+
+    Raises:
+        ValueError: if there is no finished run.
+    """
+    for folder in (run_folder, run_folder / "t2sda", run_folder / "source_only"):
+        if (folder / "metrics.json").is_file() and (folder / "student").is_dir():
+            return folder
+    raise ValueError(
+        f"{run_folder} holds no finished run: there is no metrics.json with a student/ beside it. Give the output_dir "
+        "of scripts/train_uda.py, or a method's folder in it."
+    )
+
+
+def _run_facts(folder: Path, given: Mapping[str, Any]) -> dict[str, str]:
+    path = folder.parent / "run.json"
+    known = _read_json(path) if path.is_file() else {}
+    known |= {name: given[name] for name in RUN_FACTS if given.get(name)}
+    missing = [name for name in RUN_FACTS if not known.get(name)]
+    if missing:
+        raise ValueError(
+            f"{path} does not say {', '.join(missing)}, and a card must. Give "
+            + " ".join(f'--fact {name}="..."' for name in missing)
+            + "."
+        )
+    return {name: str(known[name]) for name in RUN_FACTS}
+
+
+def _baseline(folder: Path, cfg: RunConfig, metrics: dict[str, Any], given: str) -> tuple[Path, dict[str, Any]]:
+    if cfg.method == "source_only":
+        return folder, metrics
+    other = method_folder(Path(given)) if given else folder.parent / "source_only"
+    if not (other / "metrics.json").is_file():
+        raise ValueError(
+            f"there is no source-only run to compare {folder} with. Train with --baseline source_only, or give the "
+            "folder of one with --source_only (push_to_hub.source_only)."
+        )
+    baseline = _read_json(other / "metrics.json")
+    ours, theirs = metrics["student"], baseline["student"]
+    for key in ("domain", "num_images"):
+        if ours[key] != theirs[key]:
+            raise ValueError(f"{other} was scored on another test: {key} {theirs[key]!r}, this run has {ours[key]!r}.")
+    if list(ours["iou"]) != list(theirs["iou"]):
+        raise ValueError(f"{other} has other classes: {', '.join(theirs['iou'])}; this run {', '.join(ours['iou'])}.")
+    return other, baseline
+
+
+def domain_facts(role: str, config: DomainConfig, terms: Mapping[str, str]) -> dict[str, str]:
+    """Name, split and terms of a domain; ValueError if the terms are not known."""
+    known = terms.get(role) or (DRAWN_TERMS if config.path in DRAWN else "")
+    if not known:
+        raise ValueError(
+            f"under which terms do the images of the {role} domain {config.path!r} come? Give "
+            f'--terms {role}="...", or push_to_hub.terms in the config.'
+        )
+    # A folder's place on somebody's disk is nobody's business; a data set of the Hub keeps its name.
+    path = Path(config.path)
+    name = path.stem if path.exists() or path.is_absolute() else config.path
+    return {"name": name, "split": config.split, "terms": known}
+
+
+def own_license(cfg: RunConfig) -> str:
+    """The licence of weights that nothing but this project's own drawings went into, otherwise ""."""
+    drawn = all(domain.path in DRAWN for domain in (cfg.source, cfg.target))
+    return "apache-2.0" if drawn and cfg.model.pretrained is None else ""
+
+
+def _host(cfg: RunConfig) -> str:
+    heads = {"daformer": "DAFormer head", "all_mlp": "SegFormer's all-MLP head", "deeplabv2": "DeepLab-V2 head"}
+    sizes = f" reduced to depths {list(cfg.model.depths)}" if cfg.model.depths else ""
+    if cfg.model.hidden_sizes:
+        sizes += f"{' and' if sizes else ' with'} widths {list(cfg.model.hidden_sizes)}"
+    start = f"`{cfg.model.pretrained}`" if cfg.model.pretrained else "random weights"
+    return f"`{cfg.model.size}` encoder{sizes}, {heads[cfg.model.head]}; the encoder starts from {start}"
+
+
+def _scores(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: result[key] for key in ("miou", "pixel_accuracy", "mean_accuracy", "iou")}
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    path = folder.parent / "summary.json"
+    return _read_json(path) if path.is_file() else {}
+
+
+def _eval_result(name: str, kind: str, value: float, test: Mapping[str, str]) -> EvalResult:
+    return EvalResult(
+        task_type="image-segmentation",
+        task_name="Semantic segmentation",
+        dataset_type=test["name"],
+        dataset_name=test["name"],
+        dataset_split=test["split"],
+        metric_type=kind,
+        metric_name=name,
+        metric_value=value,
+    )
+
+
+def _count_parameters(folder: Path) -> int:
+    """Numbers in the safetensors files, the buffers of norms left out."""
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+                    total += torch.Size(tensors.get_slice(name).get_shape()).numel()
+    if not total:
+        raise ValueError(f"{folder} holds no weights (model.safetensors).")
+    return total
+
+
+def _commit() -> str:
+    """The commit that the code comes from; the released version where it is no work tree."""
+    import t2sda_hf
+
+    git = shutil.which("git")
+    if git is not None and (PACKAGE.parent / ".git").exists():
+        head = subprocess.run([git, "rev-parse", "HEAD"], cwd=PACKAGE, capture_output=True, text=True)
+        changed = subprocess.run([git, "status", "--porcelain", "-uno"], cwd=PACKAGE, capture_output=True, text=True)
+        if head.returncode == 0:
+            return head.stdout.strip() + (" with uncommitted changes" if changed.stdout.strip() else "")
+    return f"t2sda_hf {t2sda_hf.__version__}"
+
+
+def _hardware(num_processes: int) -> str:
+    if torch.cuda.is_available():
+        return f"{num_processes} x {torch.cuda.get_device_name()}"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = models[0] if models else platform.processor() or platform.machine()
+    return f"CPU: {name}, {torch.get_num_threads()} thread(s), {num_processes} process(es)"
+
+
+def _template() -> Path:
+    """model_cards/template.md.jinja; the wheel carries it beside this file."""
+    beside = Path(__file__).with_name("template.md.jinja")
+    return beside if beside.is_file() else PACKAGE.parent / "model_cards" / "template.md.jinja"
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: the run is not finished, or this is not its folder.")
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(_existing(path).read_text(encoding="utf-8")))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error

@@ -1,0 +1,290 @@
+"""Where a run goes on: one owner of its folder, one place to start each method from, nothing changed unnoticed."""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
+
+from ..config import RunConfig, dump_config
+from ..data.domains import Domain
+from ..methods import Parts
+from .checkpoint import (
+    DamagedCheckpoint,
+    Progress,
+    allocate_state,
+    checkpoints,
+    newest_valid,
+    optimizer_tensors,
+    read_checkpoint,
+    restore,
+    sweep,
+    verify,
+)
+from .distributed import broadcast_from_main, decided_by_main
+from .masking import mask
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+# What has no influence on what is learned. The paths of the domains are here because their content is compared.
+_TRAIN: tuple[str, ...] = (
+    "log_every",
+    "log_with",
+    "evaluate_every",
+    "save_every",
+    "keep_checkpoints",
+    "num_threads",
+    "timeout_seconds",
+)
+_TRAIN += ("non_finite", "max_skipped_steps")
+_PLACES = tuple(f"{domain}.{key}" for domain in ("source", "target") for key in ("path", "label_path", "valid_mask"))
+_FREE: tuple[str, ...] = ("output_dir", "baseline", "resume", "allow_changes", "test", "evaluation", "data.num_workers")
+_FREE += ("model.activation_checkpointing", *_PLACES, *(f"train.{name}" for name in _TRAIN))
+_LOOKED_AT = 16  # images of a domain that are read for its fingerprint
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where one method starts: at a checkpoint, at the beginning (None), or not at all because it has results."""
+
+    checkpoint: Path | None = None
+    results: dict[str, Any] | None = None
+
+
+def lock_run(cfg: RunConfig) -> FileLock:
+    """Make this process the only one that writes into `output_dir`; the system frees the lock when the process ends.
+
+    Raises:
+        ValueError: if another process has it, if the folder is not empty and nothing is to be resumed, or if it
+            cannot be written.
+    """
+    folder = Path(cfg.output_dir)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        check_folder(cfg)  # again: somebody may have used it since the first look
+        (folder / LOCK).write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+    except Timeout:
+        owner = (folder / LOCK).read_text(encoding="utf-8") or "another process"
+        raise ValueError(
+            f"output_dir {cfg.output_dir!r} is in use by {owner}. Wait for it, end it, or pass another --output_dir."
+        ) from None
+    except ValueError:
+        lock.release()
+        raise
+    except OSError as error:
+        lock.release()
+        raise ValueError(
+            f"output_dir {cfg.output_dir!r} cannot be written: {error}. Pass another --output_dir."
+        ) from error
+    return lock
+
+
+def check_folder(cfg: RunConfig) -> None:
+    """Raise ValueError if `output_dir` holds something that is not to be resumed."""
+    folder = Path(cfg.output_dir)
+    if not folder.is_dir() or all(path.name == LOCK for path in folder.iterdir()):
+        return
+    if cfg.resume is None:
+        raise ValueError(
+            f"output_dir {cfg.output_dir!r} exists and is not empty. Nothing is overwritten: "
+            "pass another --output_dir, remove the folder yourself, or go on with the run in it with --resume auto."
+        )
+    if not any((folder / method).is_dir() for method in methods_of(cfg)):
+        raise ValueError(
+            f"output_dir {cfg.output_dir!r} is not empty and holds no run of this config. Pass another one."
+        )
+
+
+def methods_of(cfg: RunConfig) -> list[Any]:
+    """What a run trains, in this order."""
+    return [cfg.baseline] * (cfg.baseline != "none") + [cfg.method]
+
+
+def config_of(cfg: RunConfig, method: Any) -> RunConfig:
+    """The config of one of them, which says the same whether the run was resumed or not."""
+    return replace(cfg, method=method, baseline="none", resume=None, allow_changes=())
+
+
+def describe(cfg: RunConfig, source: str, target: str | None, num_processes: int) -> dict[str, Any]:
+    """What a method's weights depend on, for JSON. `source` and `target` are fingerprints of the data it reads."""
+    return {
+        "config": json.loads(json.dumps(yaml.safe_load(mask(dump_config(cfg))))),  # as it will be read
+        "source_data": source,
+        "target_data": target,
+        "num_processes": num_processes,
+        "versions": {name: version(name) for name in ("t2sda_hf", "torch", "transformers", "accelerate")},
+    }
+
+
+def fingerprint(domain: Domain, counts: np.ndarray | None = None) -> str:
+    """A number for the content of a domain, wherever it lies: how many images, what their ids mean, the pixels per
+    class of every label map (`counts`), and the bytes of some files."""
+    digest = hashlib.sha256(str(len(domain)).encode())
+    for array in (domain.ids, domain.valid, counts):
+        if array is not None:
+            digest.update(np.ascontiguousarray(array).tobytes())
+    for index in np.unique(np.linspace(0, len(domain) - 1, _LOOKED_AT).astype(int)):
+        row = domain.rows[int(index)]
+        for column in ("image", "label"):
+            cell = row.get(column)
+            if cell is not None and cell["bytes"] is not None:
+                digest.update(cell["bytes"])
+            elif cell is not None and Path(cell["path"]).is_file():
+                digest.update(Path(cell["path"]).read_bytes())
+            else:  # in an archive, or no such column
+                digest.update(domain.image(int(index)).tobytes())
+    return digest.hexdigest()
+
+
+def plan(cfg: RunConfig, records: dict[str, dict[str, Any]], accelerator: Accelerator) -> dict[str, Start]:
+    """Where each method of the run starts. Collective; the main process looks, and must hold the lock.
+
+    Args:
+        cfg: `resume` is None, "auto", or the path of a checkpoint.
+        records: `describe` of each method, in the order they are trained.
+        accelerator: to tell the others.
+
+    Raises:
+        ValueError: if a checkpoint is damaged beyond falling back, or was made by a run that differs in what
+            influences the result and is not in `allow_changes`. All differences are listed.
+    """
+    starts: dict[str, Start] = decided_by_main(lambda: _plan(cfg, records), accelerator, ValueError)
+    return starts
+
+
+def load_run(
+    checkpoint: Path | None, parts: Parts, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+) -> Progress:
+    """Put a checkpoint into the networks, the optimiser and the class memory. Collective; only the main process reads.
+
+    Raises:
+        DamagedCheckpoint: on every process, and nothing was changed.
+    """
+    if checkpoint is None:
+        return Progress()
+
+    def load() -> tuple[dict[str, Any], list[dict[str, torch.Tensor]]]:
+        content = read_checkpoint(checkpoint, type(accelerator.unwrap_model(parts.student)))
+        restore(content, parts.student, parts.teacher, optimizer)
+        return content.state, content.processes
+
+    state, processes = decided_by_main(load, accelerator, DamagedCheckpoint)
+    allocate_state(optimizer)
+    networks = [tensor for module in (parts.student, parts.teacher) for tensor in module.state_dict().values()]
+    broadcast_from_main([*networks, *optimizer_tensors(parts.student, optimizer).values()], accelerator)
+    own = processes[accelerator.process_index % len(processes)]  # another number of processes has to be allowed
+    memory = {name.removeprefix("memory."): value for name, value in own.items() if name.startswith("memory.")}
+    parts.memory.load_state_dict(memory)
+    log = {name.removeprefix("log."): value for name, value in own.items() if name.startswith("log.")}
+    return Progress(state["step"], state["skipped"], log)
+
+
+def _plan(cfg: RunConfig, records: dict[str, dict[str, Any]]) -> dict[str, Start]:
+    if cfg.resume is None:
+        return {method: Start() for method in records}
+    given = None if cfg.resume == "auto" else Path(cfg.resume)
+    given_state = None if given is None else _check_given(given, Path(cfg.output_dir), list(records))
+    starts: dict[str, Start] = {}
+    for method, record in records.items():
+        folder = Path(cfg.output_dir) / method
+        sweep(folder)
+        if given is not None and given_state is not None and given_state["method"] == method:
+            path, state = given, given_state
+        else:
+            found = newest_valid(folder)
+            if found is None:
+                starts[method] = Start()
+                logger.info("%s: no checkpoint yet, starting at the beginning", method)
+                continue
+            path, state = found
+        _compare(state, record, path, cfg.allow_changes)
+        metrics = folder / "metrics.json"
+        if state["step"] >= record["config"]["train"]["max_steps"] and metrics.is_file():
+            starts[method] = Start(path, json.loads(metrics.read_text(encoding="utf-8")))
+            logger.info("%s: finished before", method)
+        else:
+            starts[method] = Start(path)
+            logger.info("%s: going on after step %d from %s", method, state["step"], path)
+    return starts
+
+
+def _check_given(given: Path, output_dir: Path, methods: Sequence[str]) -> dict[str, Any]:
+    """State of the checkpoint a user named."""
+    try:
+        state = verify(given)
+    except DamagedCheckpoint as error:
+        raise ValueError(
+            f"cannot resume from {str(given)!r}: {error}. Give another one, or --resume auto for the newest valid one."
+        ) from error
+    if state["method"] not in methods:
+        raise ValueError(
+            f"{str(given)!r} is a checkpoint of {state['method']}, and this run trains {', '.join(methods)}."
+        )
+    here = checkpoints(output_dir / state["method"])
+    if here and here[-1].resolve() != given.resolve():
+        raise ValueError(
+            f"{str(given)!r} is not the newest checkpoint of {str(output_dir)!r}: that is {here[-1].name}. "
+            "To branch off from it, pass another --output_dir; to go on, --resume auto."
+        )
+    return state
+
+
+def _compare(state: dict[str, Any], record: dict[str, Any], path: Path, allowed: Sequence[str]) -> None:
+    """Say what differs from the run that wrote a checkpoint; refuse what would change the result."""
+    then, now = _flat(state["config"]), _flat(record["config"])
+    defaults = _flat(yaml.safe_load(dump_config(RunConfig())))
+    changed: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(then.keys() | now.keys()):
+        pair = (
+            then.get(key, defaults.get(key)),
+            now.get(key),
+        )  # a key that is newer than the checkpoint had its default
+        if pair[0] != pair[1]:
+            changed[key] = pair
+    for key in ("source_data", "target_data", "num_processes"):
+        if state[key] != record[key]:
+            changed[key] = (state[key], record[key])
+    for name, now_version in record["versions"].items():
+        if state["versions"].get(name) != now_version:
+            logger.warning("resuming with %s %s, %s before", name, now_version, state["versions"].get(name))
+    refused = []
+    for key, (old, new) in changed.items():
+        text = f"{key}: {old!r} before, {new!r} now"
+        if _under(key, _FREE) or _under(key, allowed):
+            logger.warning("resuming with another %s", text)
+        else:
+            refused.append(text)
+    if refused:
+        names = ", ".join(text.split(":", 1)[0] for text in refused)
+        raise ValueError(
+            f"{path} was written by another run, which would have another result: {'; '.join(refused)}. "
+            f'Go back to what it was, or allow it by name: --allow_changes "[{names}]".'
+        )
+
+
+def _under(key: str, names: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

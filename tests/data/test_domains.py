@@ -1,0 +1,629 @@
+"""Every form a domain can take gives the same arrays, and every fault of one is a ValueError with what, where, cure."""
+
+import csv
+import io
+import json
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from t2sda_hf.config import DomainConfig
+from t2sda_hf.data.domains import check_domain, load_domain
+from t2sda_hf.labels import CITYSCAPES_CLASSES, CITYSCAPES_COLORS
+
+CLASSES = ("road", "sky", "car")
+NAMES = ("a one", "b", "c-ü'")
+NUM_IMAGES = len(NAMES)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def arrays(seed=0, size=(12, 20)):
+    """An image, and ids 0..2 and 255."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 4, size, dtype=np.uint8)
+    ids[ids == 3] = 255
+    return rng.integers(0, 256, (*size, 3), dtype=np.uint8), ids
+
+
+def png(pixels, **options):
+    file = io.BytesIO()
+    picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    picture.save(file, format=options.pop("format", "PNG"), **options)
+    return file.getvalue()
+
+
+def write(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def raw_folders(root):
+    for seed, name in enumerate(NAMES):
+        image, ids = arrays(seed)
+        write(root / "images" / "sub" / f"{name}.png", png(image))
+        write(root / "masks" / "sub" / f"{name}.png", png(ids))
+    return root
+
+
+def rows(tmp_path, images, labels=None, name="rows.parquet"):
+    """A parquet file of these files, None for a missing cell."""
+    columns = {"image": [None if data is None else {"bytes": data, "path": None} for data in images]}
+    if labels is not None:
+        columns["label"] = [None if data is None else {"bytes": data, "path": None} for data in labels]
+    path = tmp_path / name
+    Dataset.from_dict(columns, Features(dict.fromkeys(columns, ImageFeature()))).to_parquet(str(path))
+    return str(path)
+
+
+def as_folders(root):
+    raw_folders(root)
+    return {"path": str(root / "images"), "label_path": str(root / "masks")}
+
+
+def as_list(root):
+    raw_folders(root)
+    with (root / "pairs.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["image", "label"])
+        writer.writerows([f"images/sub/{name}.png", f"masks/sub/{name}.png"] for name in NAMES)
+    return {"path": str(root / "pairs.csv")}
+
+
+def as_tabbed_text(root):
+    raw_folders(root)
+    text = "".join(f"images/sub/{name}.png\tmasks/sub/{name}.png\n" for name in NAMES)
+    (root / "pairs.txt").write_text(text, encoding="utf-8")
+    return {"path": str(root / "pairs.txt")}
+
+
+def as_imagefolder(root):
+    raw_folders(root)
+    lines = [{"image_file_name": f"images/sub/{n}.png", "label_file_name": f"masks/sub/{n}.png"} for n in NAMES]
+    text = "\n".join(json.dumps(line) for line in lines)
+    (root / "metadata.jsonl").write_text(text, encoding="utf-8")
+    return {"path": str(root)}
+
+
+def as_parquet(root):
+    root.mkdir()
+    pairs = [arrays(seed) for seed in range(NUM_IMAGES)]
+    return {"path": rows(root, [png(image) for image, _ in pairs], [png(ids) for _, ids in pairs])}
+
+
+def as_parquet_folder(root):
+    as_parquet(root)
+    (root / "rows.parquet").rename(root / "train-00000-of-00001.parquet")
+    return {"path": str(root)}
+
+
+def as_stream(root):
+    return as_parquet_folder(root) | {"streaming": True, "num_images": NUM_IMAGES}
+
+
+FORMS = [as_folders, as_list, as_tabbed_text, as_imagefolder, as_parquet, as_parquet_folder, as_stream]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_arrays(form, tmp_path):
+    config = DomainConfig(**form(tmp_path / "data"), class_names=CLASSES)
+    domain = load_domain(config, CLASSES)
+    assert len(domain) == NUM_IMAGES
+    counts = check_domain(domain, CLASSES)
+    for index in range(NUM_IMAGES):
+        image, ids = arrays(index)
+        assert np.array_equal(domain.image(index), image)
+        assert np.array_equal(domain.labels(index), ids)
+        assert counts[index].tolist() == np.bincount(ids.ravel(), minlength=3)[:3].tolist()
+    unlabelled = load_domain(config, CLASSES, labelled=False)
+    assert unlabelled.rows.column_names == ["image"]
+    assert np.array_equal(unlabelled.image(1), arrays(1)[0])
+
+
+def test_images_alone_are_a_target(tmp_path):
+    root = raw_folders(tmp_path / "data")
+    domain = load_domain(DomainConfig(path=str(root / "images")), CLASSES, labelled=False)
+    assert [np.array_equal(domain.image(i), arrays(i)[0]) for i in range(3)] == [True] * 3
+    assert not check_domain(domain, CLASSES).any()
+    (root / "list.txt").write_text("images/sub/b.png\n")
+    listed = load_domain(DomainConfig(path=str(root / "list.txt")), CLASSES, labelled=False)
+    assert np.array_equal(listed.image(0), arrays(1)[0])
+    with pytest.raises(ValueError, match="Set label_path"):
+        load_domain(DomainConfig(path=str(root / "images")), CITYSCAPES_CLASSES)
+
+
+def test_a_lossless_video_is_a_target_with_the_same_pixels(tmp_path):
+    path = str(tmp_path / "drive.avi")
+    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"FFV1"), 5, (20, 12))
+    for seed in range(5):
+        writer.write(np.ascontiguousarray(arrays(seed)[0][..., ::-1]))
+    writer.release()
+    domain = load_domain(DomainConfig(path=path, frame_step=2), CLASSES, labelled=False)
+    assert len(domain) == 3
+    for index, frame in enumerate((0, 2, 4)):
+        assert np.array_equal(domain.image(index), arrays(frame)[0])
+    with pytest.raises(ValueError, match="has no column 'label'"):
+        load_domain(DomainConfig(path=path), CITYSCAPES_CLASSES)
+    (tmp_path / "cut.mp4").write_bytes(b"no video at all")
+    with pytest.raises(ValueError, match=r"cut\.mp4 is not a video"):
+        load_domain(DomainConfig(path=str(tmp_path / "cut.mp4")), CLASSES, labelled=False)
+
+
+def test_a_changed_file_is_noticed(tmp_path):
+    config = DomainConfig(**as_folders(tmp_path / "data"), class_names=CLASSES)
+    before = check_domain(load_domain(config, CLASSES), CLASSES)
+    write(tmp_path / "data" / "masks" / "sub" / "b.png", png(np.full((12, 20), 1, np.uint8)))
+    after = check_domain(load_domain(config, CLASSES), CLASSES)
+    assert after[1].tolist() == [0, 240, 0]
+    assert np.array_equal(before[[0, 2]], after[[0, 2]])
+
+
+# --- what labels mean ---------------------------------------------------------------------------------------------
+
+
+def labelled(tmp_path, label, classes=CLASSES, **config):
+    image = arrays(0)[0]
+    path = rows(tmp_path, [png(image)], [label])
+    return load_domain(DomainConfig(path=path, **config), classes)
+
+
+def test_names_join_label_spaces(tmp_path):
+    ids = np.arange(12, dtype=np.uint8).repeat(20).reshape(12, 20)
+    domain = labelled(tmp_path, png(ids), label_space="camvid", label_map={"pavement": "road"})
+    expected = np.full(256, 255)
+    expected[[0, 3, 4, 8]] = [1, 0, 0, 2]
+    assert np.array_equal(domain.labels(0), expected[ids])
+
+
+def test_ids_with_gaps_are_named(tmp_path):
+    _, ids = arrays()
+    on_disk = np.choose(np.minimum(ids, 3), [7, 23, 26, 200]).astype(np.uint8)
+    names = {7: "road", 23: "sky", 26: "car"}
+    domain = labelled(tmp_path, png(on_disk), label_ids=names, ignore_id=200)
+    assert np.array_equal(domain.labels(0), ids)
+    with pytest.raises(ValueError, match=r"contains the ids 200 \(\d+ pixels\).*has the ids 7, 23, 26, and 255"):
+        labelled(tmp_path, png(on_disk), label_ids=names).labels(0)
+
+
+def coloured(ids):
+    table = np.zeros((256, 3), np.uint8)
+    table[:3], table[255] = [(128, 64, 128), (1, 2, 3), (0, 0, 142)], (9, 9, 9)
+    return table, table[ids]
+
+
+COLORS = {"128,64,128": "road", "#010203": "sky", "rgb(0,0,142)": "car", "9,9,9": "void"}
+
+
+def test_masks_by_colour_as_rgb_palette_or_opaque_rgba(tmp_path):
+    _, ids = arrays()
+    table, rgb = coloured(ids)
+    shuffled = Image.fromarray((255 - ids).astype(np.uint8))  # the indices mean nothing, the palette does
+    shuffled.putpalette(table[::-1].tobytes())
+    rgba = np.dstack([rgb, np.full(ids.shape, 255, np.uint8)])
+    for mask in (rgb, shuffled, rgba):
+        assert np.array_equal(labelled(tmp_path, png(mask), label_colors=COLORS).labels(0), ids)
+
+
+def test_binary_grey_masks_by_colour(tmp_path):
+    grey = np.where(arrays()[1] == 1, 255, 0).astype(np.uint8)
+    domain = labelled(tmp_path, png(grey), label_colors={"0,0,0": "road", "255,255,255": "sky"})
+    assert np.array_equal(domain.labels(0), (grey == 255).astype(np.uint8))
+
+
+def test_unknown_colours_are_listed_with_counts(tmp_path):
+    _, rgb = coloured(arrays()[1])
+    rgb[0, :7] = (5, 6, 7)
+    domain = labelled(tmp_path, png(rgb), label_colors=COLORS)
+    with pytest.raises(ValueError, match=r"row 0 .*shows 1 colours without a class: 5,6,7 \(7 pixels\)"):
+        domain.labels(0)
+
+
+def test_cityscapes_colours_need_no_table(tmp_path):
+    rgb = np.array([*CITYSCAPES_COLORS.values(), (0, 0, 0), (111, 74, 0)], np.uint8).reshape(3, 7, 3)
+    domain = labelled(tmp_path, png(rgb), CITYSCAPES_CLASSES, label_space="gta5")
+    assert domain.labels(0).ravel().tolist() == [*range(19), 255, 255]
+
+
+def test_a_palette_without_colour_table_gives_its_indices(tmp_path):
+    _, ids = arrays()
+    picture = Image.fromarray(ids)
+    picture.putpalette(np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).tobytes())
+    assert np.array_equal(labelled(tmp_path, png(picture), class_names=CLASSES).labels(0), ids)
+
+
+def test_sixteen_bit_grey_ids(tmp_path):
+    _, ids = arrays()
+    domain = labelled(tmp_path, png(ids.astype(np.uint16)), class_names=CLASSES)
+    assert np.array_equal(domain.labels(0), ids)
+    domain = labelled(tmp_path, png(ids.astype(np.uint16) + 1000), class_names=CLASSES)
+    with pytest.raises(ValueError, match=r"contains the ids 1000 \(\d+ pixels\), 1001"):
+        domain.labels(0)
+
+
+# --- geometry --------------------------------------------------------------------------------------------------------
+
+
+def test_crop_box_and_validity_mask(tmp_path):
+    image, ids = arrays()
+    mask = np.full((6, 10), 255, np.uint8)
+    mask[:, :5] = 0
+    write(tmp_path / "mask.png", png(mask))
+    options = {"class_names": CLASSES, "crop_box": (2, 4, 8, 10), "valid_mask": str(tmp_path / "mask.png")}
+    domain = labelled(tmp_path, png(ids), **options)
+    expected = ids[2:10, 4:14].copy()
+    expected[:, :5] = 255
+    assert np.array_equal(domain.image(0), image[2:10, 4:14])
+    assert np.array_equal(domain.labels(0), expected)
+    assert domain.validity((4, 4)).tolist() == [[False, False, True, True]] * 4
+    assert check_domain(domain, CLASSES)[0].sum() == (expected != 255).sum()
+    with pytest.raises(ValueError, match="reaches beyond an image of 20x12 pixels"):
+        labelled(tmp_path, png(ids), class_names=CLASSES, crop_box=(2, 4, 11, 10)).image(0)
+
+
+def test_a_photo_is_turned_upright_but_not_under_its_labels(tmp_path):
+    image, ids = arrays()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn clockwise
+    path = rows(tmp_path, [png(image, exif=exif)], [png(ids)])
+    config = DomainConfig(path=path, class_names=CLASSES)
+    unlabelled = load_domain(config, CLASSES, labelled=False)
+    assert np.array_equal(unlabelled.image(0), np.rot90(image, -1))
+    check_domain(unlabelled, CLASSES)
+    with pytest.raises(ValueError, match="EXIF orientation 6"):
+        check_domain(load_domain(config, CLASSES), CLASSES)
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+
+def bomb(side):
+    """A black PNG of side x side RGB pixels in some kilobytes."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer = zlib.compressobj(9)
+    row = bytes(1 + 3 * side)
+    pixels = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def exif_turned(turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    return png(arrays()[0], format="JPEG", exif=exif)
+
+
+IMAGE = png(arrays()[0])
+JPEG = png(arrays()[0], format="JPEG")
+GREY16 = png(np.full((12, 20), 40_000, np.uint16))
+FRAMES = [Image.fromarray(arrays(seed)[0]) for seed in range(3)]
+BAD_IMAGES = {
+    "no file": (None, "is empty"),
+    "0 bytes": (b"", "0 bytes"),
+    "text": (b"not an image\n" * 20, "cannot be read as an image"),
+    "html": (b"<html><body>404</body></html>", "cannot be read as an image"),
+    "zip": (b"PK\x03\x04" + bytes(100), "cannot be read as an image"),
+    "signature only": (IMAGE[:8], "cannot be read as an image"),
+    "cut PNG": (IMAGE[: len(IMAGE) // 2], "cut or damaged"),
+    "PNG without its end": (IMAGE[:-60], "cut or damaged"),
+    "flipped bits in a PNG": (IMAGE[:100] + bytes(value ^ 255 for value in IMAGE[100:140]) + IMAGE[140:-30], "damaged"),
+    "cut JPEG": (JPEG[: len(JPEG) // 2], ""),
+    "JPEG header only": (JPEG[:200], ""),
+    "cut WebP": (png(arrays()[0], format="WEBP", lossless=True)[:200], ""),
+    "cut TIFF": (png(arrays()[0], format="TIFF")[:300], ""),
+    "cut BMP": (png(arrays()[0], format="BMP")[:300], "cut or damaged"),
+    "16-bit grey": (GREY16, "more than 8 bits per pixel"),
+    "32-bit": (png(Image.fromarray(np.ones((4, 4), np.int32)), format="TIFF"), "more than 8 bits per pixel"),
+    "float": (png(Image.fromarray(np.ones((4, 4), np.float32)), format="TIFF"), "more than 8 bits per pixel"),
+    "animated GIF": (png(FRAMES[0], format="GIF", save_all=True, append_images=FRAMES[1:]), "frames"),
+    "animated PNG": (png(FRAMES[0], save_all=True, append_images=FRAMES[1:]), "frames"),
+    "pages of TIFF": (png(FRAMES[0], format="TIFF", save_all=True, append_images=FRAMES[1:]), "frames"),
+    "bomb": (bomb(6000), r"6000x6000 pixels, more than max_pixels \(33554432\).*Raise the domain's max_pixels"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_IMAGES)
+def test_bad_images_are_refused_before_training(fault, tmp_path):
+    data, message = BAD_IMAGES[fault]
+    domain = load_domain(DomainConfig(path=rows(tmp_path, [IMAGE, data])), CLASSES, labelled=False)
+    with pytest.raises(ValueError, match=f"row 1 .*{message}"):
+        check_domain(domain, CLASSES)
+    with pytest.raises(ValueError, match="row 1 "):
+        domain.image(1)
+
+
+def rgb_of(picture):
+    return np.asarray(picture.convert("RGB"))
+
+
+def good_images():
+    image = Image.fromarray(arrays()[0])
+    grey, palette = image.convert("L"), image.convert("P")
+    alpha = image.convert("RGBA")
+    alpha.putalpha(grey)
+    turned = {turn: exif_turned(turn) for turn in range(1, 9)}
+    cases = {
+        "grey": (png(grey), rgb_of(grey)),
+        "palette": (png(palette), rgb_of(palette)),
+        "transparent palette": (png(palette, transparency=3), rgb_of(palette)),
+        "1 bit": (png(grey.convert("1")), rgb_of(grey.convert("1"))),
+        "grey and alpha": (png(alpha.convert("LA")), rgb_of(alpha.convert("LA").convert("L"))),
+        "RGBA": (png(alpha), arrays()[0]),
+        "BMP": (png(image, format="BMP"), arrays()[0]),
+        "TIFF": (png(image, format="TIFF"), arrays()[0]),
+        "WebP": (png(image, format="WEBP", lossless=True), arrays()[0]),
+        "interlaced 1x1": (png(np.array([[[1, 2, 3]]], np.uint8)), np.array([[[1, 2, 3]]], np.uint8)),
+        "1x5000": (png(np.full((1, 5000, 3), 7, np.uint8)), np.full((1, 5000, 3), 7, np.uint8)),
+        "20000 wide": (png(np.full((2, 20_000, 3), 7, np.uint8)), np.full((2, 20_000, 3), 7, np.uint8)),
+    }
+    cmyk = png(image.convert("CMYK"), format="JPEG")
+    cases["CMYK"] = (cmyk, rgb_of(Image.open(io.BytesIO(cmyk))))
+    deep = cv2.imencode(".png", arrays()[0][..., ::-1].astype(np.uint16) * 257)[1].tobytes()
+    cases["16-bit colour"] = (deep, arrays()[0])
+    upright = np.asarray(Image.open(io.BytesIO(turned[1])))
+    for turn, quarter, mirrored in ((3, 2, False), (6, 3, False), (8, 1, False), (2, 0, True)):
+        expected = np.rot90(upright, quarter)
+        cases[f"EXIF {turn}"] = (turned[turn], expected[:, ::-1] if mirrored else expected)
+    return cases
+
+
+@pytest.mark.parametrize("kind", good_images())
+def test_unusual_images_are_read_as_what_they_show(kind, tmp_path):
+    data, expected = good_images()[kind]
+    domain = load_domain(DomainConfig(path=rows(tmp_path, [data])), CLASSES, labelled=False)
+    check_domain(domain, CLASSES)
+    assert np.array_equal(domain.image(0), expected)
+
+
+def test_a_large_image_may_be_allowed(tmp_path):
+    small = rows(tmp_path, [bomb(300)])
+    with pytest.raises(ValueError, match="more than max_pixels"):
+        load_domain(DomainConfig(path=small, max_pixels=80_000), CLASSES, labelled=False).image(0)
+    assert load_domain(DomainConfig(path=small, max_pixels=90_000), CLASSES, labelled=False).image(0).shape[0] == 300
+    with pytest.raises(ValueError, match="far too large"):
+        load_domain(DomainConfig(path=rows(tmp_path, [bomb(13_400)], name="b.parquet")), CLASSES, False).image(0)
+
+
+IDS = arrays()[1]
+BAD_LABELS = {
+    "no file": (None, "is empty"),
+    "0 bytes": (b"", "0 bytes"),
+    "text": (b"0 0 1 1 2", "cannot be read as an image"),
+    "cut": (png(IDS)[:60], ""),
+    "other size": (png(IDS[:6]), "the image has 20x12 pixels, its label map 20x6"),
+    "turned": (png(IDS.T), "the image has 20x12 pixels, its label map 12x20"),
+    "id outside": (png(np.where(IDS == 2, 7, IDS).astype(np.uint8)), r"contains the ids 7 \(\d+ pixels\)"),
+    "negative": (png(Image.fromarray(IDS.astype(np.int32) - 1), format="TIFF"), r"contains the ids -1 \(\d+ pixels\)"),
+    "16-bit instance ids": (
+        png(IDS.astype(np.uint16) * 1000 + 26_000),
+        r"contains the ids 18856 \(\d+ pixels\), 26000",
+    ),
+    "JPEG": (png(IDS, format="JPEG"), "Its compression mixes neighbouring ids"),
+    "RGB": (png(coloured(IDS)[1]), "is a RGB picture, not a map of ids.*label_colors"),
+    "RGBA": (png(np.dstack([coloured(IDS)[1], IDS])), "is a RGBA picture"),
+    "grey and alpha": (png(Image.fromarray(IDS).convert("LA")), "is a LA picture"),
+    "16-bit colour": (cv2.imencode(".png", np.dstack([IDS] * 3).astype(np.uint16))[1].tobytes(), "16-bit colour"),
+    "float": (png(Image.fromarray(IDS.astype(np.float32)), format="TIFF"), "is a F picture"),
+    "palette turned to grey": (png(Image.fromarray(np.array([21, 48, 255], np.uint8)[IDS % 3])), "contains the ids 21"),
+    "scaled for viewing": (png((IDS.astype(int) * 100).clip(0, 255).astype(np.uint8)), "contains the ids 100"),
+    "smoothed": (png(np.where(IDS == 255, 254, IDS).astype(np.uint8)), "contains the ids 254"),
+    "animated": (png(FRAMES[0].convert("P"), format="GIF", save_all=True, append_images=FRAMES[1:]), "frames"),
+    "bomb": (bomb(6000), "more than max_pixels"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_LABELS)
+def test_bad_labels_are_refused_before_training(fault, tmp_path):
+    data, message = BAD_LABELS[fault]
+    path = rows(tmp_path, [IMAGE, IMAGE], [png(IDS), data])
+    domain = load_domain(DomainConfig(path=path, class_names=CLASSES), CLASSES)
+    with pytest.raises(ValueError, match=f"row 1 .*{message}"):
+        check_domain(domain, CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [(np.zeros((12, 20), np.uint8), "shows only the class road"), (np.full((12, 20), 255, np.uint8), "shows none of")],
+)
+def test_one_class_or_none_is_no_domain(ids, message, tmp_path):
+    with pytest.raises(ValueError, match=f"{message}.*at least two are needed. Check label_space and label_map"):
+        check_domain(labelled(tmp_path, png(ids), class_names=CLASSES), CLASSES)
+
+
+def bad_domains(root):
+    """name: (config, message)"""
+    raw_folders(root)
+    empty, images, masks = root / "empty", str(root / "images"), str(root / "masks")
+    empty.mkdir()
+    parquet = rows(root, [IMAGE], [png(IDS)])
+    none = rows(root, [], [], "none.parquet")
+    Dataset.from_dict({"image": ["a", "b"], "label": [1, 2]}).to_parquet(str(root / "text.parquet"))
+    (root / "cut.parquet").write_bytes((root / "rows.parquet").read_bytes()[:300])
+    (root / "up.csv").write_text("../x.png,masks/sub/b.png\n")
+    (root / "absolute.csv").write_text(f"{root.parent / 'x.png'},masks/sub/b.png\n")
+    (root / "gone.csv").write_text("images/sub/b.png,masks/sub/gone.png\n")
+    (root / "blank.txt").write_text("images/sub/a one.png masks/sub/a one.png\n")
+    (root / "half.tsv").write_text("image\tlabel\nimages/sub/b.png\n")
+    (root / "link").symlink_to("link")
+    (root / "looped.csv").write_text("link/b.png,masks/sub/b.png\n")
+    (root / "empty.csv").write_text("")
+    (root / "file.pdf").write_bytes(b"%PDF")
+    write(root / "few" / "sub" / "b.png", png(IDS))
+    return {
+        "typo": ({"path": "streets-sauce"}, "there is no domain 'streets-sauce'.*Did you mean 'streets-source'"),
+        "missing": ({"path": str(root / "gone")}, "no such file, folder or name"),
+        "no path": ({"path": ""}, "a domain has no path. Set source.path"),
+        "split of the drawn": ({"path": "streets-source", "split": "test"}, "Unknown split 'test'"),
+        "empty folder": ({"path": str(empty)}, "cannot load the data set"),
+        "no rows": ({"path": none}, "cannot load the data set .* no data"),
+        "empty list": ({"path": str(root / "empty.csv")}, "is empty: there is no image"),
+        "image column": ({"path": parquet, "image_column": "photo"}, "no column 'photo': it has image, label"),
+        "label column": ({"path": parquet, "label_column": "mask"}, "no column 'mask'.*Set label_column"),
+        "columns of text": ({"path": str(root / "text.parquet")}, "column 'image' holds .*not images"),
+        "cut parquet": ({"path": str(root / "cut.parquet")}, "cannot load the data set"),
+        "other file": ({"path": str(root / "file.pdf")}, "none of the files a domain can be"),
+        "masks missing": ({"path": images, "label_path": str(root / "few")}, "2 of 3 images .* have no label map"),
+        "no masks at all": ({"path": images, "label_path": str(root / "nowhere")}, "is not a folder"),
+        "other names": (
+            {"path": images, "label_path": masks, "label_suffix": "_gt"},
+            "3 of 3 images.*image_suffix and label_suffix",
+        ),
+        "list leaves its folder": ({"path": str(root / "up.csv")}, "line 1: '../x.png' lies outside the list's folder"),
+        "absolute in list": ({"path": str(root / "absolute.csv")}, "lies outside the list's folder"),
+        "list names a missing file": (
+            {"path": str(root / "gone.csv")},
+            "line 1: there is no file 'masks/sub/gone.png'",
+        ),
+        "blanks in a list": (
+            {"path": str(root / "blank.txt")},
+            "line 1: expected an image and a label map, got 4 field",
+        ),
+        "list without labels": ({"path": str(root / "half.tsv")}, "line 2: expected an image and a label map, got 1"),
+        "layout": ({"path": str(root), "layout": "gta"}, "no layout 'gta'.*Did you mean 'gta5'"),
+        "layout elsewhere": (
+            {"path": str(root), "layout": "gta5"},
+            r"does not look like gta5: no file matches images/\*",
+        ),
+        "layout's split": ({"path": str(root), "layout": "gta5", "split": "val"}, "gta5 has no split 'val'"),
+        "label map": ({"path": parquet, "label_map": {"rode": "road"}}, "label_map names 'rode'.*Did you mean 'road'"),
+        "no shared class": ({"path": parquet, "class_names": ("cat", "dog")}, "no class is shared"),
+        "colour": ({"path": parquet, "label_colors": {"rod": "road"}}, "'rod', which is no colour"),
+        "colour range": (
+            {"path": parquet, "label_colors": {"1,2,300": "road"}},
+            "each of R, G and B must be in 0..255",
+        ),
+        "mask file": ({"path": parquet, "valid_mask": "gone.png"}, "valid_mask 'gone.png' does not exist"),
+        "stream of nowhere": ({"path": str(empty), "streaming": True, "num_images": 1}, "cannot load the data set"),
+    }
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    return bad_domains(tmp_path_factory.mktemp("bad") / "data")
+
+
+BAD_DOMAINS = [
+    "typo",
+    "missing",
+    "no path",
+    "split of the drawn",
+    "empty folder",
+    "no rows",
+    "empty list",
+    "image column",
+    "label column",
+    "columns of text",
+    "cut parquet",
+    "other file",
+    "masks missing",
+    "no masks at all",
+    "other names",
+    "list leaves its folder",
+    "absolute in list",
+    "list names a missing file",
+    "blanks in a list",
+    "list without labels",
+    "layout",
+    "layout elsewhere",
+    "layout's split",
+    "label map",
+    "no shared class",
+    "colour",
+    "colour range",
+    "mask file",
+    "stream of nowhere",
+]
+
+
+@pytest.mark.parametrize("fault", BAD_DOMAINS)
+def test_what_is_no_domain_is_said(fault, bad):
+    assert list(bad) == BAD_DOMAINS
+    config, message = bad[fault]
+    with pytest.raises(ValueError, match=message):
+        load_domain(DomainConfig(**config), CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"label_space": "city"}, "label_space must be one of"),
+        ({"class_names": ("a",), "label_ids": {1: "a"}}, "class_names and label_ids contradict each other"),
+        ({"label_ids": {256: "a"}}, r"label_ids and ignore_id must be ids in 0..255, got 256"),
+        ({"ignore_id": -1}, "label_ids and ignore_id must be"),
+        ({"crop_box": (0, 0, 0, 5)}, "crop_box must be"),
+        ({"frame_step": 0}, "frame_step must be at least 1"),
+        ({"max_pixels": 10**9}, "max_pixels must be in"),
+        ({"streaming": True}, "num_images must be set when streaming"),
+        ({"num_images": 0}, "num_images must be at least 1"),
+    ],
+)
+def test_contradictions_in_the_config_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        DomainConfig(path="x", **config)
+
+
+GOOD_NAMES = [
+    "a b",
+    "ü",
+    "quote'\"",
+    "-dash",
+    "x" * 240,
+    "A",
+    "a",
+    "new\nline",
+    "c#1",
+    "50%",
+    "[0]",
+    "{x}",
+    "~",
+    "$HOME",
+]
+
+
+def test_unusual_names_are_files_like_others(tmp_path):
+    for seed, name in enumerate(GOOD_NAMES):
+        image, ids = arrays(seed)
+        write(tmp_path / "i" / f"{name}.png", png(image))
+        write(tmp_path / "m" / f"{name}.png", png(ids))
+    config = DomainConfig(path=str(tmp_path / "i"), label_path=str(tmp_path / "m"), class_names=CLASSES)
+    domain = load_domain(config, CLASSES)
+    for index, name in enumerate(sorted(GOOD_NAMES, key="{}.png".format)):
+        image, ids = arrays(GOOD_NAMES.index(name))
+        assert np.array_equal(domain.image(index), image)
+        assert np.array_equal(domain.labels(index), ids)
+
+
+def test_a_metadata_file_cannot_reach_outside(tmp_path):
+    root = raw_folders(tmp_path / "data")
+    write(tmp_path / "secret.png", IMAGE)
+    (root / "metadata.jsonl").write_text(json.dumps({"image_file_name": "../secret.png"}))
+    with pytest.raises(ValueError, match="cannot load the data set"):
+        load_domain(DomainConfig(path=str(root)), CLASSES, labelled=False)
+
+
+def test_drawn_domains_and_the_number_of_images():
+    domain = load_domain(DomainConfig(path="streets-source", num_images=3))
+    assert len(domain) == 3
+    assert domain.rows.column_names == ["image", "label"]
+    assert check_domain(domain, CITYSCAPES_CLASSES).sum(axis=1).tolist() == [96 * 192] * 3
+    assert load_domain("streets-target").name == "streets-target (train)"
+
+
+def test_file_name_columns_of_other_kinds_do_no_harm(tmp_path):
+    features = Features({"image": ImageFeature(), "label": ImageFeature(), "file_name": Value("string")})
+    table = {"image": [{"bytes": b"nothing", "path": None}], "label": [None], "file_name": ["berlin/7.png"]}
+    Dataset.from_dict(table, features).to_parquet(str(tmp_path / "x.parquet"))
+    domain = load_domain(DomainConfig(path=str(tmp_path / "x.parquet")), CLASSES)
+    with pytest.raises(ValueError, match=r"row 0 \(berlin/7.png\) of "):
+        domain.image(0)

@@ -1,0 +1,194 @@
+"""The card says what the files of the run say, in full or not at all."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import write_run
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from t2sda_hf.hub.card import gather_facts, load_facts, record_run, render_card, save_facts
+from t2sda_hf.hub.push import stage_run
+
+SHIPPED = sorted(path.parent for path in (Path(__file__).parents[2] / "model_cards").glob("*/facts.json"))
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    return shutil.copytree(finished_run, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def staged(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("staged") / "repository"
+    stage_run(finished_run, "me/streets", folder)
+    return folder
+
+
+def test_facts_are_those_of_the_files(finished_run: Path) -> None:
+    facts = gather_facts(finished_run, "me/streets")
+    student = json.loads((finished_run / "t2sda" / "metrics.json").read_text())["student"]
+    baseline = json.loads((finished_run / "source_only" / "metrics.json").read_text())["student"]
+    assert (facts.student["iou"], facts.student["miou"]) == (student["iou"], student["miou"])
+    assert facts.source_only["iou"] == baseline["iou"] != facts.student["iou"]
+    assert (facts.method, facts.steps, facts.seed, facts.num_processes, facts.num_images) == ("t2sda", 40, 0, 2, 3)
+    assert (facts.image_size, facts.window) == ((48, 96), None)
+    assert facts.command.partition("accelerate launch")[0] in (
+        "",
+        f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS')} ",
+    )
+    assert facts.command.endswith(
+        "accelerate launch --multi_gpu --num_processes 2 scripts/train_uda.py --config run.yaml --seed 0"
+    )
+    # The encoder's, head's and projector's numbers without the memory of batch norms.
+    from t2sda_hf.models import T2SDAForSemanticSegmentation
+
+    model = T2SDAForSemanticSegmentation.from_pretrained(finished_run / "t2sda" / "student")
+    assert facts.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_facts_come_back_from_their_file_and_give_the_same_card(finished_run: Path, tmp_path: Path) -> None:
+    facts = gather_facts(finished_run, "me/streets")
+    save_facts(facts, tmp_path / "facts.json")
+    assert load_facts(tmp_path / "facts.json") == facts
+    assert str(render_card(load_facts(tmp_path / "facts.json"))) == str(render_card(facts))
+
+
+def test_metadata_is_what_the_hub_reads(staged: Path) -> None:
+    card = ModelCard.load(staged / "README.md")
+    metrics = json.loads((staged / "metrics.json").read_text())["student"]
+    found = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    expected = {f"IoU ({name})": value for name, value in metrics["iou"].items() if value is not None}
+    assert found == pytest.approx(expected | {"mIoU": metrics["miou"]}, abs=1e-12)
+    assert {result.dataset_split for result in card.data.eval_results} == {"validation"}
+    assert (card.data.license, card.data.library_name, card.data.pipeline_tag) == (
+        "cc-by-4.0",
+        "transformers",
+        "image-segmentation",
+    )
+
+
+def test_every_class_stands_in_the_table_beside_source_only(staged: Path, finished_run: Path) -> None:
+    text = (staged / "README.md").read_text(encoding="utf-8")
+    facts = gather_facts(finished_run, "me/streets")
+    for name in facts.classes[:-1]:
+        old, new = facts.source_only["iou"][name], facts.student["iou"][name]
+        assert f"| {name} | {old:.2f} | {new:.2f} | {new - old:+.2f} |" in text
+    assert f"| {facts.classes[-1]} | - | - | - |" in text  # neither labelled nor predicted
+    for part in ("cc-by-4.0", facts.commit, facts.hardware, facts.command, "What was not measured", "seed 0"):
+        assert part in text
+
+
+def test_no_link_of_the_card_is_broken(staged: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", (staged / "README.md").read_text(encoding="utf-8"))
+    assert set(links) >= {"panel.png", "curve.png", "resolved_config.yaml", "metrics.json"}
+    for link in links:
+        assert link.startswith("http") or (staged / link).is_file(), link
+    with Image.open(staged / "curve.png") as curve:
+        assert min(curve.size) > 200
+
+
+def test_code_blocks_of_the_card_are_python(staged: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (staged / "README.md").read_text(encoding="utf-8"), re.S)
+    assert len(blocks) == 3
+    for block in blocks:
+        compile(block, "card", "exec")
+        assert '"me/streets"' in block
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("run.json", "does not say command, commit, hardware, software"),
+        ("t2sda/resolved_config.yaml", "resolved_config.yaml is missing"),
+        ("t2sda/scalars.jsonl", "needs the curve"),
+        ("t2sda/student/preprocessor_config.json", "preprocessor_config.json is missing"),
+        ("t2sda/student/model.safetensors", "holds no weights"),
+        ("source_only/metrics.json", "no source-only run"),
+        ("panel.png", "panel.png is missing"),
+    ],
+)
+def test_a_missing_fact_stops_the_card(run: Path, tmp_path: Path, file: str, message: str) -> None:
+    (run / file).unlink()
+    with pytest.raises(ValueError, match=message):
+        stage_run(run, "me/streets", tmp_path / "out")
+
+
+def test_a_missing_fact_can_be_given(run: Path) -> None:
+    (run / "run.json").unlink()
+    given = {"command": "make demo", "commit": "abc", "hardware": "a laptop", "software": "Python"}
+    assert gather_facts(run, "me/streets", given).hardware == "a laptop"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("license: cc-by-4.0", "license: ''", "licence of the weights is not known.*--license"),
+        ("path: streets-target", "path: photos/mine", "target domain 'photos/mine'.*--terms target="),
+    ],
+)
+def test_licences_are_not_guessed(run: Path, key: str, value: str, message: str) -> None:
+    config = run / "t2sda" / "resolved_config.yaml"
+    text = config.read_text(encoding="utf-8")
+    assert key in text
+    config.write_text(text.replace(key, value), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        gather_facts(run, "me/streets")
+    given = {"license": "mit", "terms": {"target": "mine", "test": "mine"}}
+    assert gather_facts(run, "me/streets", given).license == "mit"
+
+
+def test_a_baseline_of_another_test_is_refused(run: Path) -> None:
+    metrics = json.loads((run / "source_only" / "metrics.json").read_text())
+    metrics["student"]["num_images"] = 2
+    (run / "source_only" / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(ValueError, match="num_images 2, this run has 3"):
+        gather_facts(run, "me/streets")
+
+
+def test_a_source_only_run_has_a_card_of_one_column(finished_run: Path) -> None:
+    facts = gather_facts(finished_run / "source_only", "me/lower-bound")
+    text = str(render_card(facts))
+    assert facts.teacher is None
+    assert f"| road | {facts.student['iou']['road']:.2f} |\n" in text
+    assert "was not seen in training" in text
+
+
+def test_a_folder_without_a_finished_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no finished run"):
+        gather_facts(tmp_path, "me/streets")
+
+
+def test_facts_of_another_form_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "facts.json").write_text('{"miou": 99}')
+    with pytest.raises(ValueError, match=r"missing \['base_model'.*unknown \['miou'\]"):
+        load_facts(tmp_path / "facts.json")
+
+
+def test_a_token_on_the_command_line_does_not_reach_the_card(tmp_path: Path) -> None:
+    token = "hf_" + "A" * 34
+    record_run(tmp_path, "scripts/train_uda.py", ["--note", token])
+    assert token not in (tmp_path / "run.json").read_text()
+
+
+def test_places_on_a_disk_do_not_reach_the_card(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", f"--target.path={tmp_path}/secret/photos.parquet")
+    given = {"terms": {"target": "own photographs"}}
+    assert gather_facts(folder, "me/streets", given).domains["target"]["name"] == "photos"
+
+
+def test_cards_of_shipped_models_are_renderings_of_their_facts() -> None:
+    assert "demo" in [folder.name for folder in SHIPPED]
+    for folder in SHIPPED:
+        facts = load_facts(folder / "facts.json")
+        assert (folder / "README.md").read_text(encoding="utf-8") == str(render_card(facts))
+        scores = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["student"]
+        assert facts.student["iou"] == scores["iou"]
+        assert facts.num_images == scores["num_images"]
+        for name in ("panel.png", "curve.png", "resolved_config.yaml"):
+            assert (folder / name).is_file()

@@ -1,0 +1,575 @@
+"""The run as a tree: the paper's defaults, and a message with the full key for everything that is wrong."""
+
+import re
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import tiny_config
+
+from t2sda_hf.config import DomainConfig, RunConfig, dump_config, load_config
+from t2sda_hf.labels import CITYSCAPES_CLASSES, THING_CLASSES
+
+Load = Callable[[str, str], RunConfig]
+
+
+def by_yaml_dotted(folder: Path) -> Load:
+    def load(key: str, value: str) -> RunConfig:
+        (folder / "run.yaml").write_text(f"{key}: {value}\n", encoding="utf-8")
+        return load_config(folder / "run.yaml")
+
+    return load
+
+
+def by_yaml_nested(folder: Path) -> Load:
+    def load(key: str, value: str) -> RunConfig:
+        *sections, leaf = key.split(".")
+        text = f"{leaf}: {value}"
+        for section in reversed(sections):
+            text = f"{section}: {{{text}}}"
+        (folder / "run.yaml").write_text(text, encoding="utf-8")
+        return load_config(folder / "run.yaml")
+
+    return load
+
+
+def by_command_line(folder: Path) -> Load:
+    return lambda key, value: load_config(None, [f"--{key}", value])
+
+
+@pytest.fixture(params=[by_yaml_dotted, by_yaml_nested, by_command_line])
+def load(request: pytest.FixtureRequest, tmp_path: Path) -> Load:
+    return request.param(tmp_path)
+
+
+def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        found |= leaves(value, f"{prefix}{item.name}.") if is_dataclass(value) else {f"{prefix}{item.name}": value}
+    return found
+
+
+def get(config: RunConfig, key: str) -> Any:
+    return leaves(config)[key]
+
+
+# -------------------------------------------------------------------------------------------------------- defaults
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("method", "t2sda"),
+        ("classes", CITYSCAPES_CLASSES),
+        ("model.size", "mit_b5"),
+        ("model.pretrained", "nvidia/mit-b5"),
+        ("model.head", "daformer"),
+        ("model.decoder_hidden_size", 256),
+        ("model.head_dropout", 0.1),
+        ("model.drop_path_rate", 0.1),
+        ("model.encoder_ln_eps_fix", True),
+        ("projector.in_index", (0, 1, 2, 3)),
+        ("projector.kernel", 1),
+        ("projector.hidden", 256),
+        ("projector.dim", 256),
+        ("projector.final_relu", True),
+        ("data.crop_size", (512, 512)),
+        ("data.outer_crop_size", (512, 1024)),
+        ("data.outer_crop", "auto"),
+        ("data.cat_max_ratio", 0.75),
+        ("rcs.enabled", True),
+        ("rcs.temperature", 0.01),
+        ("rcs.min_pixels", 3000),
+        ("rcs.min_crop_ratio", 0.5),
+        ("uda.ema_momentum", 0.999),
+        ("uda.pseudo_threshold", 0.968),
+        ("uda.weight_scope", "batch"),
+        ("uda.ignore_top", 15),
+        ("uda.ignore_bottom", 120),
+        ("mix.classes_from", "batch"),
+        ("mix.source", "source"),
+        ("augment.jitter_probability", 0.8),
+        ("augment.jitter_strength", 0.2),
+        ("augment.blur_probability", 0.5),
+        ("translate.engine", "fda"),
+        ("translate.reference", "paired"),
+        ("translate.fda.beta", 0.01),
+        ("translate.fda.window", "square"),
+        ("translate.fda.clip", False),
+        ("pull.temperature", 0.2),
+        ("pull.num_queries", 128),
+        ("pull.num_negatives", 1024),
+        ("pull.unreliable_ratio", 0.5),
+        ("pull.objective", "infonce"),
+        ("pull.query_sampling", "cbqs"),
+        ("pull.negatives", "denps"),
+        ("pull.share_negatives", "class"),
+        ("pull.reduction", "mean_w"),
+        ("pull.label_downscale", "nearest"),
+        ("pull.ignore_as_negative", False),
+        ("pull.class_set", ()),
+        ("pull.gamma_scope", "batch"),
+        ("pull.sync_stats", True),
+        ("pull.teacher_forward", "separate"),
+        ("pull.start_step", 0),
+        ("pull.augment", False),
+        ("pull.proto_momentum", 0.0),
+        ("pull.proto_prenorm", False),
+        ("drw.apply_to", "pull"),
+        ("drw.beta", 0.5),
+        ("drw.absent_conf", "zero"),
+        ("drw.use_valid_mask", False),
+        ("drw.normalise_over", "all"),
+        ("feature_distance.classes", THING_CLASSES),
+        ("feature_distance.min_ratio", 0.75),
+        ("loss_weights.source", 1.0),
+        ("loss_weights.feature_distance", 0.005),
+        ("loss_weights.target", 1.0),
+        ("loss_weights.pull", 0.1),
+        ("optim.lr", 6e-5),
+        ("optim.head_lr_multiplier", 10.0),
+        ("optim.weight_decay", 0.01),
+        ("optim.warmup_steps", 1500),
+        ("optim.warmup_ratio", 1e-6),
+        ("optim.power", 1.0),
+        ("optim.max_grad_norm", None),
+        ("train.max_steps", 40_000),
+        ("train.batch_size", 2),
+        ("evaluation.mode", "whole"),
+    ],
+)
+def test_defaults_are_the_papers_main_run(key, value):
+    assert get(RunConfig(), key) == value
+    assert get(load_config(), key) == value
+
+
+def test_a_run_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        RunConfig().seed = 1
+    with pytest.raises(FrozenInstanceError):
+        RunConfig().optim.lr = 1
+
+
+# --------------------------------------------------------------------------------------------- what is understood
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("optim.lr", "6e-5", 6e-5),  # a text to YAML 1.1, which wants 6.0e-5
+        ("optim.lr", "6.0e-5", 6e-5),
+        ("optim.lr", "1E-3", 1e-3),
+        ("optim.lr", "+.5", 0.5),
+        ("optim.lr", "1", 1.0),
+        ("optim.warmup_ratio", "1e-6", 1e-6),
+        ("optim.max_grad_norm", "1e1", 10.0),
+        ("optim.max_grad_norm", "null", None),
+        ("train.max_steps", "10_000", 10_000),
+        ("data.crop_size", "[192, 128]", (192, 128)),
+        ("data.flip", "false", False),
+        ("data.outer_crop", "true", "true"),  # a word here, a truth value to YAML
+        ("data.outer_crop", "false", "false"),
+        ("data.outer_crop", "auto", "auto"),
+        ("model.pretrained", "null", None),
+        ("model.depths", "[1, 2, 3, 4]", (1, 2, 3, 4)),
+        ("source.label_map", "{wall: building, 'traffic light': pole}", {"wall": "building", "traffic light": "pole"}),
+        ("source.label_map", "{}", {}),
+        ("source.path", "some/folder with spaces", "some/folder with spaces"),
+        ("target.class_names", "['1', '2']", ("1", "2")),
+        ("test.resize", "[512, 1024]", (512, 1024)),
+        ("translate.fda.beta", "0.05", 0.05),
+        ("train.log_with", "[]", ()),
+        ("drw.apply_to", "none", "none"),
+    ],
+)
+def test_values_are_read_in_yamls_form_from_either_place(load, key, text, value):
+    if key == "model.pretrained":
+        cfg = load_config(None, [f"--{key}={text}", "--loss_weights.feature_distance=0"])
+    else:
+        cfg = load(key, text)
+    assert get(cfg, key) == value
+    assert type(get(cfg, key)) is type(value)
+    others = {name for name, default in leaves(RunConfig()).items() if get(cfg, name) != default} - {key}
+    assert others <= {"loss_weights.feature_distance"}
+
+
+def test_a_section_given_in_part_keeps_the_rest_of_its_default(load):
+    """The test domain differs from the other two in its split, whatever else is set."""
+    assert load("test.path", "somewhere").test == replace(RunConfig().test, path="somewhere")
+    assert RunConfig().test.split != RunConfig().source.split
+    assert load("translate.fda.beta", "0.05").translate.fda == replace(RunConfig().translate.fda, beta=0.05)
+
+
+def test_the_command_line_wins_over_the_file_and_the_later_over_the_earlier(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("seed: 1\noptim: {lr: 1e-3, power: 2}\noptim.warmup_steps: 7\n", encoding="utf-8")
+    cfg = load_config(path, ["--seed", "2", "--optim.lr=1e-4", "--optim={weight_decay: 0}", "--seed=3"])
+    assert (cfg.seed, cfg.optim.lr, cfg.optim.power, cfg.optim.weight_decay, cfg.optim.warmup_steps) == (
+        3,
+        1e-4,
+        2,
+        0,
+        7,
+    )
+
+
+def test_an_empty_file_is_the_default_run(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("# nothing\n", encoding="utf-8")
+    assert load_config(path) == RunConfig()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RunConfig(),
+        tiny_config(),
+        tiny_config("--optim.lr=3e-7", "--data.outer_crop=true", "--optim.max_grad_norm=1", "--model.depths=null"),
+        tiny_config("--source={path: a b, label_map: {'on': 'off', '1': road}, class_names: ['no', '2', on the road]}"),
+        tiny_config("--evaluation={mode: slide, window: [32, 64], stride: [16, 32]}", "--train.log_with=[]"),
+    ],
+)
+def test_a_run_that_is_written_reads_back_equal(config, tmp_path):
+    path = tmp_path / "resolved_config.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(path) == config
+    assert dump_config(load_config(path)) == dump_config(config)
+
+
+MAPPINGS = ("label_map", "terms")  # fields that are dictionaries themselves
+
+
+def test_the_written_run_is_complete():
+    written, known = yaml.safe_load(dump_config(tiny_config())), set(leaves(RunConfig()))
+
+    def flat(tree: dict[str, Any], prefix: str = "") -> set[str]:
+        keys = set()
+        for name, value in tree.items():
+            keys |= {prefix + name} if prefix + name in known else flat(value, f"{prefix}{name}.")
+        return keys
+
+    assert flat(written) == known
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+UNKNOWN = [  # what was written: the key that was meant
+    ("optm.lr", "optim.lr"),
+    ("optim.Lr", "optim.lr"),
+    ("lr", "optim.lr"),
+    ("train.lr", "optim.lr"),
+    ("optim.warmup", "optim.warmup_steps"),
+    ("optim.wieght_decay", "optim.weight_decay"),
+    ("optim.weight-decay", "optim.weight_decay"),
+    ("seeds", "seed"),
+    ("sed", "seed"),
+    ("clases", "classes"),
+    ("methd", "method"),
+    ("outputdir", "output_dir"),
+    ("train.output_dir", "output_dir"),
+    ("sorce.path", "source.path"),
+    ("source.pth", "source.path"),
+    ("traget.path", "target.path"),
+    ("target.label_colum", "target.label_column"),
+    ("tets.resize", "test.resize"),
+    ("test.splt", "test.split"),
+    ("source.labelmap", "source.label_map"),
+    ("model.heads", "model.head"),
+    ("model.pre_trained", "model.pretrained"),
+    ("model.decoder_hiden_size", "model.decoder_hidden_size"),
+    ("projector.kernal", "projector.kernel"),
+    ("dataset.crop_size", "data.crop_size"),
+    ("data.cropsize", "data.crop_size"),
+    ("data.num_worker", "data.num_workers"),
+    ("rcs.enable", "rcs.enabled"),
+    ("rcs.min_pixel", "rcs.min_pixels"),
+    ("uda.ema_momentun", "uda.ema_momentum"),
+    ("uda.threshold", "uda.pseudo_threshold"),
+    ("mix.class_from", "mix.classes_from"),
+    ("augmentation.jitter_strength", "augment.jitter_strength"),
+    ("translate.fda.betta", "translate.fda.beta"),
+    ("translate.beta", "translate.fda.beta"),
+    ("translate.engin", "translate.engine"),
+    ("pull.temprature", "pull.temperature"),
+    ("pull.num_querys", "pull.num_queries"),
+    ("pull.query_samplng", "pull.query_sampling"),
+    ("loss_weight.pull", "loss_weights.pull"),
+    ("loss_weights.pul", "loss_weights.pull"),
+    ("drw.apply", "drw.apply_to"),
+    ("feature_distance.min_ration", "feature_distance.min_ratio"),
+    ("train.maxsteps", "train.max_steps"),
+    ("max_steps", "train.max_steps"),
+    ("evaluation.windows", "evaluation.window"),
+]
+
+
+@pytest.mark.parametrize(("written", "meant"), UNKNOWN)
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(load, written, meant):
+    with pytest.raises(ValueError, match="unknown key") as caught:
+        load(written, "1")
+    assert f"unknown key {written!r} in " in str(caught.value)
+    assert f"Did you mean {meant!r}?" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "offered"),
+    [("optim.learning_rate", "optim.lr"), ("pull.lamda", "pull.temperature"), ("backbone", "model")],
+)
+def test_an_unknown_key_like_no_other_is_refused_with_those_of_its_section(load, written, offered):
+    with pytest.raises(ValueError, match=f"unknown key {written!r}") as caught:
+        load(written, "1")
+    assert re.search(rf"(Keys there|Sections) are .*\b{re.escape(offered)}\b", str(caught.value))
+
+
+WRONG_TYPES = [
+    ("optim.lr", "abc", "a number"),
+    ("optim.lr", "6e-5x", "a number"),
+    ("optim.lr", "'1,5'", "a number"),
+    ("optim.lr", "true", "a number"),
+    ("optim.lr", "null", "a number"),
+    ("optim.lr", "[1e-4]", "a number"),
+    ("optim.lr", "{a: 1}", "a number"),
+    ("optim.lr", ".nan", "a number"),
+    ("optim.weight_decay", ".inf", "a number"),
+    ("loss_weights.pull", "off", "a number"),
+    ("pull.temperature", "'0,2'", "a number"),
+    ("model.head_dropout", "yes", "a number"),
+    ("translate.fda.beta", "small", "a number"),
+    ("optim.max_grad_norm", "none", "a number or null"),
+    ("train.max_steps", "40k", "a whole number"),
+    ("train.max_steps", "3.5", "a whole number"),
+    ("train.max_steps", "4e4", "a whole number"),
+    ("train.max_steps", "null", "a whole number"),
+    ("train.batch_size", "'2'", "a whole number"),
+    ("seed", "1.0", "a whole number"),
+    ("seed", "[0, 1, 2]", "a whole number"),
+    ("projector.kernel", "true", "a whole number"),
+    ("train.num_threads", "false", "a whole number or null"),
+    ("source.num_images", "all", "a whole number or null"),
+    ("evaluation.limit", "1.5", "a whole number or null"),
+    ("data.flip", "1", "true or false"),
+    ("data.flip", "maybe", "true or false"),
+    ("data.flip", "'true'", "true or false"),
+    ("rcs.enabled", "null", "true or false"),
+    ("pull.augment", "0.5", "true or false"),
+    ("output_dir", "[a]", "text"),
+    ("output_dir", "null", "text"),
+    ("target.split", "5", "text"),
+    ("source.path", "no", "text"),
+    ("model.size", "5", "text"),
+    ("model.pretrained", "1", "text (a number in quotes) or null"),
+    ("data.crop_size", "512", "a list like [a, b] of 2 whole numbers"),
+    ("data.crop_size", "512x512", "a list like [a, b] of 2 whole numbers"),
+    ("data.crop_size", "[512]", "a list like [a, b] of 2 whole numbers"),
+    ("data.crop_size", "[512, 512, 3]", "a list like [a, b] of 2 whole numbers"),
+    ("data.crop_size", "[512.0, 512]", "a list like [a, b] of 2 whole numbers"),
+    ("data.crop_size", "null", "a list like [a, b] of 2 whole numbers"),
+    ("source.resize", "[720]", "a list like [a, b] of 2 whole numbers or null"),
+    ("test.resize", "{height: 1}", "a list like [a, b] of 2 whole numbers or null"),
+    ("evaluation.window", "32", "a list like [a, b] of 2 whole numbers or null"),
+    ("model.depths", "[1, 1, x, 1]", "a list like [a, b] of whole numbers or null"),
+    ("projector.in_index", "0", "a list like [a, b] of whole numbers"),
+    ("classes", "road", "a list like [a, b] of texts"),
+    ("classes", "[road, 3]", "a list like [a, b] of texts"),
+    ("classes", "[on, off]", "a list like [a, b] of texts"),
+    ("classes", "{road: sky}", "a list like [a, b] of texts"),
+    ("pull.class_set", "null", "a list like [a, b] of texts"),
+    ("train.log_with", "tensorboard", "a list like [a, b] of texts"),
+    ("target.class_names", "[[a], b]", "a list like [a, b] of texts"),
+    ("source.label_map", "[a, b]", "a mapping like {a: b} of texts"),
+    ("source.label_map", "{wall: 3}", "a mapping like {a: b} of texts"),
+    ("source.label_map", "{3: wall}", "a mapping like {a: b} of texts"),
+    ("source.label_map", "wall", "a mapping like {a: b} of texts"),
+    ("method", "dacs", "one of t2sda, source_only"),
+    ("method", "null", "one of t2sda, source_only"),
+    ("baseline", "dacs", "one of none, source_only"),
+    ("model.head", "segformer", "one of daformer, all_mlp, deeplabv2"),
+    ("data.outer_crop", "yes please", "one of auto, true, false"),
+    ("uda.weight_scope", "pixel", "one of batch, image"),
+    ("mix.source", "target", "one of source, pseudo_target"),
+    ("translate.engine", "gan", "one of fda, "),
+    ("translate.fda.window", "true", "one of square, rect"),
+    ("pull.objective", "l2", "one of infonce, mse"),
+    ("pull.reduction", "mean", "one of mean_w, sum_paper, mean_paper"),
+    ("pull.query_sampling", "CBQS", "one of cbqs, ceqs, uniform"),
+    ("drw.absent_conf", "0", "one of zero, one, mean, ema"),
+    ("evaluation.mode", "sliding", "one of whole, slide"),
+    ("source.resize_mode", "crop", "one of keep_ratio, exact"),
+]
+
+
+@pytest.mark.parametrize(("key", "text", "rule"), WRONG_TYPES)
+def test_a_wrong_type_is_refused_with_key_rule_and_value(load, key, text, rule):
+    with pytest.raises(ValueError, match="must be") as caught:
+        load(key, text)
+    message = str(caught.value)
+    assert message.startswith(f"{key} in ")
+    assert f" must be {rule}" in message
+    assert message.endswith(f"got {yaml.safe_load(text)!r}.")
+
+
+OUT_OF_RANGE = [
+    ("optim.lr", "0"),
+    ("optim.lr", "-6e-5"),
+    ("optim.warmup_steps", "-1"),
+    ("seed", "-1"),
+    ("classes", "[road]"),
+    ("classes", "[road, sky, road]"),
+    ("source.resize", "[0, 5]"),
+    ("source.num_images", "0"),
+    ("target.num_images", "-3"),
+    ("test.label_space", "marscapes"),
+    ("projector.kernel", "2"),
+    ("data.crop_size", "[16, 512]"),
+    ("data.crop_size", "[500, 512]"),
+    ("data.outer_crop_size", "[256, 1024]"),
+    ("data.cat_max_ratio", "0"),
+    ("data.cat_max_ratio", "1.1"),
+    ("data.num_workers", "-1"),
+    ("rcs.temperature", "0"),
+    ("rcs.min_pixels", "-1"),
+    ("uda.ema_momentum", "1.5"),
+    ("uda.pseudo_threshold", "96.8"),
+    ("uda.ignore_top", "-1"),
+    ("uda.ignore_bottom", "-2"),
+    ("uda.ignore_bottom", "600"),
+    ("augment.jitter_probability", "2"),
+    ("augment.jitter_strength", "-0.1"),
+    ("augment.blur_probability", "1.01"),
+    ("translate.fda.beta", "0.6"),
+    ("translate.fda.beta", "-0.1"),
+    ("pull.temperature", "0"),
+    ("pull.num_queries", "0"),
+    ("pull.num_negatives", "1"),
+    ("pull.unreliable_ratio", "50"),
+    ("pull.proto_momentum", "1"),
+    ("pull.class_set", "[road, rod]"),
+    ("drw.beta", "-1"),
+    ("loss_weights.source", "-1"),
+    ("loss_weights.feature_distance", "-1"),
+    ("loss_weights.target", "-1"),
+    ("loss_weights.pull", "-0.1"),
+    ("train.max_steps", "0"),
+    ("train.batch_size", "0"),
+    ("train.micro_batches", "0"),
+    ("train.log_every", "0"),
+    ("train.evaluate_every", "0"),
+    ("train.save_every", "-4000"),
+    ("evaluation.mode", "slide"),
+]
+
+
+@pytest.mark.parametrize(("key", "text"), OUT_OF_RANGE)
+def test_a_value_out_of_range_is_refused_with_its_key(load, key, text):
+    with pytest.raises(ValueError, match=re.escape(key)) as caught:
+        load(key, text)
+    message = str(caught.value)
+    assert "must be" in message or "needs" in message
+    assert key in message.split(" must ")[0].split(" needs ")[0]
+
+
+@pytest.mark.parametrize("domain", ["source", "target", "test"])
+def test_a_fault_of_a_domain_names_the_domain(domain):
+    with pytest.raises(ValueError, match=rf"^{domain}\.num_images must be at least 1, got 0\."):
+        load_config(None, [f"--{domain}.num_images=0"])
+
+
+@pytest.mark.parametrize(
+    "section", [item.name for item in fields(RunConfig) if is_dataclass(item.type)] + ["translate.fda"]
+)
+@pytest.mark.parametrize("value", ["3", "null", "[a]", "text"])
+def test_a_section_is_not_a_value(load, section, value):
+    with pytest.raises(ValueError, match=rf"^{re.escape(section)} in .* is a section.* keys: {re.escape(section)}\."):
+        load(section, value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- a\n- b\n", ["must map keys to values", "list"]),
+        ("just words", ["must map keys to values", "str"]),
+        ("optim: {lr: 1", ["is not valid YAML"]),
+        ("a: b: c", ["is not valid YAML"]),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path, text, words):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"broken\.yaml") as caught:
+        load_config(path)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(ValueError, match=r"'nowhere\.yaml' does not exist\. Give the path"):
+        load_config("nowhere.yaml")
+
+
+def test_a_key_below_a_value_is_unknown():
+    with pytest.raises(ValueError, match=r"unknown key 'optim\.lr\.value' .* Keys there are optim\.lr, "):
+        load_config(None, ["--optim.lr.value=1"])
+
+
+@pytest.mark.parametrize("arguments", [["seed", "3"], ["-seed", "3"], ["--seed"], ["--seed", "3", "extra"], ["3"]])
+def test_what_is_not_key_and_value_is_refused(arguments):
+    with pytest.raises(ValueError, match="expected --key value on the command line, got"):
+        load_config(None, arguments)
+
+
+def test_a_broken_value_on_the_command_line_names_its_key():
+    with pytest.raises(ValueError, match=r"--data\.crop_size is not valid YAML"):
+        load_config(None, ["--data.crop_size", "[64, 128"])
+
+
+def test_margins_must_leave_rows():
+    with pytest.raises(
+        ValueError, match=r"uda\.ignore_top \+ uda\.ignore_bottom must be less than .* 96 rows.*got 135"
+    ):
+        load_config(None, ["--data.crop_size=[96, 128]"])
+
+
+# --------------------------------------------------------------------------------- messages cover every key there is
+
+
+def test_every_key_refuses_a_value_of_a_wrong_type():
+    """So no field has a type that the check does not know."""
+    for key in leaves(RunConfig()):
+        with pytest.raises(ValueError, match=rf"^{re.escape(key)} in the command line must be "):
+            load_config(None, [f"--{key}={{a: [b]}}"])
+
+
+def test_every_key_accepts_its_default():
+    for key, value in leaves(RunConfig()).items():
+        text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True)
+        assert load_config(None, [f"--{key}={text.removesuffix('...' + chr(10))}"]) == RunConfig(), key
+
+
+# ---------------------------------------------------------------------------------------------- what follows from it
+
+
+@pytest.mark.parametrize(
+    ("overrides", "translates"),
+    [
+        ([], True),
+        (["--loss_weights.pull=0"], False),
+        (["--loss_weights.pull=0", "--mix.source=pseudo_target"], True),
+        (["--translate.engine=none"], False),
+        (["--method=source_only"], False),
+    ],
+)
+def test_a_run_translates_only_where_the_objective_needs_it(overrides, translates):
+    cfg = load_config(None, overrides)
+    assert cfg.translates == translates
+    assert cfg.uses_outer_crop == translates
+    for choice in ("true", "false"):
+        assert replace(cfg, data=replace(cfg.data, outer_crop=choice)).uses_outer_crop == (choice == "true")
+
+
+def test_own_class_names_need_no_label_space():
+    assert DomainConfig(label_space="mine", class_names=("a", "b")).class_names == ("a", "b")
+    with pytest.raises(ValueError, match=r"^label_space must be one of .*'mine'.* list their names in class_names"):
+        DomainConfig(label_space="mine")

@@ -1,0 +1,343 @@
+"""--resume: the same run goes on, bit by bit; another one is refused, and what differs is listed."""
+
+import json
+import logging
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from faults.arena import RUN, load_script, outcome
+from filelock import FileLock
+from torch import Tensor
+
+from t2sda_hf.config import load_config
+from t2sda_hf.data.pairs import PositionSampler
+from t2sda_hf.methods import METHODS
+from t2sda_hf.training import loop
+from t2sda_hf.training.checkpoint import Progress, checkpoints
+from t2sda_hf.training.masking import mask
+from t2sda_hf.training.stopping import Stopped, StopRequest
+from t2sda_hf.training.tracking import Tracker
+
+SCRIPT = load_script()
+
+
+@pytest.fixture(scope="module")
+def domains():
+    cfg = load_config(None, [f"--{key}={value}" for key, value in _run_keys().items()])
+    return SCRIPT.open_domains(cfg, Accelerator(cpu=True))
+
+
+@pytest.fixture
+def run(tmp_path: Path, domains, monkeypatch: pytest.MonkeyPatch):
+    """A function that trains in tmp_path/<name> and returns the exit code."""
+    monkeypatch.setattr(SCRIPT, "open_domains", lambda *_: domains)
+    monkeypatch.setattr(SCRIPT, "save_panel", lambda *_: None)
+    (tmp_path / "run.yaml").write_text(RUN, encoding="utf-8")
+
+    def train(name: str, *arguments: str) -> int:
+        return SCRIPT.main(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / name), *arguments])
+
+    return train
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch):
+    """A function that makes the process send itself a signal after so many updates from now."""
+
+    def plan(updates: int, number: int = signal.SIGTERM) -> None:
+        update, made = loop.update, [0]
+
+        def planted(*arguments: object) -> float:
+            factor = update(*arguments)
+            made[0] += 1
+            if made[0] == updates:
+                os.kill(os.getpid(), number)
+            return factor
+
+        monkeypatch.setattr(loop, "update", planted)
+
+    return plan
+
+
+def _run_keys() -> dict[str, str]:
+    return {
+        line.split(":", 1)[0]: line.split(":", 1)[1].strip() for line in RUN.replace(",\n  ", ", ").strip().splitlines()
+    }
+
+
+def test_resumed_runs_end_where_the_uninterrupted_one_ends(run, stop_after, tmp_path: Path) -> None:
+    both = ("--baseline", "source_only")
+    assert run("whole", *both) == 0
+    stop_after(5)
+    assert run("cut", *both) == 143  # in the baseline
+    stop_after(7 + 7)
+    assert run("cut", *both, "--resume", "auto") == 143  # the other 7 steps of it, then in the method
+    baseline = tmp_path / "cut" / "source_only" / "metrics.json"
+    written = baseline.stat().st_mtime_ns
+    assert checkpoints(tmp_path / "cut" / "t2sda")[-1].name == "checkpoint-000007"
+    assert run("cut", *both, "--resume", "auto", "--data.num_workers", "1") == 0
+    assert baseline.stat().st_mtime_ns == written, "a finished baseline is not trained again"
+    for method in ("source_only", "t2sda"):
+        assert outcome(tmp_path / "cut", method) == outcome(tmp_path / "whole", method)
+    whole, cut = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "cut"))
+    assert {**whole, "seconds": 0, "resumed": 0} == {**cut, "seconds": 0, "resumed": 0}
+    assert (whole["resumed"], cut["resumed"]) == ([], ["source_only", "t2sda"])
+    assert "auto" not in (tmp_path / "cut" / "t2sda" / "resolved_config.yaml").read_text()
+
+
+def test_a_run_that_is_finished_only_says_so(run, tmp_path: Path) -> None:
+    short = ("--train.max_steps", "2")
+    assert run("out", *short, "--resume", "auto") == 0  # nothing there: it starts
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "t2sda").rglob("*")}
+    assert run("out", *short, "--resume", "auto") == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "t2sda").rglob("*")} == before
+
+
+def test_what_changes_the_result_is_refused_and_the_rest_is_noted(
+    run, stop_after, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    stop_after(2)
+    assert run("out") == 143
+    capsys.readouterr()
+    refused = {
+        "optim.lr": "2e-3",
+        "seed": "1",
+        "classes": "[sidewalk, road, building, pole, traffic sign, vegetation, sky, person, car, bus]",
+        "train.batch_size": "2",
+        "train.max_steps": "13",
+        "data.crop_size": "[64, 64]",
+        "pull.temperature": "0.3",
+        "model.decoder_hidden_size": "16",
+    }
+    arguments = [part for key, value in refused.items() for part in (f"--{key}", value)]
+    assert run("out", "--resume", "auto", *arguments, "--train.log_every", "3") == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    for key in refused:
+        assert f"{key}: " in said
+    assert "optim.lr: 0.001 before, 0.002 now" in said
+    assert "--allow_changes" in said
+    assert "log_every" not in said
+
+    with caplog.at_level(logging.WARNING):
+        allowed = ("--optim.lr", "2e-3", "--allow_changes", "[optim]", "--train.save_every", "5")
+        assert run("out", "--resume", "auto", *allowed) == 0
+    assert "resuming with another optim.lr: 0.001 before, 0.002 now" in caplog.text
+    assert "resuming with another train.save_every: 3 before, 5 now" in caplog.text
+
+
+def test_other_data_is_refused(run, stop_after, domains, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    stop_after(2)
+    assert run("out") == 143
+    fewer = replace(domains.source, rows=domains.source.rows.select(range(5)))
+    other = replace(domains, source=fewer, source_counts=domains.source_counts[:5])
+    monkeypatch.setattr(SCRIPT, "open_domains", lambda *_: other)
+    assert run("out", "--resume", "auto") == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "source_data" in said
+    assert "target_data" not in said
+
+
+def test_resuming_from_a_checkpoint_by_its_path(run, stop_after, tmp_path: Path, capsys) -> None:
+    assert run("whole") == 0
+    older, newest = checkpoints(tmp_path / "whole" / "t2sda")
+    # It branches off into a new folder, and is the same run there.
+    assert run("branch", "--resume", str(older)) == 0
+    ends = [outcome(tmp_path / name) for name in ("whole", "branch")]
+    assert ends[1]["last checkpoint"] == ends[0]["last checkpoint"]
+    assert ends[1]["log"] == ends[0]["log"][-len(ends[1]["log"]) :]
+    # In its own folder there is a newer one.
+    assert run("whole", "--resume", str(older)) == 2
+    assert newest.name in capsys.readouterr().err
+    (older / "optimizer.safetensors").write_bytes(b"")
+    assert run("other", "--resume", str(older)) == 2
+    assert "optimizer.safetensors" in capsys.readouterr().err
+    assert run("other", "--resume", str(tmp_path / "nothing")) == 2
+    assert "nothing" in capsys.readouterr().err
+    assert not (tmp_path / "other" / "t2sda").exists()
+
+
+def test_a_folder_in_use_or_of_somebody_else_is_refused(run, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with FileLock(out / ".lock"):
+        assert run("out") == 2
+        assert run("out", "--resume", "auto") == 2
+    said = capsys.readouterr().err
+    assert said.count("in use by") == 2
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work", encoding="utf-8")
+    assert run("home", "--resume", "auto") == 2
+    assert "holds no run" in capsys.readouterr().err
+    (out / ".lock").write_text("left by a process that is gone", encoding="utf-8")
+    assert run("out", "--train.max_steps", "1") == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_noted_once_and_the_handlers_come_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        stop.check()
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # within half a second: the launcher's copy of the same one
+        with pytest.raises(Stopped) as stopped:
+            stop.check()
+    assert stopped.value.exit_code == 128 + number
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_in_the_evaluation_saves_the_step_before_it(run, tmp_path: Path, domains, monkeypatch) -> None:
+    """Step 5 is evaluated and not saved by the clock of save_every 3."""
+    whole = type(domains.test).labels
+
+    def labels(self, index: int):
+        os.kill(os.getpid(), signal.SIGINT)
+        return whole(self, index)
+
+    two = [domains.test.rows[0]] * 2
+    from dataclasses import replace
+
+    from datasets import Dataset
+
+    rows = Dataset.from_list(two, features=domains.test.rows.features)
+    monkeypatch.setattr(SCRIPT, "open_domains", lambda *_: replace(domains, test=replace(domains.test, rows=rows)))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(domains.test), "labels", labels)
+        assert run("out") == 130
+    assert checkpoints(tmp_path / "out" / "t2sda")[-1].name == "checkpoint-000005"
+    assert run("out", "--resume", "auto") == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "t2sda" / "scalars.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "student/miou" in line] == [5, 10]
+
+
+def test_the_sampler_starts_late_without_replaying() -> None:
+    """Step 39,999 of 40,000 is the first thing asked for, not the last of 160,000."""
+    sampler = PositionSampler(2, 2, 0, 1, 39_999, 40_000)
+    assert len(sampler) == 4
+    assert list(sampler) == [159_996, 159_997, 159_998, 159_999]
+
+
+def test_the_log_is_cut_to_the_checkpoint(tmp_path: Path) -> None:
+    log = tmp_path / "scalars.jsonl"
+    written = [
+        {"step": 2, "source": 1.0},
+        {"step": 3, "skipped": "loss 'pull' is nan on process 0"},
+        {"step": 4, "source": 0.5},
+        {"step": 4, "student/miou": 10.0},
+        {"step": 6, "source": 0.25},
+    ]
+    log.write_text("".join(json.dumps(line) + "\n" for line in written) + '{"step": 8, "sou', encoding="utf-8")
+    accelerator = Accelerator(cpu=True)
+    start = Progress(4, skipped=1, log={"source": torch.tensor([3.0])})
+    with Tracker(accelerator, tmp_path, 10, start, "t", show=False) as tracker:
+        assert tracker.skipped == 1
+        tracker.add({"source": torch.tensor(5.0)})
+        tracker.step_done()
+        tracker.flush(6, 0.1)
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    assert lines[:-1] == written[:3]
+    assert (lines[-1]["step"], lines[-1]["source"]) == (6, 4.0)  # the term from the checkpoint counts in the mean
+
+
+def test_a_skipped_step_is_said_and_no_mean_shows_it(run, tmp_path: Path, monkeypatch) -> None:
+    """The loss of step 4 is infinite; the line of step 4 is the mean of step 3 alone, as log_every is 2."""
+    method = METHODS["t2sda"]
+
+    def spoiled(batch, parts, cfg, step, generator, all_sum):
+        for terms in method(batch, parts, cfg, step, generator, all_sum):
+            yield {
+                name: value * (float("inf") if step == 3 and name == "target" else 1) for name, value in terms.items()
+            }
+
+    assert run("whole") == 0
+    monkeypatch.setitem(METHODS, "t2sda", spoiled)
+    assert run("skip", "--train.non_finite", "skip") == 0
+    lines = [json.loads(line) for line in (tmp_path / "skip" / "t2sda" / "scalars.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 4, 5, 6, 8, 10, 10, 12]
+    assert lines[1] == {"step": 4, "skipped": "loss 'target' is inf on process 0"}
+    whole = [json.loads(line) for line in (tmp_path / "whole" / "t2sda" / "scalars.jsonl").read_text().splitlines()]
+    assert lines[0]["target"] == whole[0]["target"]
+    assert 0 < lines[2]["target"] < 10
+    assert json.loads((checkpoints(tmp_path / "skip" / "t2sda")[-1] / "state.json").read_text())["skipped"] == 1
+
+    assert run("stop") == 1
+    assert not (tmp_path / "stop" / "t2sda" / "student").exists()
+    assert checkpoints(tmp_path / "stop" / "t2sda")[-1].name == "checkpoint-000003"
+
+
+def test_a_batch_of_ignored_pixels_is_a_finite_zero(run, tmp_path: Path, monkeypatch) -> None:
+    method = METHODS["source_only"]
+    seen: list[Tensor] = []
+
+    def all_ignored(batch, *rest):
+        batch.source_labels.fill_(255)
+        for terms in method(batch, *rest):
+            seen.append(terms["source"].detach())
+            yield terms
+
+    monkeypatch.setitem(METHODS, "source_only", all_ignored)
+    assert run("out", "--method", "source_only", "--train.max_steps", "2") == 0
+    assert [value.item() for value in seen] == [0.0, 0.0]
+
+
+CANARY = "hf_CANARYcanary0123456789CANARY"
+
+
+@pytest.mark.parametrize(
+    ("text", "gone", "stays"),
+    [
+        (f"401 for token {CANARY}, url x", CANARY, "401 for token"),
+        ("https://anna:hunter22@example.org/data", "hunter22", "example.org/data"),
+        ("Authorization: Bearer abcdefghijk", "abcdefghijk", "Authorization"),
+        ("hub_token: correct-horse", "correct-horse", "hub_token"),
+        ('{"api_key": "battery-staple"}', "battery-staple", "api_key"),
+        ("unknown --hub_token battery-staple in", "battery-staple", "in"),
+        ("WANDB_API_KEY=0123456789abcdef", "0123456789abcdef", "WANDB_API_KEY"),
+    ],
+)
+def test_secrets_are_masked_by_form_and_by_key(text: str, gone: str, stays: str) -> None:
+    assert gone not in mask(text)
+    assert stays in mask(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "token: null",
+        "tokens per second: 12345678",
+        "a tokenizer of 12345 words",
+        "sha256 of step 40000",
+        "method: t2sda",
+    ],
+)
+def test_other_texts_stay_as_they_are(text: str) -> None:
+    assert mask(text) == text
+
+
+def test_a_token_of_the_environment_is_masked_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "just some words here")
+    assert mask("see just some words here.") == "see <masked>."
+
+
+def test_a_canary_reaches_no_file_and_no_line(
+    run, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the environment, in a path, in a URL and in a key that does not exist; also when the run fails."""
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    secret = "correct-horse-battery"
+    monkeypatch.setenv("WANDB_API_KEY", secret)
+    short = ("--train.max_steps", "1", "--train.log_with", "[tensorboard]")
+    assert run("out", *short, "--test.path", f"https://user:{secret}@example.org/{CANARY}") == 0
+    assert run("no", "--hub_token", CANARY) == 2
+    assert run("no", CANARY) == 2
+    assert run("no", "--model.pretrained", f"https://{CANARY}@example.org/x") == 2
+    for word in (CANARY, secret):
+        hits = [path for path in tmp_path.rglob("*") if path.is_file() and word.encode() in path.read_bytes()]
+        assert not hits
+        printed = capfd.readouterr()
+        assert word not in printed.out + printed.err

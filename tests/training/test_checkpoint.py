@@ -1,0 +1,324 @@
+"""Checkpoint folders: whole or absent, believed only byte by byte, loaded entirely or not at all."""
+
+import errno
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_model, tiny_parts
+from torch import Tensor, nn
+
+from t2sda_hf.methods import Parts
+from t2sda_hf.models import T2SDAForSemanticSegmentation
+from t2sda_hf.training.checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    DamagedCheckpoint,
+    checkpoint_folder,
+    checkpoints,
+    keep_newest,
+    newest_valid,
+    optimizer_tensors,
+    read_checkpoint,
+    restore,
+    sweep,
+    verify,
+    write_checkpoint,
+    write_folder,
+    write_text,
+)
+from t2sda_hf.training.optim import make_optimizer
+
+
+def stepped(seed: int, steps: int = 2) -> tuple[Parts, torch.optim.Optimizer]:
+    """Networks and an optimiser that has made some steps on made-up gradients."""
+    cfg = tiny_config()
+    parts = tiny_parts(cfg, seed)
+    optimizer = make_optimizer(parts.student.encoder, parts.student, cfg.optim)
+    random = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for parameter in parts.student.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=random)
+        optimizer.step()
+    return parts, optimizer
+
+
+def write(folder: Path, step: int, parts: Parts, optimizer: torch.optim.Optimizer) -> Path:
+    target = checkpoint_folder(folder, step)
+    write_checkpoint(
+        target,
+        save=lambda network, path: network.save_pretrained(path),
+        student=parts.student,
+        teacher=parts.teacher,
+        optimizer=optimizer,
+        processes=[{"memory.seen": torch.tensor([True, False])}, {"log.source": torch.tensor([0.1, 1e-30])}],
+        state={"method": "t2sda", "step": step, "skipped": 0},
+    )
+    return target
+
+
+def everything(parts: Parts, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    named = {f"student.{name}": value.clone() for name, value in parts.student.state_dict().items()}
+    named |= {f"teacher.{name}": value.clone() for name, value in parts.teacher.state_dict().items()}
+    return named | {name: value.clone() for name, value in optimizer_tensors(parts.student, optimizer).items()}
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the checkpoints 9 and 10. Not to be changed."""
+    folder = tmp_path_factory.mktemp("kept")
+    for step in (9, 10):
+        write(folder, step, *stepped(step))
+    return folder
+
+
+@pytest.fixture
+def copy(kept: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(kept, tmp_path / "run"))
+
+
+def test_what_is_written_is_read_into_another_run(kept: Path) -> None:
+    written = everything(*stepped(10))
+    parts, optimizer = stepped(3, steps=0)
+    assert not torch.equal(
+        everything(parts, optimizer)["student.decode_head.classifier.weight"],
+        written["student.decode_head.classifier.weight"],
+    )
+    content = read_checkpoint(checkpoint_folder(kept, 10), T2SDAForSemanticSegmentation)
+    restore(content, parts.student, parts.teacher, optimizer)
+    assert_equal(everything(parts, optimizer), written)
+    assert content.state["step"] == 10
+    assert content.processes[0]["memory.seen"].tolist() == [True, False]
+    assert torch.equal(content.processes[1]["log.source"], torch.tensor([0.1, 1e-30]))
+
+    # The next step is the one the other run would have made.
+    other, other_optimizer = stepped(10)
+    for student, own in ((parts.student, optimizer), (other.student, other_optimizer)):
+        random = torch.Generator().manual_seed(1)
+        for parameter in student.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=random)
+        own.step()
+    assert_equal(everything(parts, optimizer), everything(other, other_optimizer))
+
+
+def test_a_checkpoint_holds_safetensors_and_json_and_nothing_else_that_is_read(kept: Path) -> None:
+    files = {path.suffix for path in kept.rglob("*") if path.is_file()}
+    assert files <= {".safetensors", ".json", ".py"}  # .py: the code beside the weights, for the Hub
+    folder = checkpoint_folder(kept, 10)
+    listed = json.loads((folder / MANIFEST).read_text())
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert listed.keys() == there - {MANIFEST}
+
+
+def test_student_and_teacher_are_from_pretrained_folders(kept: Path) -> None:
+    parts, _ = stepped(9)
+    for part, network in (("student", parts.student), ("teacher", parts.teacher)):
+        loaded = T2SDAForSemanticSegmentation.from_pretrained(checkpoint_folder(kept, 9) / part)
+        assert_equal(dict(loaded.state_dict()), dict(network.state_dict()))
+
+
+def cut(data: bytes) -> bytes:
+    return data[:-1]
+
+
+def flip(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize("change", [cut, flip, None], ids=["cut", "flipped", "missing"])
+@pytest.mark.parametrize(
+    "name",
+    ["student/model.safetensors", "teacher/model.safetensors", "teacher/config.json", "optimizer.safetensors",
+     "processes.safetensors", "state.json", MANIFEST],
+)  # fmt: skip
+def test_damage_is_named_and_the_one_before_is_taken(
+    copy: Path, name: str, change: Callable[[bytes], bytes] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = checkpoint_folder(copy, 10) / name
+    data = path.read_bytes()
+    path.unlink()
+    if change is not None:
+        path.write_bytes(change(data))
+    with pytest.raises(DamagedCheckpoint, match=name):
+        read_checkpoint(checkpoint_folder(copy, 10), T2SDAForSemanticSegmentation)
+    with caplog.at_level(logging.WARNING):
+        found = newest_valid(copy)
+    assert found is not None
+    assert (found[0].name, found[1]["step"]) == ("checkpoint-000009", 9)
+    assert name in caplog.text
+    assert "checkpoint-000009" in caplog.text
+    assert (copy / "damaged-checkpoint-000010").is_dir()
+    assert [path.name for path in checkpoints(copy)] == ["checkpoint-000009"]
+
+
+def test_if_all_are_damaged_nothing_starts_anew_and_nothing_is_renamed(copy: Path) -> None:
+    for step in (9, 10):
+        (checkpoint_folder(copy, step) / "state.json").unlink()
+    with pytest.raises(ValueError, match=r"every checkpoint .* is damaged"):
+        newest_valid(copy)
+    assert len(checkpoints(copy)) == 2
+
+
+def test_no_checkpoint_is_none_and_strangers_are_not_counted(tmp_path: Path) -> None:
+    for name in (".ipynb_checkpoints", "checkpoint-final", "checkpoint-", ".checkpoint-000007.partial", "student"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-000003").write_text("a file")
+    assert checkpoints(tmp_path) == []
+    assert newest_valid(tmp_path) is None
+
+
+def test_another_format_is_not_guessed(copy: Path) -> None:
+    folder = checkpoint_folder(copy, 10)
+
+    def rewrite(state: dict) -> None:
+        def fill(target: Path) -> None:
+            for path in folder.rglob("*"):
+                if path.is_file() and path.name != MANIFEST:
+                    (target / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+                    (target / path.relative_to(folder)).write_bytes(path.read_bytes())
+            (target / "state.json").write_text(json.dumps(state))
+
+        write_folder(copy / "checkpoint-000011", fill)
+
+    rewrite({"format": 2, "step": 11})
+    with pytest.raises(DamagedCheckpoint, match="format 2"):
+        verify(copy / "checkpoint-000011")
+
+
+@pytest.mark.parametrize("part", ["student", "teacher", "optimizer"])
+def test_a_load_that_fails_changes_nothing(kept: Path, part: str) -> None:
+    parts, optimizer = stepped(3)
+    before, randomness = everything(parts, optimizer), torch.get_rng_state()
+    content = read_checkpoint(checkpoint_folder(kept, 10), T2SDAForSemanticSegmentation)
+    tensors = getattr(content, part)
+    last = sorted(tensors)[-1]
+    good = tensors[last]
+    for wrong, words in (
+        (good[None], "is .* in the checkpoint"),
+        (good.double(), "float64|is .*"),
+        (None, "is only in"),
+    ):
+        if wrong is None:
+            del tensors[last]
+        else:
+            tensors[last] = wrong
+        with pytest.raises(DamagedCheckpoint, match=words):
+            restore(content, parts.student, parts.teacher, optimizer)
+        assert_equal(everything(parts, optimizer), before)
+    assert torch.equal(torch.get_rng_state(), randomness)
+
+
+@pytest.mark.parametrize("where", ["student", "teacher", "optimizer"])
+def test_what_is_not_finite_is_not_saved(tmp_path: Path, where: str) -> None:
+    parts, optimizer = stepped(0)
+    tensors = {
+        "student": parts.student.decode_head.classifier.weight.data,
+        "teacher": parts.teacher.decode_head.classifier.weight.data,
+        "optimizer": next(iter(optimizer.state.values()))["exp_avg_sq"],
+    }
+    tensors[where].view(-1)[0] = float("nan")
+    with pytest.raises(CheckpointError, match=f"{where} tensor .* not finite"):
+        write(tmp_path, 1, parts, optimizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
+def test_a_disk_that_refuses_gives_one_error_and_leaves_what_was_there(
+    copy: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    parts, optimizer = stepped(1)
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(CheckpointError, match=r"MB are free.*intact") as caught:
+        write(copy, 11, parts, optimizer)
+    assert os.strerror(code) in str(caught.value)
+    assert sorted(path.name for path in copy.iterdir()) == ["checkpoint-000009", "checkpoint-000010"]
+    assert verify(checkpoint_folder(copy, 10))["step"] == 10
+
+
+def test_a_folder_of_the_same_name_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    target = tmp_path / "student"
+    write_folder(target, lambda folder: (folder / "old").write_text("1"), manifest=False)
+    write_folder(target, lambda folder: (folder / "new").write_text("2"), manifest=False)
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+    def fail(folder: Path) -> None:
+        (folder / "newer").write_text("3")
+        raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(CheckpointError):
+        write_folder(target, fail)
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_an_error_that_is_not_the_disk_s_is_not_disguised(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        raise KeyError("a mistake of ours")
+
+    with pytest.raises(KeyError):
+        write_folder(tmp_path / "x", fail)
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_newest_by_step_are_kept_whatever_the_clock_said(tmp_path: Path) -> None:
+    for age, step in enumerate((2, 10, 999_999, 1_000_000)):  # one more digit sorts differently as text
+        checkpoint_folder(tmp_path, step).mkdir()
+        os.utime(checkpoint_folder(tmp_path, step), (1e9 - age * 1e6,) * 2)
+    keep_newest(tmp_path, 2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-999999", "checkpoint-1000000"]
+    keep_newest(tmp_path, 5)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_leftovers_are_swept_and_nothing_else(tmp_path: Path) -> None:
+    stay = {"checkpoint-000003", "damaged-checkpoint-000004", ".lock", ".git", "student", "my.partial"}
+    for name in stay | {".checkpoint-000005.partial", ".checkpoint-000001.deleted", ".student.replaced"}:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == stay
+
+
+def test_a_text_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.json"
+    write_text(path, "old")
+    write_text(path, "new ä")
+    assert path.read_text(encoding="utf-8") == "new ä"
+
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="full"):
+        write_text(path, "newest")
+    assert path.read_text(encoding="utf-8") == "new ä"
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_names_of_the_optimiser_are_those_of_the_parameters() -> None:
+    student: nn.Module = tiny_model()
+    optimizer = make_optimizer(student.encoder, student, tiny_config().optim)
+    assert optimizer_tensors(student, optimizer) == {}
+    for parameter in student.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    expected = {
+        f"{name}/{what}" for name, _ in student.named_parameters() for what in ("step", "exp_avg", "exp_avg_sq")
+    }
+    assert optimizer_tensors(student, optimizer).keys() == expected
