@@ -10,7 +10,9 @@ import yaml
 from t2sda_hf.config import RunConfig, load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-FILES = sorted(CONFIGS.rglob("*.yaml"))
+FILES = [  # tables of ablations and launch files of accelerate have other forms
+    path for path in sorted(CONFIGS.rglob("*.yaml")) if path.parent.name not in ("ablations", "accelerate")
+]
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

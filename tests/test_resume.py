@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from t2sda_hf.config import load_config
 from t2sda_hf.data.pairs import PositionSampler
 from t2sda_hf.methods import METHODS
 from t2sda_hf.training import loop
+from t2sda_hf.training.build import Interruptible
 from t2sda_hf.training.checkpoint import Progress, checkpoints
 from t2sda_hf.training.masking import mask
 from t2sda_hf.training.stopping import Stopped, StopRequest
@@ -26,9 +28,10 @@ SCRIPT = load_script()
 
 
 @pytest.fixture(scope="module")
-def domains():
-    cfg = load_config(None, [f"--{key}={value}" for key, value in _run_keys().items()])
-    return SCRIPT.open_domains(cfg, Accelerator(cpu=True))
+def domains(tmp_path_factory: pytest.TempPathFactory):
+    config = tmp_path_factory.mktemp("config") / "run.yaml"
+    config.write_text(RUN, encoding="utf-8")
+    return SCRIPT.open_domains(load_config(config), Accelerator(cpu=True))
 
 
 @pytest.fixture
@@ -86,7 +89,8 @@ def test_resumed_runs_end_where_the_uninterrupted_one_ends(run, stop_after, tmp_
     whole, cut = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "cut"))
     assert {**whole, "seconds": 0, "resumed": 0} == {**cut, "seconds": 0, "resumed": 0}
     assert (whole["resumed"], cut["resumed"]) == ([], ["source_only", "t2sda"])
-    assert "auto" not in (tmp_path / "cut" / "t2sda" / "resolved_config.yaml").read_text()
+    configs = [load_config(tmp_path / name / "t2sda" / "resolved_config.yaml") for name in ("whole", "cut")]
+    assert replace(configs[1], output_dir=configs[0].output_dir, data=configs[0].data) == configs[0]
 
 
 def test_a_run_that_is_finished_only_says_so(run, tmp_path: Path) -> None:
@@ -130,11 +134,9 @@ def test_what_changes_the_result_is_refused_and_the_rest_is_noted(
 
 
 def test_other_data_is_refused(run, stop_after, domains, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
     stop_after(2)
     assert run("out") == 143
-    fewer = replace(domains.source, rows=domains.source.rows.select(range(5)))
+    fewer = replace(domains.source, table=domains.source.table.select(range(5)))
     other = replace(domains, source=fewer, source_counts=domains.source_counts[:5])
     monkeypatch.setattr(SCRIPT, "open_domains", lambda *_: other)
     assert run("out", "--resume", "auto") == 2
@@ -193,21 +195,16 @@ def test_a_signal_is_noted_once_and_the_handlers_come_back(number: signal.Signal
 
 def test_a_signal_in_the_evaluation_saves_the_step_before_it(run, tmp_path: Path, domains, monkeypatch) -> None:
     """Step 5 is evaluated and not saved by the clock of save_every 3."""
-    whole = type(domains.test).labels
+    whole = Interruptible.labels
 
     def labels(self, index: int):
         os.kill(os.getpid(), signal.SIGINT)
         return whole(self, index)
 
-    two = [domains.test.rows[0]] * 2
-    from dataclasses import replace
-
-    from datasets import Dataset
-
-    rows = Dataset.from_list(two, features=domains.test.rows.features)
-    monkeypatch.setattr(SCRIPT, "open_domains", lambda *_: replace(domains, test=replace(domains.test, rows=rows)))
+    twice = replace(domains.test, table=domains.test.table.select([0, 0]))
+    monkeypatch.setattr(SCRIPT, "open_domains", lambda *_: replace(domains, test=twice))
     with monkeypatch.context() as patch:
-        patch.setattr(type(domains.test), "labels", labels)
+        patch.setattr(Interruptible, "labels", labels)
         assert run("out") == 130
     assert checkpoints(tmp_path / "out" / "t2sda")[-1].name == "checkpoint-000005"
     assert run("out", "--resume", "auto") == 0

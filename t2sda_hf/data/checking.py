@@ -19,6 +19,7 @@ from .domains import Domain
 from .files import read_header, read_ids, read_image
 from .rare_class_sampling import class_probabilities
 
+_MANY_CLASSES = 40  # a photograph in grey values below this would be black to the eye
 _CHUNK = 16  # images per message between processes
 
 
@@ -67,7 +68,7 @@ def inspect_domain(domain: Domain, classes: Sequence[str], num_processes: int = 
     """Decode every file of a domain and collect what is wrong.
 
     Args:
-        num_processes: more than one are started afresh ("spawn"), so the caller needs `if __name__ == "__main__"`.
+        num_processes: more than one are started afresh, so the calling script needs `if __name__ == "__main__"`.
     """
     chunks = [range(first, min(first + _CHUNK, len(domain))) for first in range(0, len(domain), _CHUNK)]
     rows: list[dict[str, Any]] = []
@@ -77,9 +78,9 @@ def inspect_domain(domain: Domain, classes: Sequence[str], num_processes: int = 
                 rows += _inspect_rows(domain, chunk, len(classes))
                 bar.update(len(chunk))
         else:
-            with ProcessPoolExecutor(
-                num_processes, get_context("spawn"), _start_worker, (domain, len(classes))
-            ) as pool:
+            context = get_context("forkserver")  # not forked from here: threads, torch's among them, would be missing
+            context.set_forkserver_preload([__name__])  # what takes seconds to import is imported once
+            with ProcessPoolExecutor(num_processes, context, _start_worker, (domain, len(classes))) as pool:
                 for chunk, part in zip(chunks, pool.map(_inspect_in_worker, chunks), strict=True):
                     rows += part
                     bar.update(len(chunk))
@@ -219,14 +220,14 @@ def _inspect(domain: Domain, index: int, num_classes: int) -> dict[str, Any]:
     if image is not None:
         result["size"] = image.shape[:2]
         result["hash"] = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
+        grey = (image == image[..., :1]).all()
         if int(image.max()) - int(image.min()) <= 2:
             faults.append(("blank image", "note", f"{where} has one colour everywhere"))
-        elif (image == image[..., :1]).all():
+        elif grey and ((image < _MANY_CLASSES) | (image == IGNORE_INDEX)).all():
+            text = f"{where} is grey with values below {_MANY_CLASSES}; are the folders swapped?"
+            faults.append(("image looks like a label map", "fault", text))
+        elif grey:
             faults.append(("grey image", "note", f"{where} has no colours"))
-        elif image.size > 3 * 4096 and _few_colors(image):
-            faults.append(
-                ("image looks like a label map", "fault", f"{where} has very few colours; are the folders swapped?")
-            )
         if min(image.shape[:2]) < 32:
             faults.append(("tiny image", "note", f"{where} has {image.shape[1]}x{image.shape[0]} pixels"))
     if domain.rule is None:
@@ -282,12 +283,6 @@ def _kind(message: str, what: str) -> str:
         "crop_box": "crop box outside the image",
     }
     return next((kind for text, kind in table.items() if text in message), f"{what} at fault")
-
-
-def _few_colors(image: np.ndarray) -> bool:
-    """Fewer than 64 colours in a sample of lines: no photograph and no rendering, but a map of classes."""
-    sample = image[:: max(image.shape[0] // 64, 1)].reshape(-1, 3)
-    return len(np.unique(sample, axis=0)) < 64
 
 
 def _is_noise(labels: np.ndarray) -> bool:

@@ -109,8 +109,9 @@ def prepare(
             for job in jobs:
                 bar.update(_write_shard(*job))
             return
-        # Not forked: threads of the parent, torch's among them, would be missing in the child.
-        with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        context = get_context("forkserver")  # not forked from here: threads, torch's among them, would be missing
+        context.set_forkserver_preload([__name__])
+        with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
             running = [pool.submit(_write_shard, *job) for job in jobs]
             try:
                 for future in as_completed(running):

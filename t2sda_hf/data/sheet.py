@@ -27,14 +27,17 @@ img { max-width: 100% }
 </style></head><body>
 <h1>{{ faults }} kind{{ "" if faults == 1 else "s" }} of faults, {{ findings|length - faults }} of notes</h1>
 {% if findings %}<table><tr><th></th><th>where</th><th>what</th><th>times</th><th>the first of them</th></tr>
-{% for f in findings %}<tr><td class="{{ f.severity }}">{{ f.severity }}</td><td>{{ f.domain }}</td><td>{{ f.kind }}</td>
+{% for f in findings %}<tr><td class="{{ f.severity }}">{{ f.severity }}</td><td>{{ f.domain }}</td>
+<td>{{ f.kind }}</td>
 <td class="number">{{ f.count }}</td><td>{{ f.example }}</td></tr>
 {% endfor %}</table>{% else %}<p>Nothing was found.</p>{% endif %}
 {% for d in domains %}<h2>{{ d.role }}: {{ d.name }}</h2>
 <p>{{ d.num_images }} images, {{ d.sizes }}.
 {% if d.classes %}{{ d.ignored }} of the pixels have no class.</p>
-<table><tr><th>class</th><th>share of labelled pixels</th><th></th><th>images</th><th>drawn by rare class sampling</th><th></th>
-</tr>{% for c in d.classes %}<tr><td><span class="swatch" style="background: rgb({{ c.color }})"></span>{{ c.name }}</td>
+<table><tr><th>class</th><th>share of labelled pixels</th><th></th><th>images</th>
+<th>drawn by rare class sampling</th><th></th></tr>
+{% for c in d.classes %}<tr><td><span class="swatch" style="background: rgb({{ c.color }})"></span>
+{{ c.name }}</td>
 <td class="number">{{ c.share }}</td><td><span class="bar" style="width: {{ c.share_width }}px"></span></td>
 <td class="number">{{ c.images }}</td><td class="number">{{ c.drawn }}</td>
 <td><span class="bar rcs" style="width: {{ c.drawn_width }}px"></span></td></tr>

@@ -77,7 +77,7 @@ def save_grid(path: Path, columns: Sequence[Column], classes: Sequence[str], tit
             axis.set_axis_off()
             if column.kind == "confidence":
                 shade = axis.imshow(picture, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
-                figure.colorbar(shade, ax=axis, fraction=0.035, pad=0.02)
+                figure.colorbar(shade, cax=axis.inset_axes((1.01, 0, 0.03, 1)))
             else:
                 axis.imshow(_rgb(picture, column.kind, classes), interpolation="nearest")
         axes[0, place].set_title(column.title, fontsize=11)

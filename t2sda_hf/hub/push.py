@@ -267,7 +267,7 @@ def _push_once(
         for discussion in api.get_repo_discussions(repo_id, repo_type=repo_type, discussion_type="pull_request"):
             if discussion.title == title and discussion.status == "open":
                 return str(discussion.url)
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
     info = api.create_commit(
         repo_id,
         [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],

@@ -137,8 +137,9 @@ def fingerprint(domain: Domain, counts: np.ndarray | None = None) -> str:
     for array in (domain.ids, domain.valid, counts):
         if array is not None:
             digest.update(np.ascontiguousarray(array).tobytes())
+    rows = domain.rows
     for index in np.unique(np.linspace(0, len(domain) - 1, _LOOKED_AT).astype(int)):
-        row = domain.rows[int(index)]
+        row = rows[int(index)]
         for column in ("image", "label"):
             cell = row.get(column)
             if cell is not None and cell["bytes"] is not None:

@@ -23,7 +23,7 @@ from t2sda_hf.labels import CITYSCAPES_CLASSES, LABEL_SPACES
 
 OFFICIAL = json.loads((Path(__file__).parent / "cityscapes_evaluator.json").read_text(encoding="utf-8"))
 NAMES = np.array(LABEL_SPACES["cityscapes_ids"])  # position = label id on disk
-ID_OF = np.array([int(np.flatnonzero(NAMES == name)[0]) for name in CITYSCAPES_CLASSES])
+ID_OF = np.array([int(np.flatnonzero(name == NAMES)[0]) for name in CITYSCAPES_CLASSES])
 
 
 def draw(index: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from t2sda_hf.batch import IMAGE_MEAN, IMAGE_STD
 from t2sda_hf.data.transforms import resize_image
-from t2sda_hf.evaluation.inference import MIN_SIDE, predict_labels, predict_logits, to_pixel_values
+from t2sda_hf.evaluation.inference import MIN_SIDE, predict, predict_labels, predict_logits, to_pixel_values
 
 
 class QuarterResolution(nn.Module):
@@ -194,3 +194,43 @@ def test_pixel_values_are_normalised_rgb_in_the_requested_size():
     torch.testing.assert_close(
         smaller, to_pixel_values(resize_image(image.copy(), (10, 20)), None, torch.device("cpu"))
     )
+
+
+@pytest.mark.parametrize("mode", ["whole", "slide"])
+@pytest.mark.parametrize("size", [(48, 70), (61, 90)])
+def test_confidence_is_the_probability_of_the_chosen_class(mode, size):
+    model, images = QuarterResolution(), random_images(2, 3, 48, 70)
+
+    seen = predict(model, images, size, mode, (32, 40), (16, 20), confidence=True)
+
+    probabilities = upsample(predict_logits(model, images, mode, (32, 40), (16, 20)), size).softmax(1)
+    torch.testing.assert_close(seen.confidence, probabilities.amax(1), rtol=1e-5, atol=1e-6)
+    assert torch.equal(seen.labels, predict_labels(model, images, size, mode, (32, 40), (16, 20)))
+    assert predict(model, images, size).confidence is None
+
+
+def test_confidence_of_equal_scores_is_one_over_the_number_of_classes():
+    seen = predict(PixelIdentity(), torch.zeros(1, 3, 32, 32), (32, 32), confidence=True)
+    torch.testing.assert_close(seen.confidence, torch.full((1, 32, 32), 1 / 3))
+
+
+@pytest.mark.parametrize("size", [(3, 40), (40, 3), (3, 3)])
+def test_an_image_of_three_rows_is_not_taken_for_channels(size):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+    pixel_values = to_pixel_values(image, None, torch.device("cpu"))
+
+    assert pixel_values.shape == (1, 3, *size)
+    by_hand = (image[0, 1] / 255 - np.array(IMAGE_MEAN)) / np.array(IMAGE_STD)
+    np.testing.assert_allclose(pixel_values[0, :, 0, 1].numpy(), by_hand, rtol=1e-5, atol=1e-6)
+
+
+def test_windows_of_a_large_image_are_decided_in_strips():
+    """Rows that no later window sees are done with: the sums of all rows are never held together."""
+    model, images, largest = QuarterResolution(), random_images(1, 3, 320, 64), []
+    plain = torch.zeros_like
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "zeros_like", lambda like: largest.append(like.shape[-2]) or plain(like))
+        predict(model, images, (320, 64), "slide", (64, 64), (32, 64))
+    assert largest
+    assert max(largest) <= 64
