@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 
-.PHONY: demo test install benchmark
+.PHONY: demo test install benchmark faults
 
 demo: install
 	$(VENV)/bin/accelerate launch scripts/train_uda.py --config configs/demo.yaml $(ARGS)
@@ -16,6 +16,9 @@ test: install
 
 benchmark: install
 	$(VENV)/bin/python scripts/benchmark.py $(ARGS)
+
+faults: install
+	$(VENV)/bin/python tests/faults/campaign.py $(ARGS)
 
 install: $(VENV)/.installed
 

@@ -16,6 +16,7 @@ LAYERS = [
     {"data", "teacher"},
     {"methods"},
     {"evaluation", "training", "hub"},
+    {"analysis"},
 ]
 WITHIN_ROW = {
     ("labels", "config"),

@@ -98,7 +98,7 @@ def pixel_discrimination_distance(stream: Stream, found: Centres) -> np.ndarray:
 
 
 def cross_domain_similarity(source: Centres, target: Centres) -> np.ndarray:
-    """S_c = cos(μ_c of the source, μ_c of the target) (method 6.4): (K,) float64, NaN where a domain lacks the class."""
+    """S_c = cos(μ_c of source, μ_c of target) (method 6.4): (K,) float64, NaN where a domain lacks the class."""
     both = (source.counts > 0) & (target.counts > 0)
     similarity = torch.nn.functional.cosine_similarity(source.means, target.means, dim=1)
     return np.where(both.numpy(), similarity.numpy(), np.nan)

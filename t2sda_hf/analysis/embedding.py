@@ -64,7 +64,7 @@ def embed(samples: Sequence[Sample], perplexity: float = 30, seed: int = 0) -> l
     features = torch.nn.functional.normalize(torch.cat([sample.features for sample in samples]), dim=1).numpy()
     if len(features) <= 3 * perplexity:
         raise ValueError(
-            f"t-SNE with perplexity {perplexity} needs more than {3 * perplexity:.0f} pixels, there are {len(features)}."
+            f"t-SNE with perplexity {perplexity} needs more than {3 * perplexity:.0f} pixels, got {len(features)}."
         )
     dimensions = min(50, *features.shape)
     reduced = PCA(dimensions, random_state=seed).fit_transform(features)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Image
+from datasets import Dataset, Image, Value
 from PIL import ImageColor
 
 from ..config import DomainConfig
@@ -146,10 +146,11 @@ def load_domain(
     ]
     rows = rows.select_columns([*columns.values(), *kept])
     for kind, column in columns.items():
-        if "image" not in str(rows.features[column]).lower():
+        kept_as = rows.features[column]
+        files = isinstance(kept_as, Image) or (isinstance(kept_as, dict) and "bytes" in kept_as)
+        if not files and kept_as != Value("binary"):
             raise ValueError(
-                f"{name}: column {column!r} holds {rows.features[column]}, not images. Set {kind}_column to a "
-                "column of image files."
+                f"{name}: column {column!r} holds {kept_as}, not images. Set {kind}_column to a column of image files."
             )
         rows = rows.cast_column(column, Image(decode=False))
         rows = rows if column == kind else rows.rename_column(column, kind)

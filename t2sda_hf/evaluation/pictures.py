@@ -100,5 +100,6 @@ def _rgb(picture: np.ndarray, kind: str, classes: Sequence[str]) -> np.ndarray:
     return picture
 
 
-def _unit(color: tuple[int, int, int]) -> tuple[float, ...]:
-    return tuple(value / 255 for value in color)
+def _unit(color: tuple[int, int, int]) -> tuple[float, float, float]:
+    red, green, blue = color
+    return red / 255, green / 255, blue / 255

@@ -118,7 +118,8 @@ def cityscapes(root, count=2, kind="labelIds"):
 def acdc(root):
     expected = {"train": [], "validation": []}
     for split, word in (("train", "train"), ("validation", "val")):
-        for seed, condition in enumerate(("fog", "night", "rain", "snow")):
+        for number, condition in enumerate(("fog", "night", "rain", "snow")):
+            seed = 10 * len(split) + number
             folder = Path(condition) / word / "GOPR0475"
             labels = train_ids(ids_on_disk(33, seed), 1)
             save(root / "rgb_anon" / folder / "GOPR0475_frame_000041_rgb_anon.png", picture(seed))
