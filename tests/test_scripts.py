@@ -170,7 +170,7 @@ def test_a_wrong_key_or_path_is_refused(
         ([png(noise())], [png(ids(values=(0,)))], ["only the class road"]),
         ([png(noise())], [png(ids(values=(5, 255)))], ["none of the classes"]),
         ([{"bytes": b"not a picture", "path": None}], [png(ids())], ["row 0", "cannot be read"]),
-        ([png(noise())], [png(noise())], ["row 0", "RGB", "ids"]),
+        ([png(noise())], [png(noise())], ["row 0", "label_colors"]),
         ([png(noise()), None], [png(ids())] * 2, ["row 1", "empty"]),
     ],
     ids=["unknown id", "sizes differ", "one class", "no class", "not an image", "colours as labels", "no file"],

@@ -97,7 +97,7 @@ def test_every_pixel_is_counted_as_the_official_evaluator_counts_it(ours: dict) 
 def test_scores_are_those_of_the_official_evaluator(ours: dict) -> None:
     for name, official in OFFICIAL["classScores"].items():
         if official is None:  # 0/0
-            assert ours["iou"][name] is None
+            assert ours["iou"].get(name) is None  # "bridge" and others are no classes of the benchmark
         else:
             assert ours["iou"][name] == pytest.approx(100 * official, abs=1e-6)
     assert ours["iou"]["terrain"] is None

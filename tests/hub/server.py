@@ -53,6 +53,7 @@ class Hub:
     blobs: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     faults: dict[int, str] = field(default_factory=dict)
+    damaged: set[str] = field(default_factory=set)  # repositories whose weights change on their way
     retry_after: int | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -99,7 +100,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         if fault == "damaged":
             self.body = bytes(len(self.body))
-        self._route(damaged=fault == "damaged")
+        self._route()
 
     def _chunks(self) -> bytes:
         body = b""
@@ -124,7 +125,7 @@ class Handler(BaseHTTPRequestHandler):
     def _no(self, status: int, code: str) -> None:
         self._answer(status, {"error": code}, {"X-Error-Code": code, "X-Error-Message": code})
 
-    def _route(self, damaged: bool = False) -> None:
+    def _route(self) -> None:
         parts = urlsplit(self.path)
         path, query = unquote(parts.path), parse_qs(parts.query)
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
@@ -157,7 +158,7 @@ class Handler(BaseHTTPRequestHandler):
         if match is None or match[2] not in self.hub.repositories:
             self._no(404 if token else 401, "RepoNotFound")
             return
-        self._repository(match[2], self.hub.repositories[match[2]], match[3] or "", query, damaged)
+        self._repository(match[2], self.hub.repositories[match[2]], match[3] or "", query)
 
     def _create(self) -> None:
         wanted = json.loads(self.body)
@@ -172,9 +173,7 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.repositories[repo_id].commit("main", {})
             self._answer(200, answer)
 
-    def _repository(
-        self, repo_id: str, repository: Repository, rest: str, query: dict[str, list[str]], damaged: bool
-    ) -> None:
+    def _repository(self, repo_id: str, repository: Repository, rest: str, query: dict[str, list[str]]) -> None:
         if rest.startswith("/preupload/"):
             _, tree = repository.tree(rest.removeprefix("/preupload/")) or ("", {})
             self._answer(200, {"files": [self._mode(one["path"], tree) for one in json.loads(self.body)["files"]]})
@@ -202,7 +201,8 @@ class Handler(BaseHTTPRequestHandler):
             ]
             self._answer(200, {"discussions": requests, "count": len(requests), "start": 0})
         elif match := re.fullmatch(r"/resolve/(refs/pr/\d+|[^/]+)/(.+)", rest):
-            self._resolve(repository, match[1], match[2], damaged)
+            bad = match[2].endswith(LFS) and repo_id in self.hub.damaged
+            self._resolve(repository, match[1], match[2], bad)
         elif match := re.fullmatch(r"/tree/(refs/pr/\d+|[^/]+)(?:/(.*))?", rest):
             found = repository.tree(match[1])
             below = f"{match[2]}/" if match[2] else ""

@@ -8,7 +8,7 @@ import torch
 from reference.fda import fda, fda_by_real_transform
 from torch import Tensor
 
-from t2sda_hf.translate.fda import fda_translate
+from t2sda_hf.translate.fda import fda_translate, low_amplitude, with_low_amplitude
 
 SIZES = [(16, 32), (17, 32), (16, 31), (17, 31), (40, 23), (5, 64)]
 
@@ -154,3 +154,29 @@ def test_sizes_must_agree():
 def test_beta_must_be_a_share(beta):
     with pytest.raises(ValueError, match="beta must be in"):
         fda_translate(*images((16, 32)), beta)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("window", ["square", "rect"])
+def test_the_amplitude_is_all_that_is_taken_from_the_target(size, beta, window):
+    source, target = images(size)
+    amplitude = low_amplitude(target, beta, window)
+    expected = torch.fft.fft2(target).abs()
+    rows, columns = amplitude.shape[-2] // 2, amplitude.shape[-1] - 1
+    u = torch.arange(-rows, rows + 1) % size[0]
+    torch.testing.assert_close(amplitude, expected[..., u, : columns + 1], rtol=1e-9, atol=1e-9)
+    assert torch.equal(with_low_amplitude(source, amplitude), fda_translate(source, target, beta, window))
+
+
+@pytest.mark.parametrize("b", [1, 5, 25, 46])
+def test_a_kept_amplitude_is_within_a_thousandth_of_a_grey_level(b):
+    """The bound of the performance study, against numpy's full transform in float64, up to b = 46."""
+    size = (512, 1024)
+    source, target = (255 * image[:1].float() for image in images(size))
+    amplitude = low_amplitude(target, (b + 0.5) / 512)
+    assert amplitude.shape == (1, 3, 2 * b + 1, b + 1)
+    kept = amplitude.numpy().tobytes()  # as somebody would store it
+    again = torch.frombuffer(bytearray(kept), dtype=torch.float32).view_as(amplitude)
+    expected = fda_by_real_transform(source[0].double().numpy(), target[0].double().numpy(), b, b)
+    assert np.abs(with_low_amplitude(source, again)[0].numpy() - expected).max() < 1e-3
