@@ -24,6 +24,7 @@ from t2sda_hf.config import DomainConfig
 from t2sda_hf.data.domains import load_domain
 from t2sda_hf.evaluation.evaluator import LabelledDomain, Part, evaluate_model
 from t2sda_hf.evaluation.inference import load_model, saved_image_size
+from t2sda_hf.evaluation.models import titled
 from t2sda_hf.evaluation.table import class_sets_of, format_table, summarise
 from t2sda_hf.labels import LABEL_SPACES
 from t2sda_hf.models import T2SDAForSemanticSegmentation
@@ -57,14 +58,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def models_of(given: str) -> dict[str, tuple[str, Callable[[], Loaded]]]:
     """Column title -> (folder or id, how to load it) of one argument; a run folder has several."""
-    title, equals, name = ("", "", given) if Path(given).exists() else given.partition("=")
-    if not equals:
-        title, name = "", given
+    title, name = titled(given)
     if (Path(name) / "config.json").is_file() or not list(Path(name).glob("*/student/config.json")):
-        return {title if equals else name: (name, lambda: load_model(name))}
+        return {title: (name, lambda: load_model(name))}
     found: dict[str, tuple[str, Callable[[], Loaded]]] = {}
     for student in sorted(Path(name).glob("*/student")):
-        prefix = f"{title} " if equals else ""
+        prefix = "" if title == name else f"{title} "
         found[f"{prefix}{student.parent.name}"] = str(student), lambda path=str(student): load_model(path)
         newest = checkpoints(student.parent)[-1:]
         if newest and student.parent.name != "source_only":

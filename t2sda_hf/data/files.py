@@ -213,8 +213,8 @@ def _ids_of_colors(pixels: np.ndarray, colors: Mapping[Color, int], where: str) 
         unknown.sort(key=lambda pair: -pair[1])
         listed = ", ".join(f"{key >> 16},{key >> 8 & 255},{key & 255} ({count} pixels)" for key, count in unknown[:5])
         raise ValueError(
-            f"{where}, an RGB picture, shows {len(unknown)} colours without a class: {listed}. Add them to label_colors (void: no "
-            "class); colours by the dozen mean that the map was smoothed, or is not a label map."
+            f"{where}, an RGB picture, shows {len(unknown)} colours without a class: {listed}. Add them to "
+            "label_colors (void: no class); colours by the dozen mean that the map was smoothed, or is not a label map."
         )
     return np.array([table[key] for key in found.tolist()], dtype=np.uint8)[inverse].reshape(pixels.shape[:2])
 

@@ -65,7 +65,7 @@ def test_the_share_of_changed_images_is_the_probability():
 
 
 def test_factors_have_the_range_of_simclr():
-    """A grey image keeps its colour under saturation and hue, so it shows brightness and contrast: 0.2 to 1.8 in all."""
+    """A grey image keeps its colour, and its contrast is none: it shows the brightness alone, 0.2 to 1.8."""
     grey = torch.full((2000, 3, 1, 1), 0.5)
     factors = simclr_color_jitter(grey, 1.0, 1.0, random())[:, 0, 0, 0] / 0.5
     assert factors.min() == pytest.approx(0.2, abs=0.01)

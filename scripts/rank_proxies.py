@@ -1,0 +1,76 @@
+"""How far can a checkpoint or a run be chosen without target labels? Proxies against labelled mIoU over many runs.
+
+python scripts/rank_proxies.py outputs/repeat/*/seed_*
+
+Reads what training wrote (train.evaluate_every must be several times smaller than max_steps); runs nothing.
+
+within   Spearman correlation of the proxy with the student's mIoU over the evaluations of one run, mean over runs
+regret   points of mIoU lost by taking the weights with the best proxy instead of the best weights: mean, worst run
+across   the same two for choosing one of the runs by the proxies of their last weights
+last     the row of the number of updates: always taking the last weights. A proxy that does not beat it is no help
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from t2sda_hf.analysis.statistics import ProxyScore, evaluations, rank_proxies
+from t2sda_hf.evaluation.run_folder import read_run
+from t2sda_hf.evaluation.table import markdown
+
+
+def run(args: argparse.Namespace) -> None:
+    runs = [evaluations(read_run(folder).main) for folder in args.runs]
+    empty = [str(folder) for folder, points in zip(args.runs, runs, strict=True) if len(points) < 2]
+    used = [points for points in runs if len(points) >= 2]
+    scores = rank_proxies(used)
+    order = sorted(scores, key=lambda name: (name == "step", np.mean(scores[name].regret_within)))
+    print(f"{len(used)} runs, {sum(map(len, used))} evaluations\n")
+    header = ["proxy", "within", "lowest", "regret", "worst", "across", "regret across", "n"]
+    print(markdown(header, [[_title(name), *_cells(scores[name])] for name in order]))
+    if empty:
+        print(f"\nNot used, fewer than two evaluations with proxies: {', '.join(empty)}", file=sys.stderr)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with args.output.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["run", *(names := ["step", "miou", *(n for n in scores if n != "step")])])
+            for folder, points in zip(args.runs, runs, strict=True):
+                writer.writerows([folder, *(point.get(name, "") for name in names)] for point in points)
+
+
+def _title(name: str) -> str:
+    return "last (number of updates)" if name == "step" else name
+
+
+def _cells(score: ProxyScore) -> list[str]:
+    within, regrets = np.array(score.within), np.array(score.regret_within)
+    numbers = [
+        within.mean() if within.size else np.nan,
+        within.min() if within.size else np.nan,
+        regrets.mean(),
+        regrets.max(),
+        score.across,
+        score.regret_across,
+    ]
+    return [*("-" if np.isnan(number) else f"{number:.2f}" for number in numbers), str(score.n)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dirs of train_uda.py")
+    parser.add_argument("--output", type=Path, metavar="FILE.csv", help="save every evaluation with its proxies here")
+    try:
+        run(parser.parse_args(arguments))
+    except ValueError as error:
+        print(f"ValueError: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

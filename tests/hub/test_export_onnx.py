@@ -1,0 +1,34 @@
+"""Needs the extra `export`."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from test_push import load_script
+
+from t2sda_hf.evaluation.inference import load_model
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+def test_the_file_gives_the_model_s_logits_at_sizes_that_the_export_never_saw(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student, path = finished_run / "t2sda" / "student", tmp_path / "model.onnx"
+    assert load_script("export_onnx").main([str(student), str(path)]) == 0
+    model, classes = load_model(str(student))
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert session.get_modelmeta().custom_metadata_map["classes"] == ", ".join(classes)
+    for shape in ((1, 3, 48, 80), (3, 3, 101, 67), (1, 3, 200, 33)):
+        pixels = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        with torch.no_grad():
+            expected = model(torch.from_numpy(pixels)).logits.numpy()
+        np.testing.assert_allclose(session.run(None, {"pixel_values": pixels})[0], expected, atol=1e-4)
+    assert list(tmp_path.iterdir()) == [path]  # no draft is left
+
+
+def test_what_cannot_be_exported_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert load_script("export_onnx").main([str(tmp_path / "nothing"), str(tmp_path / "model.onnx")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
