@@ -192,8 +192,9 @@ def verify(folder: Path) -> dict[str, Any]:
         if name not in expected:
             raise DamagedCheckpoint(f"{folder / MANIFEST} does not list {name}")
     for name, (size, digest) in expected.items():
-        path = folder / name
-        if ".." in PurePosixPath(name).parts or path.resolve() != folder.resolve() / name:  # also if a part is a link
+        path, pure = folder / name, PurePosixPath(name)
+        leaves = pure.is_absolute() or ".." in pure.parts
+        if leaves or path.resolve() != folder.resolve() / name:  # also if a part is a link
             raise DamagedCheckpoint(f"{folder / MANIFEST} lists {name!r}, which lies outside the checkpoint")
         try:
             if path.stat().st_size != size or _sha256(path) != digest:

@@ -1,5 +1,7 @@
 """The metric's folder loads by its path, in an interpreter's own words, and is the code of the package."""
 
+import importlib
+import sys
 from pathlib import Path
 
 import evaluate
@@ -13,6 +15,14 @@ from t2sda_hf.hub.metric import NAME, metric_source
 from t2sda_hf.hub.push import push_folder
 
 FOLDER = Path(__file__).parents[2] / "model_cards" / NAME
+
+
+@pytest.fixture(autouse=True)
+def modules_are_found_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """evaluate imports copies from a cache folder; Python remembers what was there for an earlier test."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "evaluate_modules"]:
+        monkeypatch.delitem(sys.modules, name)
+    importlib.invalidate_caches()
 
 
 def test_the_folder_holds_the_code_of_the_package() -> None:
