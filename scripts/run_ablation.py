@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from t2sda_hf.config import RunConfig, load_config
@@ -185,11 +186,18 @@ class Runner:
             return 128 + self.stopped_by
         self.child = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         code = self.child.wait()
-        with suppress(ProcessLookupError):
-            while True:  # the launcher dies of a signal at once, the run behind it writes its checkpoint first
-                os.killpg(self.child.pid, 0)
-                time.sleep(0.1)
+        while self.stopped_by and _alive(self.child.pid):
+            time.sleep(0.1)  # the launcher dies of a signal at once, the run behind it writes its checkpoint first
         return code
+
+
+def _alive(group: int) -> bool:
+    """Whether a process of the group still works (one that ended and was not fetched does not)."""
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def launch(arguments: Sequence[str], script: str, *words: str) -> list[str]:

@@ -25,9 +25,11 @@ from filelock import FileLock
 
 from t2sda_hf import T2SDAForSemanticSegmentation, load_config
 from t2sda_hf.config import RunConfig
+from t2sda_hf.evaluation.page import write_page
 from t2sda_hf.evaluation.report import save_panel
+from t2sda_hf.evaluation.run_folder import write_data_record
 from t2sda_hf.evaluation.table import format_table
-from t2sda_hf.training.build import Domains, build_student, open_domains, records, run_method
+from t2sda_hf.training.build import Domains, build_student, data_record, open_domains, records, run_method
 from t2sda_hf.training.checkpoint import CheckpointError, DamagedCheckpoint, write_text
 from t2sda_hf.training.distributed import decided_by_main, lost_contact
 from t2sda_hf.training.masking import MaskFilter, mask, mask_uncaught
@@ -138,6 +140,8 @@ def run_all(
     folder = Path(cfg.output_dir)
     started = time.perf_counter()
     columns: dict[str, dict[str, Any]] = {}
+    if accelerator.is_main_process:
+        write_data_record(folder, **data_record(cfg, domains, described))
     for method, start in starts.items():
         stop.check()
         run_cfg, record = config_of(cfg, method), described[method]
@@ -147,6 +151,8 @@ def run_all(
         columns[method] = results["student"]
         if "teacher" in results:
             columns[f"{method} (teacher)"] = results["teacher"]
+        if "selected" in results:
+            columns[f"{method} (selected)"] = results["selected"]
     if not accelerator.is_main_process:
         return
     summary: dict[str, Any] = {
@@ -159,20 +165,24 @@ def run_all(
         "classes": cfg.classes,
     }
     for name, result in columns.items():
-        entry = summary.setdefault(name.removesuffix(" (teacher)"), {})
-        prefix = "teacher_" if name.endswith(" (teacher)") else ""
+        method, _, which = name.partition(" (")
+        entry = summary.setdefault(method, {})
+        prefix = f"{which[:-1]}_" if which else ""
         entry |= {f"{prefix}miou": result["miou"], f"{prefix}iou": [result["iou"][c] for c in cfg.classes]}
     if cfg.baseline != "none":
         summary["gain"] = columns[cfg.method]["miou"] - columns[cfg.baseline]["miou"]
     write_text(folder / "summary.json", json.dumps(summary, indent=2))
-    students = [name for name in columns if not name.endswith(" (teacher)")]
+    students = [name for name in columns if not name.endswith(")")]
     # Loaded from the folders just written: what the picture shows is what others will load.
     models = {name: T2SDAForSemanticSegmentation.from_pretrained(folder / name / "student").eval() for name in students}
     save_panel(folder / "panel.png", domains.test, models, domains.test.network_size(), cfg.classes)
     print(f"\nIoU on {domains.test.name}, {columns[cfg.method]['num_images']} images, in %\n{format_table(columns)}")
     if "gain" in summary:
         print(f"\n{cfg.method} gains {summary['gain']:+.2f} mIoU over {cfg.baseline} (seed {cfg.seed}).")
-    print(f"Figures in {folder / 'summary.json'}, picture in {folder / 'panel.png'}")
+    if f"{cfg.method} (selected)" in columns:
+        kept = columns[f"{cfg.method} (selected)"]
+        print(f"Selected without target labels by {cfg.select}: the student after {kept['step']} updates.")
+    print(f"Figures in {folder / 'summary.json'}, everything on one page: {write_page(folder)}")
 
 
 if __name__ == "__main__":

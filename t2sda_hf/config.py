@@ -434,8 +434,10 @@ class EvaluationConfig:
     window: tuple[int, int] | None = None
     stride: tuple[int, int] | None = None
     limit: int | None = None  # only the first so many images
+    source_images: int = 32  # also score so many images of the source, evenly spread; they are seen in training
 
     def __post_init__(self) -> None:
+        _require(self.source_images >= 0, "evaluation.source_images", "at least 0", self.source_images)
         if self.mode == "slide" and (self.window is None or self.stride is None):
             raise ValueError("evaluation.mode slide needs evaluation.window and evaluation.stride (height, width).")
 
@@ -465,6 +467,17 @@ class RunConfig:
     seed: int = 0
     output_dir: str = "outputs/run"
     resume: str | None = None  # auto: go on with the run in output_dir, if there is one; or the path of a checkpoint
+    # Which weights are offered beside the last: those of the evaluation with the best proxy, see evaluation/watch.py.
+    select: Literal[
+        "last",
+        "proxy:confidence",
+        "proxy:coverage",
+        "proxy:agreement",
+        "proxy:stability",
+        "proxy:prior",
+        "proxy:source",
+        "proxy:combined",
+    ] = "last"
     allow_changes: tuple[str, ...] = ()  # keys that may differ from the resumed run, though they change the result
     classes: tuple[str, ...] = CITYSCAPES_CLASSES
     source: DomainConfig = DomainConfig()

@@ -118,5 +118,5 @@ def test_synchronised_runs_leave_equal_students_and_one_table(tmp_path: Path) ->
     local = train(tmp_path / "local", 2, "--pull.sync_stats", "false")
     assert scalars(tmp_path / "synced")[0]["source"] == scalars(tmp_path / "local")[0]["source"]
     assert scalars(tmp_path / "synced")[0]["pull"] != scalars(tmp_path / "local")[0]["pull"]
-    assert [line["step"] for line in scalars(tmp_path / "synced")] == [1, 2, 3]
+    assert [line["step"] for line in scalars(tmp_path / "synced")] == [1, 2, 3, 3]
     assert set(synced["t2sda"]) == set(local["t2sda"]) == {"miou", "iou", "teacher_miou", "teacher_iou"}

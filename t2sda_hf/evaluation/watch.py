@@ -68,7 +68,7 @@ class Watch(nn.Module):
             entropy = -(log_shares.exp() * log_shares).sum(dim=1) / math.log(num_classes)
             confidence, pseudo_labels = log_shares.max(dim=1)
             self.sums[0] += entropy.numel()
-            self.sums[1] += (1 - entropy).double().sum()
+            self.sums[1] += (1 - entropy).clamp(min=0).double().sum()
             self.sums[2] += (confidence.exp() >= self.threshold).sum()
             self.shares += pseudo_labels.flatten().bincount(minlength=num_classes)
             if "mixed_logits" in seen:

@@ -1,6 +1,6 @@
 """What an objective works with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +40,16 @@ class ClassMemory(nn.Module):
 
 @dataclass(frozen=True)
 class Parts:
-    """The networks and the translation engine of a run. Only the student is trained."""
+    """The networks and the translation engine of a run. Only the student is trained.
+
+    `seen` holds what the objective looked at in the running micro-batch, detached, for whoever wants to watch:
+    target_images, teacher_logits, pseudo_labels, confidence; source_images, source_labels, source_logits,
+    pseudo_target_images; mixed_images, mixed_logits, from_source. References only: nothing is computed for it.
+    """
 
     student: nn.Module
     teacher: nn.Module
     imagenet: nn.Module | None  # frozen encoder of the feature distance; None if its weight is 0
     translate: TranslationEngine
     memory: ClassMemory
+    seen: dict[str, Tensor] = field(default_factory=dict)

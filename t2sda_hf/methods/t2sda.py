@@ -80,8 +80,10 @@ def t2sda_losses(
             y_t, confidence = make_pseudo_labels(logits_t, (y_s.shape[-2], y_s.shape[-1]))  # (B,H,W), (B,H,W)
             trust, inside = trust_in(confidence, batch, cfg)
             importance = dynamic_weights(y_t, confidence, inside, parts, cfg, sum_over_processes)  # w*, (K,)
+        parts.seen.update(target_images=x_t, teacher_logits=logits_t, pseudo_labels=y_t, confidence=confidence)
 
     x_st = pseudo_target(batch, parts, cfg, generator) if cfg.translates else x_s
+    parts.seen.update(source_images=x_s, pseudo_target_images=x_st)
 
     # L_source: learn the source, and stay near ImageNet on things.
     if weights.source or weights.feature_distance:
@@ -98,6 +100,7 @@ def t2sda_losses(
         w_t = trust * num_members(cfg) * importance[y_t] if cfg.drw.apply_to == "target" else trust
         w_m = torch.where(from_source, 1.0, w_t)
         mixed = student(normalize(x_m), detail_box=draw_box(cfg, y_m, generator))
+        parts.seen.update(mixed_images=x_m, mixed_logits=mixed.logits.detach(), from_source=from_source)
         yield {"target": fused_and_detail_loss(mixed, y_m, cfg, w_m), "trust": w_t.mean()}
 
     # L_mask (MIC): say the same of the target although patches of it are hidden.
@@ -133,7 +136,10 @@ def source_terms(
         detail_box=draw_box(cfg, labels, generator) if weights.source else None,
         output_hidden_states=weights.feature_distance > 0,
     )
-    terms = {"source": fused_and_detail_loss(output, labels, cfg)} if weights.source else {}
+    terms = {}
+    if weights.source:
+        parts.seen.update(source_labels=labels, source_logits=output.logits.detach())
+        terms["source"] = fused_and_detail_loss(output, labels, cfg)
     if weights.feature_distance and parts.imagenet is not None:
         with torch.no_grad():
             context = context_images(images) if cfg.hrda.enabled else images

@@ -19,7 +19,9 @@ from ..config import RunConfig, TranslateConfig, dump_config
 from ..data.domains import Domain, check_domain, load_domain
 from ..data.pairs import PairDataset, batches
 from ..data.rare_class_sampling import rare_classes
-from ..evaluation.evaluator import evaluate_model
+from ..data.transforms import Size
+from ..evaluation.evaluator import LabelledDomain, evaluate_model, evenly_spread
+from ..evaluation.watch import SELECTED, SELECTED_FILE, Watch
 from ..methods import METHODS, Parts
 from ..methods.parts import ClassMemory
 from ..models import T2SDAConfig, T2SDAForSemanticSegmentation, T2SDAImageProcessor, load_pretrained_encoder
@@ -132,6 +134,27 @@ def records(cfg: RunConfig, domains: Domains, accelerator: Accelerator) -> dict[
     }
 
 
+def data_record(cfg: RunConfig, domains: Domains, described: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the run reads, for `write_data_record`; `described` is from `records`."""
+    record = described[cfg.method]
+    known = {"source": record["source_data"], "target": record["target_data"], "test": None}
+    sampling = None
+    if cfg.rcs.enabled:
+        sampling = rare_classes(domains.source_counts, cfg.rcs.temperature, cfg.rcs.min_pixels).probabilities.tolist()
+    used = {"source": domains.source, "target": domains.target if known["target"] else None, "test": domains.test}
+    return {
+        "seed": cfg.seed,
+        "domains": {
+            kind: {"name": domain.name, "num_images": len(domain), "fingerprint": known[kind]}
+            for kind, domain in used.items()
+            if domain is not None
+        },
+        "classes": cfg.classes,
+        "source_pixels": domains.source_counts.sum(axis=0).tolist(),
+        "sampling": sampling,
+    }
+
+
 def run_method(
     cfg: RunConfig,
     initial: T2SDAForSemanticSegmentation,
@@ -185,6 +208,8 @@ def run_method(
     if cfg.rcs.enabled:
         rare = rare_classes(domains.source_counts, cfg.rcs.temperature, cfg.rcs.min_pixels)
     target = domains.target if cfg.method == "t2sda" else None
+    watch = Watch(domains.source_counts.sum(axis=0).tolist(), cfg.uda.pseudo_threshold).to(accelerator.device)
+    parts.memory.add_module("watch", watch)  # so it is saved, restored and rolled back like the class memory
     dataset = PairDataset(cfg, domains.source, target, rare, domains.translated)
     image_size = domains.test.network_size()
     processor = T2SDAImageProcessor(size=image_size, resize="exact")
@@ -192,10 +217,12 @@ def run_method(
     # Several processes finish an evaluation together, or one would wait for the other.
     test = domains.test if accelerator.num_processes > 1 else Interruptible(domains.test, stop)
 
-    def evaluate(model: nn.Module) -> dict[str, Any]:
+    def evaluate(
+        model: nn.Module, domain: LabelledDomain = test, image_size: Size | None = image_size
+    ) -> dict[str, Any]:
         return evaluate_model(
             model,
-            test,
+            domain,
             image_size=image_size,
             classes=cfg.classes,
             accelerator=accelerator,
@@ -204,6 +231,18 @@ def run_method(
             stride=cfg.evaluation.stride,
             limit=cfg.evaluation.limit,
         )
+
+    seen_before = evenly_spread(domains.source, cfg.evaluation.source_images or 1, ", seen in training")
+    source_size = domains.source.network_size()
+
+    def others() -> dict[str, dict[str, Any]]:
+        teacher = with_statistics_of(parts.teacher, parts.student) if cfg.method != "source_only" else None
+        results = {} if teacher is None else {"teacher": evaluate(teacher)}
+        if cfg.evaluation.source_images:
+            results["student_source"] = evaluate(parts.student, seen_before, source_size)
+            if teacher is not None:
+                results["teacher_source"] = evaluate(teacher, seen_before, source_size)
+        return results
 
     def save(network: nn.Module, target: Path) -> None:
         accelerator.unwrap_model(network).save_pretrained(target)
@@ -219,11 +258,16 @@ def run_method(
     loader = batches(dataset, accelerator.process_index, accelerator.num_processes, progress.step)
     loader.worker_init_fn = leave_signals_to_parent
     method = METHODS[cfg.method]
-    train(Run(cfg, folder, accelerator, parts, method, iter(loader), optimizer, evaluate, save, stop, record), progress)
+    run = Run(
+        cfg, folder, accelerator, parts, method, iter(loader), optimizer, evaluate, save, stop, watch, others, record
+    )
+    train(run, progress)
 
-    results = {"student": evaluate(parts.student)}
-    if cfg.method != "source_only":
-        results["teacher"] = evaluate(with_statistics_of(parts.teacher, parts.student))
+    results = {"student": evaluate(parts.student)} | others()
+    if cfg.select != "last" and (folder / SELECTED).is_dir():
+        selected = T2SDAForSemanticSegmentation.from_pretrained(folder / SELECTED).to(accelerator.device)
+        kept = json.loads((folder / SELECTED / SELECTED_FILE).read_text(encoding="utf-8"))
+        results["selected"] = evaluate(accelerator.prepare_model(selected, evaluation_mode=True)) | kept
     if accelerator.is_main_process:
         write_text(folder / "metrics.json", json.dumps(results, indent=2))
     accelerator.wait_for_everyone()

@@ -13,6 +13,15 @@ from torch import Tensor, nn
 
 from ..batch import UdaBatch
 from ..config import LossWeights, RunConfig
+from ..evaluation.watch import (
+    SELECTED,
+    SELECTED_FILE,
+    Watch,
+    describe_selected,
+    panel_due,
+    save_panel_of_step,
+    selects,
+)
 from ..methods import Method, Parts
 from ..teacher import ema_momentum, update_teacher
 from .checkpoint import CheckpointError, Progress, checkpoint_folder, keep_newest, write_checkpoint, write_folder
@@ -37,6 +46,8 @@ class Run:
     evaluate: Callable[[nn.Module], dict[str, Any]]
     save: Callable[[nn.Module, Path], None]  # writes a from_pretrained folder
     stop: StopRequest = field(default_factory=StopRequest)
+    watch: Watch | None = None  # proxies, pictures of pseudo-labels; see `observe`
+    others: Callable[[], dict[str, dict[str, Any]]] = dict  # results of whatever else is evaluated beside the student
     record: Mapping[str, Any] = field(default_factory=dict)  # what the weights depend on, kept in every checkpoint
 
 
@@ -59,11 +70,12 @@ def train(run: Run, start: Progress | None = None) -> None:
             # At the start of the next step, so that a checkpoint is never younger than the evaluation of its weights.
             if step and step % limit.evaluate_every == 0:
                 try:
-                    tracker.result(step, "student", run.evaluate(student))
+                    results = {"student": run.evaluate(student)} | run.others()
                 except Stopped:
                     if step != saved:
                         save_checkpoint(run, tracker, step)
                     raise
+                observe(run, step, tracker, results)
             factor = update(run, step, tracker)
             done = step + 1  # the number of finished updates is the only counter there is
             if _due(done, limit.log_every, limit.max_steps):
@@ -72,8 +84,11 @@ def train(run: Run, start: Progress | None = None) -> None:
             if stop or _due(done, limit.save_every, limit.max_steps):
                 save_checkpoint(run, tracker, done)
                 saved = done
+            if run.watch is not None and panel_due(done, limit.max_steps, limit.evaluate_every):
+                picture(run, done, tracker)
             if stop:
                 raise Stopped(stop)
+        observe(run, limit.max_steps, tracker, {})  # of the last weights the evaluation comes after the training
 
     def export() -> None:
         write_folder(run.folder / "student", lambda folder: run.save(student, folder), manifest=False)
@@ -106,6 +121,8 @@ def update(run: Run, step: int, tracker: Tracker) -> float:
         for terms in run.method(batch, run.parts, cfg, step, generator, all_sum):  # one graph at a time
             accelerator.backward(weighted_sum(terms, cfg.loss_weights))
             seen.append({name: value.detach() for name, value in terms.items()})
+        if run.watch is not None:
+            run.watch.look(run.parts.seen)
     own = _broken_gradient(student) if accelerator.num_processes > 1 else None  # before the average spreads it
     average_gradients(student, accelerator, cfg.train.micro_batches)  # collective: every rank, every step
     norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters() if p.grad is not None])
@@ -126,6 +143,34 @@ def update(run: Run, step: int, tracker: Tracker) -> float:
     update_teacher(run.parts.teacher, student, ema_momentum(step + 1, cfg.uda.ema_momentum))
     tracker.step_done()
     return factor
+
+
+def observe(run: Run, done: int, tracker: Tracker, results: dict[str, dict[str, Any]]) -> None:
+    """Record an evaluation and the proxies; keep the student if it is the best by `select`. Collective."""
+    proxies = {} if run.watch is None else run.watch.read(run.accelerator.reduce)
+    if results or proxies:
+        tracker.observed(done, results, proxies)
+
+    def keep() -> None:
+        if not selects(run.folder, run.cfg.select, proxies):
+            return
+
+        def write(folder: Path) -> None:
+            run.save(run.parts.student, folder)
+            described = describe_selected(run.cfg.select, proxies, done)
+            (folder / SELECTED_FILE).write_text(described, encoding="utf-8")
+
+        write_folder(run.folder / SELECTED, write, manifest=False)
+
+    decided_by_main(keep, run.accelerator, CheckpointError)
+
+
+def picture(run: Run, done: int, tracker: Tracker) -> None:
+    """Picture the pseudo-labels of the last update."""
+    if run.accelerator.is_main_process:
+        path = save_panel_of_step(run.folder / "panels", done, run.parts.seen, run.cfg.classes)
+        if path is not None:
+            tracker.picture(done, "pseudo-labels", path)
 
 
 def save_checkpoint(run: Run, tracker: Tracker, done: int) -> None:

@@ -51,6 +51,7 @@ _TRAIN: tuple[str, ...] = (
 _TRAIN += ("non_finite", "max_skipped_steps")
 _PLACES = tuple(f"{domain}.{key}" for domain in ("source", "target") for key in ("path", "label_path", "valid_mask"))
 _FREE: tuple[str, ...] = ("output_dir", "baseline", "resume", "allow_changes", "test", "evaluation", "data.num_workers")
+_FREE += ("select",)
 _FREE += ("model.activation_checkpointing", *_PLACES, *(f"train.{name}" for name in _TRAIN))
 _LOOKED_AT = 16  # images of a domain that are read for its fingerprint
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from ..evaluation.trackers import log_picture
 from .checkpoint import Progress, write_text
 
 
@@ -106,12 +107,19 @@ class Tracker:
         self._bar.set_postfix(shown | {"data": f"{scalars['data_share']:.0%}"})
         self._write(done, scalars)
 
-    def result(self, done: int, name: str, result: dict[str, Any]) -> None:
-        """Record an evaluation: its mIoU and per-class IoU, in %."""
-        scores = {f"{name}/miou": result["miou"]} | {f"{name}/iou/{key}": iou for key, iou in result["iou"].items()}
-        self._bar.write(f"step {done}: {name} mIoU {result['miou']:.2f} on {result['domain']}")
+    def observed(self, done: int, results: dict[str, dict[str, Any]], proxies: dict[str, float]) -> None:
+        """Record an evaluation: mIoU and per-class IoU of each result, in %, and the proxies of the updates before."""
+        scores = {f"proxy/{name}": value for name, value in proxies.items()}
+        for name, result in results.items():
+            scores[f"{name}/miou"] = result["miou"]
+            scores |= {f"{name}/iou/{key}": iou for key, iou in result["iou"].items()}
+            self._bar.write(f"step {done}: {name} mIoU {result['miou']:.2f} on {result['domain']}")
         self._write(done, {key: value for key, value in scores.items() if value is not None})
         self._since = time.perf_counter()  # evaluation does not count as training time
+
+    def picture(self, done: int, name: str, path: Path) -> None:
+        """Show a picture in those trackers that show pictures."""
+        log_picture(self._accelerator, name, path, done)
 
     def _write(self, done: int, scalars: dict[str, float]) -> None:
         self._accelerator.log(scalars, step=done)

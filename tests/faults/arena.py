@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
+from tqdm import tqdm
 
 from t2sda_hf.config import load_config
 from t2sda_hf.training.checkpoint import DamagedCheckpoint, checkpoints, verify
@@ -65,6 +67,7 @@ class Arena:
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
         torch.set_num_threads(1)
+        tqdm.monitor_interval = 0  # no thread of it at a fork
         self.folder, self.random = folder, random.Random(seed)
         folder.mkdir(parents=True, exist_ok=True)
         self.config = folder / "run.yaml"
@@ -74,6 +77,7 @@ class Arena:
         domains = self.script.open_domains(cfg, SimpleNamespace(num_processes=1))
         self.script.open_domains = lambda *_: domains  # read once for all
         self.script.save_panel = lambda *_: None  # a picture of the result
+        self.script.write_page = lambda folder: folder / "index.html"  # charts
 
     def start(
         self, out: Path, *arguments: str, plant: Plant | None = None, environment: dict[str, str] | None = None
@@ -87,6 +91,7 @@ class Arena:
         code = 70
         try:
             os.environ.update(environment or {})
+            tqdm.set_lock(threading.RLock())  # the usual one is shared by all forks: a killed child would keep it
             log = os.open(log_of(out, os.environ.get("RANK", "")), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)

@@ -1,0 +1,128 @@
+"""Charts of a run: curves, confusion matrices, class shares."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..labels import palette
+
+Series = Sequence[tuple[int, float]]
+
+
+def save_curves(
+    path: Path, curves: Mapping[str, Series], ylabel: str, levels: Mapping[str, float] | None = None
+) -> None:
+    """One chart of several curves over updates. Names ending in "source" are dashed.
+
+    Args:
+        path: PNG to write.
+        curves: name -> points.
+        ylabel: of the axis.
+        levels: name -> height of a horizontal line to compare with.
+    """
+    figure, axis = plt.subplots(figsize=(8, 4.2))
+    for name, points in curves.items():
+        steps, values = zip(*points, strict=True)
+        axis.plot(steps, values, "--" if name.endswith("source") else "-", marker="o", markersize=3, label=name)
+    for place, (name, level) in enumerate((levels or {}).items()):
+        axis.axhline(level, color=f"{0.35 + 0.3 * place}", linestyle=":", label=name)
+    axis.set_xlabel("updates")
+    axis.set_ylabel(ylabel)
+    axis.grid(alpha=0.3)
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    _save(figure, path)
+
+
+def save_losses(path: Path, losses: Mapping[str, Mapping[str, Series]]) -> None:
+    """One small chart for each loss term, every method in it.
+
+    Args:
+        path: PNG to write.
+        losses: method -> term -> points.
+    """
+    terms = list(dict.fromkeys(term for of_method in losses.values() for term in of_method))
+    columns = min(3, len(terms))
+    rows = -(-len(terms) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.8 * rows), squeeze=False)
+    for axis, term in zip(axes.flat, terms, strict=False):
+        for place, (method, of_method) in enumerate(losses.items()):
+            if term in of_method:
+                steps, values = zip(*of_method[term], strict=True)
+                axis.plot(steps, values, color=f"C{place}", label=method)
+        axis.set_title(term, fontsize=10)
+        axis.set_xlabel("updates", fontsize=8)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, frameon=False)
+    for axis in axes.flat[len(terms) :]:
+        axis.set_axis_off()
+    _save(figure, path)
+
+
+def save_confusion(path: Path, matrices: Mapping[str, np.ndarray], classes: Sequence[str]) -> None:
+    """Confusion matrices side by side, every row in % of its labelled pixels; rows without any stay empty.
+
+    Args:
+        path: PNG to write.
+        matrices: title -> (K,K) counts, rows = labels, columns = predictions.
+        classes: K names.
+    """
+    side = max(4.0, 0.42 * len(classes) + 1.2)
+    figure, axes = plt.subplots(1, len(matrices), figsize=(side * len(matrices) + 0.5, side), squeeze=False)
+    for axis, (title, counts) in zip(axes[0], matrices.items(), strict=True):
+        totals = counts.sum(axis=1, keepdims=True)
+        shares = np.divide(100 * counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
+        axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+        for row, column in np.argwhere(shares >= 0.5):
+            dark = shares[row, column] > 55
+            text = f"{shares[row, column]:.0f}"
+            axis.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+        _class_ticks(axis, classes)
+        axis.set_title(title, fontsize=11)
+        axis.set_xlabel("predicted")
+    axes[0, 0].set_ylabel("labelled")
+    _save(figure, path)
+
+
+def save_class_shares(path: Path, shares: Mapping[str, Sequence[float]], classes: Sequence[str]) -> None:
+    """Bars of shares per class, on a logarithmic axis because rare classes are what matters.
+
+    Args:
+        path: PNG to write.
+        shares: title -> K shares in [0,1].
+        classes: K names.
+    """
+    figure, axis = plt.subplots(figsize=(max(6.0, 0.55 * len(classes) + 2), 3.6))
+    width = 0.8 / len(shares)
+    for place, (title, values) in enumerate(shares.items()):
+        at = np.arange(len(classes)) + (place - (len(shares) - 1) / 2) * width
+        axis.bar(at, 100 * np.asarray(values, dtype=float), width, label=title)
+    axis.set_yscale("log")
+    axis.set_ylabel("%")
+    axis.set_xticks(range(len(classes)), classes, rotation=60, ha="right", fontsize=9)
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncol=len(shares), frameon=False)
+    _save(figure, path)
+
+
+def hex_colors(classes: Sequence[str]) -> list[str]:
+    """Display colours as #rrggbb."""
+    return ["#{:02x}{:02x}{:02x}".format(*color) for color in palette(classes).tolist()]
+
+
+def _class_ticks(axis: Axes, classes: Sequence[str]) -> None:
+    axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
+    axis.set_yticks(range(len(classes)), classes, fontsize=8)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)

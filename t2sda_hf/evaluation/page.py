@@ -1,0 +1,274 @@
+"""index.html of a run folder, and of several: opens without a server and without the network."""
+
+from collections.abc import Mapping, Sequence
+from os.path import relpath
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import yaml
+
+from .figures import hex_colors, save_class_shares, save_confusion, save_curves, save_losses
+from .run_folder import BASELINE, MethodFolder, RunFolder, read_run
+from .table import CLASS_SETS, class_sets_of, spread, subset_miou
+
+CURVES = {
+    "student": "student, target",
+    "teacher": "teacher, target",
+    "student_source": "student, source",
+    "teacher_source": "teacher, source",
+}
+WORSE = 0.5  # points of IoU from which a class is said to have got worse or better
+_SHOWN = {
+    "dataset": ("source.path", "target.path", "test.path", "test.split"),
+    "model": ("model.size", "model.head", "model.pretrained"),
+    "training": ("train.max_steps", "train.batch_size", "train.micro_batches", "optim.lr", "seed"),
+}
+
+
+def write_page(folder: str | Path) -> Path:
+    """Explain a run on one page: its index.html, with charts in figures/ beside it.
+
+    Args:
+        folder: output_dir of a run; one that is still training has a page too.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: if there is no run in it.
+    """
+    run = read_run(folder)
+    main, baseline = run.main, run.baseline
+    charts = _charts(run)
+    results = {title: result for title, result in _results(run).items() if result}
+    classes = list(main.config.get("classes", []))
+    _write(
+        run.path / "index.html",
+        "run.html.jinja",
+        run=run,
+        main=main,
+        baseline=baseline,
+        title=f"{main.name}: {_get(main.config, 'source.path')} to {_get(main.config, 'target.path')}",
+        settings={kind: {key: _get(main.config, key) for key in keys} for kind, keys in _SHOWN.items()},
+        results=results,
+        table=_class_table(main, baseline, classes),
+        subsets=_subset_table(results, classes),
+        changes=_changes(main, baseline, classes),
+        teacher_at=dict(main.miou.get("teacher", [])),
+        teacher_iou_at={
+            step: sorted(scores.items(), key=lambda item: -item[1]) for step, scores in main.iou.get("teacher", [])
+        },
+        proxies_at=_by_step(main.proxies),
+        panels=[(step, relpath(path, run.path)) for step, path in main.panels],
+        charts=charts,
+        configs={method.name: yaml.safe_dump(dict(method.config), sort_keys=False) for method in run.methods},
+    )
+    return run.path / "index.html"
+
+
+def write_comparison(folders: Sequence[str | Path], output: Path) -> Path:
+    """Put several runs on one page: `output`/index.html, with charts beside it.
+
+    Args:
+        folders: output_dirs of runs. Runs may have different classes; a class that a run lacks is shown as "-".
+        output: folder of the page.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: if one is no run, or none has results.
+    """
+    runs = {_short(folder, folders): read_run(folder) for folder in folders}
+    rows: list[dict[str, Any]] = [
+        {"run": name, "method": title, "result": result, "seed": run.main.config.get("seed")}
+        for name, run in runs.items()
+        for title, result in _results(run).items()
+        if result
+    ]
+    if not rows:
+        raise ValueError(f"none of {', '.join(map(str, folders))} has results yet: no metrics.json.")
+    classes = list(dict.fromkeys(name for row in rows for name in row["result"]["iou"]))
+    output.mkdir(parents=True, exist_ok=True)
+    charts = output / "figures"
+    charts.mkdir(exist_ok=True)
+    curves = {name: run.main.miou["student"] for name, run in runs.items() if "student" in run.main.miou}
+    save_curves(charts / "miou.png", curves, "mIoU of the student on the target, %")
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        groups.setdefault(row["method"], []).append(row["result"]["miou"])
+    _write(
+        output / "index.html",
+        "comparison.html.jinja",
+        title=f"{len(runs)} runs",
+        runs={name: relpath(run.path / "index.html", output) for name, run in runs.items()},
+        rows=rows,
+        groups={method: spread(values) for method, values in groups.items()},
+        classes=classes,
+        best={name: max((row["result"]["iou"].get(name) or 0) for row in rows) for name in classes},
+        differences=_differences({name: run.main.config for name, run in runs.items()}),
+    )
+    return output / "index.html"
+
+
+def _charts(run: RunFolder) -> dict[str, str]:
+    """Draw what there is data for: name of the chart -> its path, relative to the page."""
+    folder = run.path / "figures"
+    folder.mkdir(exist_ok=True)
+    main, baseline = run.main, run.baseline
+    drawn = []
+    curves = {CURVES[kind]: points for kind, points in main.miou.items() if kind in CURVES}
+    if curves:
+        levels = {}
+        if baseline is not None and baseline.results:
+            levels["source-only, target"] = baseline.results["student"]["miou"]
+        save_curves(folder / "miou.png", curves, "mIoU, %", levels)
+        drawn.append("miou")
+    losses = {method.name: method.losses for method in run.methods if method.losses}
+    if losses:
+        save_losses(folder / "losses.png", losses)
+        drawn.append("losses")
+    proxies = dict(main.proxies)
+    if main.trust:
+        proxies["weight in the loss"] = main.trust
+    if main.proxies:
+        save_curves(folder / "proxies.png", proxies, "")
+        drawn.append("proxies")
+    classes = list(main.config.get("classes", []))
+    finished = {title: result for title, result in _results(run).items() if result and "teacher" not in title}
+    matrices = {title: np.array(result["confusion"]) for title, result in finished.items()}
+    if matrices and classes:
+        save_confusion(folder / "confusion.png", matrices, classes)
+        drawn.append("confusion")
+    shares = _class_shares(run)
+    if shares:
+        save_class_shares(folder / "classes.png", shares, classes)
+        drawn.append("classes")
+    return {name: f"figures/{name}.png" for name in drawn}
+
+
+def _class_shares(run: RunFolder) -> dict[str, list[float]]:
+    shares: dict[str, list[float]] = {}
+    if run.data.get("source_pixels"):
+        shares["pixels of the source"] = _normalised(run.data["source_pixels"])
+    if run.data.get("sampling"):
+        shares["images drawn for it"] = run.data["sampling"]
+    if run.main.results:
+        labelled = np.array(run.main.results["student"]["confusion"]).sum(axis=1)
+        shares["pixels of the test images"] = _normalised(labelled.tolist())
+    return shares
+
+
+def _results(run: RunFolder) -> dict[str, Mapping[str, Any]]:
+    """Column title -> result on the target: baseline, student, teacher, and what a proxy selected."""
+    found: dict[str, Mapping[str, Any]] = {}
+    if run.baseline is not None:
+        found["source-only"] = run.baseline.results.get("student", {})
+    name = "source-only" if run.main.name == BASELINE else run.main.name
+    found[f"{name} (student)"] = run.main.results.get("student", {})
+    if "teacher" in run.main.results:
+        found[f"{name} (teacher)"] = run.main.results["teacher"]
+    if "selected" in run.main.results:
+        kept = run.main.results["selected"]
+        found[f"{name} (after {kept['step']} updates, selected by proxy {kept['proxy']})"] = kept
+    return found
+
+
+def _class_table(main: MethodFolder, baseline: MethodFolder | None, classes: Sequence[str]) -> list[dict[str, Any]]:
+    if not main.results:
+        return []
+    student = main.results["student"]
+    pixels = np.array(student["confusion"]).sum(axis=1)
+    rows = []
+    for place, (name, color) in enumerate(zip(classes, hex_colors(classes), strict=True)):
+        before = baseline.results["student"]["iou"].get(name) if baseline and baseline.results else None
+        now = student["iou"].get(name)
+        rows.append(
+            {
+                "name": name,
+                "color": color,
+                "share": 100 * pixels[place] / max(pixels.sum(), 1),
+                "before": before,
+                "now": now,
+                "teacher": main.results.get("teacher", {}).get("iou", {}).get(name),
+                "source": main.results.get("student_source", {}).get("iou", {}).get(name),
+                "change": None if before is None or now is None else now - before,
+            }
+        )
+    return rows
+
+
+def _changes(main: MethodFolder, baseline: MethodFolder | None, classes: Sequence[str]) -> dict[str, list[Any]]:
+    """Classes that got worse and better than the baseline, most first, with their change in points."""
+    rows = [(row["name"], row["change"]) for row in _class_table(main, baseline, classes) if row["change"] is not None]
+    return {
+        "worse": sorted(((n, c) for n, c in rows if c <= -WORSE), key=lambda row: row[1]),
+        "better": sorted(((n, c) for n, c in rows if c >= WORSE), key=lambda row: -row[1]),
+        "same": [(n, c) for n, c in rows if abs(c) < WORSE],
+    }
+
+
+def _subset_table(results: Mapping[str, Any], classes: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """ "mIoU, 13 classes (syn13)" -> column -> score, for the class sets that are parts of the run's classes."""
+    return {
+        f"mIoU, {len(CLASS_SETS[name])} classes ({name})": {
+            title: subset_miou(result, names) for title, result in results.items()
+        }
+        for name, names in class_sets_of(classes).items()
+    }
+
+
+def _differences(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Dotted key -> run -> value, for the keys in which runs differ."""
+    flat = {name: _flat(config) for name, config in configs.items()}
+    keys = dict.fromkeys(key for config in flat.values() for key in config)
+    return {
+        key: {name: config.get(key, "-") for name, config in flat.items()}
+        for key in keys
+        if key != "output_dir" and len({str(config.get(key)) for config in flat.values()}) > 1
+    }
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _short(folder: str | Path, folders: Sequence[str | Path]) -> str:
+    """The name of a folder; its whole path where another one is called the same."""
+    names = [Path(other).name for other in folders]
+    return Path(folder).name if names.count(Path(folder).name) == 1 else str(folder)
+
+
+def _by_step(proxies: Mapping[str, Sequence[tuple[int, float]]]) -> dict[int, dict[str, float]]:
+    found: dict[int, dict[str, float]] = {}
+    for name, points in proxies.items():
+        for step, value in points:
+            found.setdefault(step, {})[name] = value
+    return found
+
+
+def _get(config: Mapping[str, Any], key: str) -> Any:
+    return _flat(config).get(key, "?")
+
+
+def _normalised(counts: Sequence[int]) -> list[float]:
+    return (np.array(counts) / max(sum(counts), 1)).tolist()
+
+
+def _write(path: Path, template: str, **content: Any) -> None:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    path.write_text(environment.get_template(template).render(**content), encoding="utf-8")

@@ -1,0 +1,183 @@
+"""A run folder as data: what training wrote there, read back without any model or image.
+
+<run>/run.json                        command, commit, machine, written at the start (hub.card.record_run)
+<run>/data.json                       data and versions, written at the start (`write_data_record`)
+<run>/summary.json, panel.png         written at the end
+<run>/<method>/resolved_config.yaml   every key
+<run>/<method>/scalars.jsonl          losses, evaluations and proxies over time
+<run>/<method>/metrics.json           final results of `evaluate_model`
+<run>/<method>/panels/step_*.png      pseudo-labels over time
+"""
+
+import json
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+RUN_RECORD, DATA_RECORD = "run.json", "data.json"
+BASELINE = "source_only"
+_PACKAGES = ("t2sda_hf", "torch", "transformers", "accelerate", "datasets", "numpy", "pillow", "matplotlib")
+_NOT_LOSSES = {"step", "lr", "data_share", "seconds_per_step", "skipped", "trust"}
+
+Series = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class MethodFolder:
+    """What one method of a run left.
+
+    Attributes:
+        name: of the method.
+        path: its folder.
+        config: resolved_config.yaml; {} without one.
+        losses: term -> (step, mean since the line before).
+        trust: weight of the pseudo-labels over time.
+        miou: "student", "teacher", "student_source", "teacher_source" -> (step, mIoU in %), the final one included.
+        iou: "student" or "teacher" -> (step, class name -> IoU in %).
+        proxies: name -> (step, value).
+        results: metrics.json; {} if the method did not finish.
+        panels: (step, picture) of pseudo-labels over time.
+        skipped: (step, reason) of updates that were left out.
+    """
+
+    name: str
+    path: Path
+    config: Mapping[str, Any]
+    losses: dict[str, Series]
+    trust: Series
+    miou: dict[str, Series]
+    iou: dict[str, list[tuple[int, dict[str, float]]]]
+    proxies: dict[str, Series]
+    results: Mapping[str, Any]
+    panels: list[tuple[int, Path]]
+    skipped: list[tuple[int, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run: its methods, the baseline first, and run.json, data.json, summary.json ({} for one that is not there)."""
+
+    path: Path
+    methods: list[MethodFolder]
+    record: Mapping[str, Any]
+    data: Mapping[str, Any]
+    summary: Mapping[str, Any]
+
+    @property
+    def main(self) -> MethodFolder:
+        """The method the run is about: the one that is no baseline."""
+        return next((method for method in self.methods if method.name != BASELINE), self.methods[-1])
+
+    @property
+    def baseline(self) -> MethodFolder | None:
+        return next((method for method in self.methods if method.name == BASELINE and method is not self.main), None)
+
+
+def read_run(folder: str | Path) -> RunFolder:
+    """Read a run folder, finished or not.
+
+    Raises:
+        ValueError: if there is no run in it.
+    """
+    folder = Path(folder)
+    paths = sorted(path.parent for path in folder.glob("*/resolved_config.yaml"))
+    if not paths:
+        raise ValueError(
+            f"{str(folder)!r} is no run folder: no folder in it has a resolved_config.yaml. Give the output_dir of "
+            "scripts/train_uda.py."
+        )
+    methods = sorted((_read_method(path) for path in paths), key=lambda method: method.name != BASELINE)
+    others = (_json(folder / name) for name in (RUN_RECORD, DATA_RECORD, "summary.json"))
+    return RunFolder(folder, methods, *others)
+
+
+def write_data_record(
+    folder: Path,
+    *,
+    seed: int,
+    domains: Mapping[str, Mapping[str, Any]],
+    classes: Sequence[str],
+    source_pixels: Sequence[int],
+    sampling: Sequence[float] | None,
+) -> None:
+    """Write data.json: what a run read, and with which versions. run.json, beside it, has the command and the machine.
+
+    Args:
+        folder: of the run.
+        seed: of the run.
+        domains: "source", "target", "test" -> name, num_images and, where known, fingerprint.
+        classes: names.
+        source_pixels: pixels per class in the source's labels.
+        sampling: probability with which a source image is drawn for each class; None if images are drawn evenly.
+    """
+    record = {
+        "seed": seed,
+        "domains": domains,
+        "classes": list(classes),
+        "source_pixels": [int(count) for count in source_pixels],
+        "sampling": None if sampling is None else [float(share) for share in sampling],
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        "system": platform.platform(),
+    }
+    (folder / DATA_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_method(path: Path) -> MethodFolder:
+    config = yaml.safe_load((path / "resolved_config.yaml").read_text(encoding="utf-8")) or {}
+    losses: dict[str, Series] = {}
+    miou: dict[str, Series] = {}
+    proxies: dict[str, Series] = {}
+    iou: dict[str, list[tuple[int, dict[str, float]]]] = {}
+    trust: Series = []
+    skipped: list[tuple[int, str]] = []
+    for entry in _lines(path / "scalars.jsonl"):
+        step = entry["step"]
+        if "skipped" in entry:
+            skipped.append((step, entry["skipped"]))
+            continue
+        trust += [(step, entry["trust"])] if "trust" in entry else []
+        per_class: dict[str, dict[str, float]] = {}
+        for key, value in entry.items():
+            kind, slash, name = key.partition("/")
+            if not slash and key not in _NOT_LOSSES:
+                losses.setdefault(key, []).append((step, value))
+            elif kind == "proxy":
+                proxies.setdefault(name, []).append((step, value))
+            elif name == "miou":
+                miou.setdefault(kind, []).append((step, value))
+            elif name.startswith("iou/"):
+                per_class.setdefault(kind, {})[name.removeprefix("iou/")] = value
+        for kind, scores in per_class.items():
+            iou.setdefault(kind, []).append((step, scores))
+    results = _json(path / "metrics.json")
+    last = config.get("train", {}).get("max_steps", 0)
+    for kind in ("student", "teacher", "student_source", "teacher_source"):
+        if kind in results and results[kind]["miou"] is not None:
+            miou[kind] = [point for point in miou.get(kind, []) if point[0] != last] + [(last, results[kind]["miou"])]
+            final = {name: score for name, score in results[kind]["iou"].items() if score is not None}
+            iou[kind] = [point for point in iou.get(kind, []) if point[0] != last] + [(last, final)]
+    pictures = sorted((path / "panels").glob("step_*.png"))
+    panels = [(int(re.findall(r"\d+", picture.stem)[-1]), picture) for picture in pictures]
+    return MethodFolder(path.name, path, config, losses, trust, miou, iou, proxies, results, panels, skipped)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:  # the last line of a run that is being written or was killed
+            continue
+    return entries
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
