@@ -51,6 +51,7 @@ def main(arguments: list[str]) -> int:
         cfg = load_config(path, arguments)
         if cfg.train.num_threads is not None:
             torch.set_num_threads(cfg.train.num_threads)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.train.precision == "tf32"
         accelerator = Accelerator(
             log_with=list(cfg.train.log_with) or None,
             project_dir=cfg.output_dir,

@@ -83,7 +83,7 @@ class ModelConfig:
     pretrained: str | None = "nvidia/mit-b5"
     head: Literal["daformer", "all_mlp", "deeplabv2"] = "daformer"  # [P]
     head_dilations: tuple[int, ...] | None = None  # [D] None: 1, 6, 12, 18 for daformer, 6, 12 for deeplabv2
-    decoder_hidden_size: int = 256  # [D]
+    decoder_hidden_size: int | None = None  # [D] None: 256, but 768 for all_mlp on mit_b2 to mit_b5
     head_dropout: float = 0.1  # [D]
     drop_path_rate: float = 0.1  # [D]
     encoder_ln_eps_fix: bool = True  # block and stage LayerNorm eps 1e-6 as in the original MiT
@@ -120,7 +120,8 @@ class HrdaConfig:
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    in_index: tuple[int, ...] = (0, 1, 2, 3)  # [O A3] encoder levels, resized to the finest and concatenated
+    # [O A3] Encoder levels, resized to the finest and concatenated. None: all of a MiT, the last of a ResNet.
+    in_index: tuple[int, ...] | None = None
     kernel: int = 1  # [O A2]
     hidden: int = 256  # [O A2]
     dim: int = 256  # [O A2]
@@ -128,6 +129,16 @@ class ProjectorConfig:
 
     def __post_init__(self) -> None:
         _require(self.kernel in (1, 3), "projector.kernel", "1 or 3", self.kernel)
+        levels = self.in_index
+        _require(
+            levels is None or (levels != () and levels == tuple(sorted(set(levels) & {0, 1, 2, 3}))),
+            "projector.in_index",
+            "some of the encoder's levels 0 to 3, ascending: the pull compares what the projector makes of them. "
+            "null takes the encoder's usual ones; for a run without a pull set loss_weights.pull to 0",
+            levels,
+        )
+        for name in ("hidden", "dim"):
+            _require(getattr(self, name) >= 1, f"projector.{name}", "at least 1", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -294,6 +305,7 @@ NEEDS_TARGET = ("fda", "trained")  # engines that look, or whose training looked
 class TranslateConfig:
     engine: Literal["fda", "color_jitter", "gaussian_blur", "style", "trained", "none"] = "fda"  # [P]
     reference: Literal["paired", "random"] = "paired"  # [O A9] the target image of the pair, or another one
+    hrda_scale: Literal["context", "full"] = "context"  # [O A23] with hrda.enabled: before or after halving
     fda: FdaConfig = FdaConfig()
     color_jitter: ColorJitterConfig = ColorJitterConfig()
     gaussian_blur: GaussianBlurConfig = GaussianBlurConfig()
@@ -328,6 +340,7 @@ class PullConfig:
     ignore_as_negative: bool = False  # [O A15]
     class_set: tuple[str, ...] = ()  # [O A16] the C classes of the benchmark; () is all
     gamma_scope: Literal["batch", "image"] = "batch"  # [O A18]
+    target_min_conf: float = 0.0  # [O A24] pseudo-labels below it neither pull nor are pulled to, see query_domain
     sync_stats: bool = True  # [O A8] prototypes, class shares and confidences over all processes
     teacher_forward: Literal["separate", "joint"] = "separate"  # [O A5]
     start_step: int = 0  # [O A31]
@@ -340,7 +353,8 @@ class PullConfig:
         _require(self.temperature > 0, "pull.temperature", "positive", self.temperature)
         _require(self.num_queries >= 1, "pull.num_queries", "at least 1", self.num_queries)
         _require(self.num_negatives >= 2, "pull.num_negatives", "at least 2", self.num_negatives)
-        _require(0 <= self.unreliable_ratio <= 1, "pull.unreliable_ratio", "in [0, 1]", self.unreliable_ratio)
+        for name in ("unreliable_ratio", "target_min_conf"):
+            _require(0 <= getattr(self, name) <= 1, f"pull.{name}", "in [0, 1]", getattr(self, name))
         _require(0 <= self.proto_momentum < 1, "pull.proto_momentum", "in [0, 1)", self.proto_momentum)
 
 
@@ -411,6 +425,8 @@ class TrainConfig:
     max_skipped_steps: int = 10  # of the whole run; one more stops it
     timeout_seconds: float = 60.0  # how long a process waits for the others, also while one of them writes a checkpoint
     num_threads: int | None = None  # CPU threads of torch; None leaves torch's choice
+    # [O A4] Of products of float32 on a GPU; tf32 was the default at the paper's time. For bfloat16 ask accelerate.
+    precision: Literal["tf32", "float32"] = "tf32"
     log_with: tuple[str, ...] = ("tensorboard",)  # trackers of accelerate; () is none
 
     def __post_init__(self) -> None:
@@ -527,10 +543,35 @@ class RunConfig:
             "false for a ResNet: run twice, its batch norm would count every batch twice",
             self.model.activation_checkpointing,
         )
+        self._check_weights()
         if self.hrda.enabled:
             self._check_hrda()
         if self.method == "generalization":
             self._check_generalization()
+
+    def _check_weights(self) -> None:
+        """Every run learns something, and what is switched on has something to act on."""
+        weights = self.loss_weights
+        used = {"source_only": ("source",), "generalization": ("source", "feature_distance", "pull")}
+        names = used.get(self.method, tuple(vars(weights)))
+        _require(
+            any(getattr(weights, name) > 0 for name in names),
+            " or ".join(f"loss_weights.{name}" for name in names),
+            f"positive with method {self.method}, or nothing is learned",
+            tuple(getattr(weights, name) for name in names),
+        )
+        _require(
+            self.drw.apply_to != "target" or weights.target > 0,
+            "drw.apply_to",
+            "pull or none when loss_weights.target is 0: there is no target loss to weigh. Or give that a weight",
+            self.drw.apply_to,
+        )
+        _require(
+            self.pull.start_step < self.train.max_steps or not weights.pull,
+            "pull.start_step",
+            f"below train.max_steps {self.train.max_steps}. For a run without a pull set loss_weights.pull to 0",
+            self.pull.start_step,
+        )
 
     def _check_hrda(self) -> None:
         crop, detail, grid = self.data.crop_size, self.hrda.crop_size, 2 * self.model.logits_stride
@@ -552,24 +593,22 @@ class RunConfig:
             f"at most data.crop_size {crop}, of which it is a part",
             detail,
         )
+        if self.translate.hrda_scale == "full":
+            return
         _require(
             not self.translates or all(side % 2 == 0 for side in self.data.outer_crop_size),
             "data.outer_crop_size",
             "even with hrda.enabled: it is translated at half size",
             self.data.outer_crop_size,
         )
-        _require(
-            self.mix.source == "source",
-            "mix.source",
-            "'source' with hrda.enabled: images are translated at half size, and mixed at full size",
-            self.mix.source,
-        )
-        _require(
-            self.uda.source_ce_on == "source",
-            "uda.source_ce_on",
-            "'source' with hrda.enabled: images are translated at half size, and learned from at full size",
-            self.uda.source_ce_on,
-        )
+        for key, given in (("mix.source", self.mix.source), ("uda.source_ce_on", self.uda.source_ce_on)):
+            _require(
+                given == "source",
+                key,
+                "'source' with hrda.enabled: images are translated at half size, and mixed and learned from at full "
+                "size. Or set translate.hrda_scale to full",
+                given,
+            )
 
     def _check_generalization(self) -> None:
         _require(

@@ -68,11 +68,11 @@ def get(config: RunConfig, key: str) -> Any:
         ("model.size", "mit_b5"),
         ("model.pretrained", "nvidia/mit-b5"),
         ("model.head", "daformer"),
-        ("model.decoder_hidden_size", 256),
+        ("model.decoder_hidden_size", None),  # 256 with these, see test_resnet and test_configuration
         ("model.head_dropout", 0.1),
         ("model.drop_path_rate", 0.1),
         ("model.encoder_ln_eps_fix", True),
-        ("projector.in_index", (0, 1, 2, 3)),
+        ("projector.in_index", None),  # all four levels of a MiT, the last stage of a ResNet
         ("projector.kernel", 1),
         ("projector.hidden", 256),
         ("projector.dim", 256),
@@ -100,6 +100,7 @@ def get(config: RunConfig, key: str) -> Any:
         ("translate.fda.beta", 0.01),
         ("translate.fda.window", "square"),
         ("translate.fda.clip", False),
+        ("translate.hrda_scale", "context"),
         ("pull.temperature", 0.2),
         ("pull.num_queries", 128),
         ("pull.num_negatives", 1024),
@@ -113,6 +114,7 @@ def get(config: RunConfig, key: str) -> Any:
         ("pull.ignore_as_negative", False),
         ("pull.class_set", ()),
         ("pull.gamma_scope", "batch"),
+        ("pull.target_min_conf", 0.0),
         ("pull.sync_stats", True),
         ("pull.teacher_forward", "separate"),
         ("pull.start_step", 0),
@@ -139,6 +141,7 @@ def get(config: RunConfig, key: str) -> Any:
         ("optim.max_grad_norm", None),
         ("train.max_steps", 40_000),
         ("train.batch_size", 2),
+        ("train.precision", "tf32"),
         ("evaluation.mode", "whole"),
     ],
 )
@@ -424,6 +427,11 @@ OUT_OF_RANGE = [
     ("target.num_images", "-3"),
     ("test.label_space", "marscapes"),
     ("projector.kernel", "2"),
+    ("projector.dim", "0"),
+    ("projector.hidden", "-1"),
+    ("projector.in_index", "[]"),
+    ("projector.in_index", "[1, 0]"),
+    ("projector.in_index", "[0, 4]"),
     ("data.crop_size", "[16, 512]"),
     ("data.crop_size", "[500, 512]"),
     ("data.outer_crop_size", "[256, 1024]"),
@@ -446,6 +454,8 @@ OUT_OF_RANGE = [
     ("pull.num_queries", "0"),
     ("pull.num_negatives", "1"),
     ("pull.unreliable_ratio", "50"),
+    ("pull.target_min_conf", "1.5"),
+    ("pull.start_step", "40000"),
     ("pull.proto_momentum", "1"),
     ("pull.class_set", "[road, rod]"),
     ("drw.beta", "-1"),
@@ -523,6 +533,29 @@ def test_what_is_not_key_and_value_is_refused(arguments):
 def test_a_broken_value_on_the_command_line_names_its_key():
     with pytest.raises(ValueError, match=r"--data\.crop_size is not valid YAML"):
         load_config(None, ["--data.crop_size", "[64, 128"])
+
+
+NOTHING = "--loss_weights={source: 0, feature_distance: 0, target: 0, pull: 0}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([NOTHING], r"loss_weights\.source or .* or loss_weights\.masked_consistency must be positive .* nothing is"),
+        (["--method=source_only", "--loss_weights.source=0"], r"loss_weights\.source must be positive with method so"),
+        (["--drw.apply_to=target", "--loss_weights.target=0"], r"drw\.apply_to must be pull or none when .* Or give"),
+        (["--pull.start_step=9", "--train.max_steps=9"], r"pull\.start_step must be below train\.max_steps 9\. For a"),
+        (["--projector.in_index=[]"], r"null takes the encoder's usual ones; for a run without a pull set loss_weigh"),
+    ],
+)
+def test_a_run_that_cannot_mean_anything_is_refused_with_what_to_change(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(None, overrides)
+
+
+def test_what_a_run_without_a_pull_does_not_read_is_not_looked_at():
+    """The baselines keep the defaults of T2S-DA: re-weighting of a pull that has no weight."""
+    assert load_config(None, ["--loss_weights.pull=0", "--pull.start_step=50_000"]).drw.apply_to == "pull"
 
 
 def test_margins_must_leave_rows():

@@ -108,6 +108,15 @@ def test_a_run_end_to_end(tmp_path: Path) -> None:
     assert scores["miou"] == pytest.approx(summary["t2sda"]["miou"], abs=1e-9)
 
 
+@pytest.mark.parametrize(("precision", "torchs"), [("float32", "highest"), ("tf32", "high")])
+def test_the_precision_of_products_on_a_gpu_is_the_configs(good, capsys, monkeypatch, precision: str, torchs: str):
+    for owner in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        monkeypatch.setattr(owner, "allow_tf32", owner.allow_tf32)  # what it was comes back
+    refused([*good, f"--train.precision={precision}", "--source.path=nowhere"], capsys)
+    assert torch.get_float32_matmul_precision() == torchs
+    assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+
+
 def test_equal_seeds_give_equal_runs_and_others_do_not(tmp_path: Path, good: list[str]) -> None:
     script = load_script("train_uda")
     written = []

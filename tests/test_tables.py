@@ -82,7 +82,7 @@ def tiny(table: str, number: int, files: Path) -> RunConfig:
     if given.method != "generalization":
         own.append(TARGET)
     if given.model.size.startswith("resnet"):
-        own += ["--model.pretrained=null", "--loss_weights.feature_distance=0", "--projector.in_index=[3]"]
+        own += ["--model.pretrained=null", "--loss_weights.feature_distance=0"]
         own += ["--model.hidden_sizes=[8, 16, 16, 16]"]
     else:
         own.append(f"--model.pretrained={files / 'encoder'}")

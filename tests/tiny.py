@@ -45,7 +45,8 @@ def tiny_model(cfg: RunConfig | None = None, seed: int = 0) -> T2SDAForSemanticS
             head=cfg.model.head,
             classifier_dropout_prob=cfg.model.head_dropout,
             drop_path_rate=cfg.model.drop_path_rate,
-            projector_in_index=cfg.projector.in_index,
+            projector_in_index=cfg.projector.in_index
+            or ((3,) if cfg.model.size.startswith("resnet") else (0, 1, 2, 3)),
             projector_hidden=cfg.projector.hidden,
             projector_dim=cfg.projector.dim,
             multi_resolution=cfg.hrda.enabled,

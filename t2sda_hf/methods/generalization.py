@@ -13,7 +13,7 @@ from ..batch import UdaBatch
 from ..config import RunConfig
 from ..models.multi_resolution import context_images
 from .parts import Parts
-from .t2sda import embed, num_members, pull_term, source_terms
+from .t2sda import embed, num_members, pull_term, source_terms, translates_context
 
 
 def generalization_losses(
@@ -38,7 +38,7 @@ def generalization_losses(
     if weights.pull > 0 and step >= cfg.pull.start_step:
         x_st = x_s
         if cfg.translates:
-            x_st = parts.translate(context_images(x_s) if cfg.hrda.enabled else x_s, None, generator)
+            x_st = parts.translate(context_images(x_s) if translates_context(cfg) else x_s, None, generator)
         with torch.no_grad():
             keys = {"source": embed(parts.teacher, x_s, "source", cfg)}
         everything_alike = torch.full((len(cfg.classes),), 1 / num_members(cfg), device=x_s.device)

@@ -205,10 +205,15 @@ def pull_term(
 
 
 def embed(network: torch.nn.Module, images: Tensor, domain: str, cfg: RunConfig) -> Tensor:
-    """Projector output (B,D,h,w). With HRDA, pseudo-target images are at half size already (method 5.9)."""
-    shrunk = cfg.hrda.enabled and cfg.translates and domain == "ptarget"
+    """Projector output (B,D,h,w). With HRDA, pseudo-target images may be at half size already (method 5.9)."""
+    shrunk = translates_context(cfg) and domain == "ptarget"
     embeddings: Tensor = network(normalize(images), project=True, segment=False, at_context_scale=shrunk).embeddings
     return embeddings
+
+
+def translates_context(cfg: RunConfig) -> bool:
+    """Whether pseudo-target images are at half size: HRDA's context, in which FDA swaps the band of a plain run."""
+    return cfg.hrda.enabled and cfg.translates and cfg.translate.hrda_scale == "context"
 
 
 def draw_box(cfg: RunConfig, labels: Tensor, generator: Generator) -> Box | None:
@@ -278,11 +283,11 @@ def look(
 
 
 def pseudo_target(batch: UdaBatch, parts: Parts, cfg: RunConfig, generator: Generator) -> Tensor:
-    """x_st (B,3,H,W): the source crops, cut out of translated outer windows. HRDA: all at half size (method 5.9)."""
+    """x_st (B,3,H,W): source crops cut out of translated outer windows. HRDA: of half their size (method 5.9)."""
     if batch.outer_source is None or batch.style_reference is None:
         raise ValueError("translating needs outer_source and style_reference, and the batch has none of them.")
     outer, style = batch.outer_source, batch.style_reference
-    if cfg.hrda.enabled:
+    if translates_context(cfg):
         translated = parts.translate(context_images(outer), context_images(style), generator)
         return batch.crop_inner(translated, shrunk=2)
     return batch.crop_inner(parts.translate(outer, style, generator))
@@ -326,7 +331,7 @@ def pull_against(
     """What the queries are compared with: samples (CBQS, DENPS), prototypes (K,D) and class weights (K,).
 
     `keys` are those of pull.key_domain. `y_t` and `confidence` are None without a target. Where the target itself is
-    pulled, or is what others are pulled to, its pseudo-labels count where `inside` is above 0.
+    pulled, or is what others are pulled to, its pseudo-labels count where `inside` is above 0 and they are sure enough.
     """
     pull, num_classes = cfg.pull, len(cfg.classes)
     small = (keys.shape[-2], keys.shape[-1])
@@ -338,9 +343,12 @@ def pull_against(
         y_t_small = unreliable = trusted = None
         if y_t is not None and confidence is not None:
             y_t_small = trusted = _nearest(y_t, small)
-            unreliable = unreliable_pixels(_nearest(confidence, small), pull.unreliable_ratio, pull.gamma_scope)
+            confidence_small = _nearest(confidence, small)
+            unreliable = unreliable_pixels(confidence_small, pull.unreliable_ratio, pull.gamma_scope)
+            counts_as_label = confidence_small >= pull.target_min_conf
             if inside is not None:
-                trusted = torch.where(_nearest(inside, small) > 0, y_t_small, IGNORE_INDEX)
+                counts_as_label &= _nearest(inside, small) > 0
+            trusted = torch.where(counts_as_label, y_t_small, IGNORE_INDEX)
         y_q = trusted if pull.query_domain == "target" and trusted is not None else y_small
         y_k = trusted if pull.key_domain == "target" and trusted is not None else y_small
 

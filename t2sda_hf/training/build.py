@@ -89,18 +89,18 @@ def build_student(cfg: RunConfig) -> T2SDAForSemanticSegmentation:
     """The student with initial weights: a function of the seed, and of the pretrained encoder if there is one."""
     own_sizes = {
         name: value
-        for name in ("depths", "hidden_sizes", "num_attention_heads")
+        for name in ("depths", "hidden_sizes", "num_attention_heads", "decoder_hidden_size")
         if (value := getattr(cfg.model, name)) is not None
     }
+    if cfg.projector.in_index is not None:
+        own_sizes["projector_in_index"] = cfg.projector.in_index
     config = T2SDAConfig.from_size(
         cfg.model.size,
         head=cfg.model.head,
         head_dilations=cfg.model.head_dilations,
-        decoder_hidden_size=cfg.model.decoder_hidden_size,
         classifier_dropout_prob=cfg.model.head_dropout,
         drop_path_rate=cfg.model.drop_path_rate,
         encoder_ln_eps_fix=cfg.model.encoder_ln_eps_fix,
-        projector_in_index=cfg.projector.in_index,
         projector_kernel=cfg.projector.kernel,
         projector_hidden=cfg.projector.hidden,
         projector_dim=cfg.projector.dim,

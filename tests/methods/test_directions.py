@@ -80,6 +80,28 @@ def test_queries_and_prototypes_are_those_of_the_named_domains(query, key, monke
     assert torch.isfinite(terms["pull"])
 
 
+@pytest.mark.parametrize(("query", "key"), [("target", "source"), ("source", "target")])
+def test_unsure_pseudo_labels_can_be_left_out(query, key, monkeypatch):
+    """Open point A24: neither queries nor members of prototypes; unreliable negatives are what they were."""
+    cfg = tiny_config(CALM, f"--pull={{query_domain: {query}, key_domain: {key}, target_min_conf: 0.5}}")
+    _, parts, batch, calls = run(cfg, monkeypatch)
+    _, labels, y_t, confidence = views(parts, batch, cfg)
+    unsure = confidence < 0.5
+    assert 0.1 < unsure.float().mean() < 0.9, "otherwise the test says nothing"
+    trusted = labels["target"].masked_fill(unsure, 255)
+    _, _, keys_t, prototypes, samples, _ = calls[0]
+    for class_id, rows, _, from_target in zip(*vars(samples).values(), strict=True):
+        if query == "target":
+            assert (trusted.flatten()[rows] == class_id).all()
+        else:
+            mean = slow.prototype(keys_t.double(), trusted, class_id)
+            torch.testing.assert_close(prototypes[class_id].double(), mean, rtol=1e-4, atol=1e-5)
+        allowed = slow.target_negatives(y_t, confidence, cfg.pull.unreliable_ratio, class_id)
+        assert set(from_target.tolist()) <= allowed
+    wanted = [trusted.eq(c).any() and labels["source"].eq(c).any() for c in range(K)]
+    assert samples.classes == [c for c in range(K) if wanted[c]]
+
+
 def test_a_class_without_anything_to_pull_it_to_sends_no_queries(monkeypatch):
     """The source shows one class, the target is predicted as several."""
     cfg = tiny_config(CALM, "--pull={query_domain: target, key_domain: source}")

@@ -152,14 +152,17 @@ def test_feature_distance_is_there_for_who_wants_it():
     assert list(losses(cfg)) == ["source", "feature_distance", "pull"]
 
 
-def test_hrda_restyles_the_context():
+@pytest.mark.parametrize(("scale", "side"), [("context", 32), ("full", 64)])
+def test_hrda_restyles_the_context_unless_told_otherwise(scale, side):
     cfg = config(
-        "--hrda={enabled: true, crop_size: [32, 32]}", "--data={crop_size: [64, 64], outer_crop_size: [96, 96]}"
+        "--hrda={enabled: true, crop_size: [32, 32]}",
+        "--data={crop_size: [64, 64], outer_crop_size: [96, 96]}",
+        f"--translate.hrda_scale={scale}",
     )
     parts, sizes = tiny_parts(cfg), []
     counted = replace(parts, translate=lambda source, style, generator: sizes.append(source.shape[-2:]) or source)
     terms = losses(cfg, parts=counted)
-    assert sizes == [torch.Size([32, 32])]
+    assert sizes == [torch.Size([side, side])]
     assert all(torch.isfinite(value) for value in terms.values())
 
 

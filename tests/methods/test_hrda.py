@@ -271,6 +271,23 @@ def test_translation_and_queries_are_at_half_size():
     assert output.logits is None
 
 
+def test_translation_at_full_size_is_a_choice():
+    """Open point A23: the band of the full image; then the translation can be mixed and learned from, too."""
+    cfg = hrda_config(PLAIN, "--translate.hrda_scale=full", "--mix.source=pseudo_target", "--uda.source_ce_on=ptarget")
+    parts, batch = tiny_parts(cfg), hrda_batch(cfg)
+    seen, sizes = outputs_of(parts.student), sizes_seen(parts.student.encoder)
+    list(losses(cfg, parts, batch))
+    assert sizes == [CONTEXT, PART, CONTEXT, PART, CONTEXT]
+    for index, (top, left) in enumerate([(4, 6), (32, 64)]):
+        reach = int(0.1 * 96)
+        windows = (batch.outer_source[index], batch.style_reference[index])
+        styled = torch.from_numpy(fda(*(one.double().numpy() for one in windows), reach, reach)[0]).float()
+        expected = normalize(styled[None, :, top : top + 64, left : left + 128])[0]
+        for images, _ in (seen[0], seen[-1]):  # what the source loss sees, and what is pulled
+            torch.testing.assert_close(images[index], expected, rtol=1e-4, atol=1e-4)
+    assert seen[-1][1].embeddings.shape == (2, cfg.projector.dim, 8, 16)
+
+
 def test_without_a_translation_the_queries_are_the_source_itself():
     cfg = hrda_config("--translate.engine=none")
     parts, batch = tiny_parts(cfg), hrda_batch(cfg)

@@ -1,7 +1,9 @@
 import pytest
 from transformers import AutoConfig, SegformerConfig
 
+from t2sda_hf.config import load_config
 from t2sda_hf.models import T2SDAConfig
+from t2sda_hf.training.build import build_student
 
 
 def test_defaults_are_the_papers_head_and_projector():
@@ -28,6 +30,13 @@ def test_from_size_knows_b5():
 )
 def test_from_size_gives_the_head_its_usual_width(size, head, channels):
     assert T2SDAConfig.from_size(size, head=head).decoder_hidden_size == channels
+
+
+@pytest.mark.parametrize(("given", "channels"), [("", 768), (", decoder_hidden_size: 12", 12)])
+def test_a_run_leaves_the_width_of_its_head_to_the_size(given, channels):
+    model = "size: mit_b2, head: all_mlp, pretrained: null, depths: [1, 1, 1, 1], hidden_sizes: [8, 8, 8, 8]"
+    cfg = load_config(None, [f"--model={{{model}, drop_path_rate: 0{given}}}", "--loss_weights.feature_distance=0"])
+    assert build_student(cfg).decode_head.classifier.in_channels == channels
 
 
 def test_from_size_lets_overrides_win():
