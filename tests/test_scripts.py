@@ -109,12 +109,16 @@ def test_a_run_end_to_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("precision", "torchs"), [("float32", "highest"), ("tf32", "high")])
-def test_the_precision_of_products_on_a_gpu_is_the_configs(good, capsys, monkeypatch, precision: str, torchs: str):
-    for owner in (torch.backends.cuda.matmul, torch.backends.cudnn):
-        monkeypatch.setattr(owner, "allow_tf32", owner.allow_tf32)  # what it was comes back
-    refused([*good, f"--train.precision={precision}", "--source.path=nowhere"], capsys)
-    assert torch.get_float32_matmul_precision() == torchs
-    assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+def test_the_precision_of_products_on_a_gpu_is_the_configs(good, capsys, precision: str, torchs: str):
+    owners = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [owner.allow_tf32 for owner in owners]
+    try:
+        refused([*good, f"--train.precision={precision}", "--source.path=nowhere"], capsys)
+        assert torch.get_float32_matmul_precision() == torchs
+        assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+    finally:
+        for owner, allowed in zip(owners, before, strict=True):
+            owner.allow_tf32 = allowed
 
 
 def test_equal_seeds_give_equal_runs_and_others_do_not(tmp_path: Path, good: list[str]) -> None:
