@@ -11,9 +11,10 @@ from pathlib import Path
 from shutil import copy
 from tempfile import TemporaryDirectory
 
-from t2sda_hf.hub.card import RUN_FACTS
+from t2sda_hf.hub.card import OTHER_FACTS, RUN_FACTS
 from t2sda_hf.hub.push import PushFailed, push_run, stage_run
 
+FACTS = (*RUN_FACTS, *OTHER_FACTS)
 CARD_FILES = ("README.md", "facts.json", "panel.png", "curve.png", "metrics.json", "resolved_config.yaml")
 
 
@@ -39,7 +40,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--terms", nargs="+", default=[], metavar="DOMAIN=TEXT", help="source=..., target=..., test=..."
     )
     parser.add_argument("--source_only", default="", metavar="DIR", help="a source-only run to compare with")
-    parser.add_argument("--fact", action="append", default=[], metavar="NAME=TEXT", help=f"{', '.join(RUN_FACTS)}")
+    parser.add_argument("--fact", action="append", default=[], metavar="NAME=TEXT", help=", ".join(FACTS))
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--output", type=Path, metavar="DIR", help="write the files here, send nothing")
     where.add_argument("--card", type=Path, metavar="DIR", help="write the card, its facts and pictures here")
@@ -49,7 +50,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> str:
     given: dict[str, object] = {"license": args.license, "source_only": args.source_only}
     given["terms"] = pairs(args.terms, ("source", "target", "test"), "--terms")
-    given |= pairs(args.fact, RUN_FACTS, "--fact")
+    given |= pairs(args.fact, FACTS, "--fact")
     if args.output is not None:
         if args.output.exists():
             raise ValueError(f"{args.output} exists: nothing is overwritten, choose another --output.")

@@ -29,6 +29,8 @@ from t2sda_hf.evaluation.page import write_page
 from t2sda_hf.evaluation.report import save_panel
 from t2sda_hf.evaluation.run_folder import write_data_record
 from t2sda_hf.evaluation.table import format_table
+from t2sda_hf.hub.card import record_run
+from t2sda_hf.hub.push import check_push, push_after_training
 from t2sda_hf.training.build import Domains, build_student, data_record, open_domains, records, run_method
 from t2sda_hf.training.checkpoint import CheckpointError, DamagedCheckpoint, write_text
 from t2sda_hf.training.distributed import decided_by_main, lost_contact
@@ -42,6 +44,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(__doc__)
         return 0
+    given = arguments
     locks: list[FileLock] = []
     try:
         path = None
@@ -68,8 +71,12 @@ def main(arguments: list[str]) -> int:
         return end(2, f"ValueError: {error}")
     try:
         with StopRequest() as stop:
+            if accelerator.is_main_process:
+                record_run(Path(cfg.output_dir), "scripts/train_uda.py", given, accelerator.num_processes)
             run_all(cfg, domains, initial, accelerator, described, starts, stop)
         accelerator.end_training()
+        if accelerator.is_main_process and (said := push_after_training(cfg)):
+            print(said)
     except (Stopped, DamagedCheckpoint, CheckpointError, FloatingPointError) as error:  # the same on every process
         code = error.exit_code if isinstance(error, Stopped) else 2 if isinstance(error, DamagedCheckpoint) else 1
         return end(code, f"{type(error).__name__}: {error}" if accelerator.is_main_process else "")
@@ -122,6 +129,7 @@ def prepare(cfg: RunConfig, accelerator: Accelerator) -> tuple[Domains, T2SDAFor
             f"accelerate was started with {accelerator.distributed_type.value}, and here every process keeps the whole "
             "student. Launch without FSDP and DeepSpeed, see configs/accelerate/."
         )
+    decided_by_main(lambda: check_push(cfg), accelerator, ValueError)
     check_folder(cfg)
     accelerator.wait_for_everyone()  # nobody creates it before everybody looked
     student = build_student(cfg)  # before the data: it is looked at faster

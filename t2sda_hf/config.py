@@ -468,6 +468,8 @@ class PushConfig:
     license: str = ""  # of the weights, an id of the Hub; "" is worked out where nothing but drawn streets was used
     terms: dict[str, str] = field(default_factory=dict)  # source, target and test: under which terms the images come
     source_only: str = ""  # <run>/source_only to compare with, if this run has no baseline
+    start: str = ""  # what the weights are, if model.pretrained is a folder or file of yours
+    note: str = ""  # a sentence for readers of the scores, for example how the settings were chosen
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.terms) - {"source", "target", "test"})

@@ -24,9 +24,12 @@ from ..config import DomainConfig, RunConfig, load_config
 from ..training.masking import mask
 
 RUN_FACTS = ("command", "commit", "hardware", "software")
+OTHER_FACTS = ("start", "note")  # what only a person knows, see `gather_facts`
 METHODS = {
     "t2sda": "T2S-DA: mean-teacher self-training with the pull loss (Pulling Target to Source, arXiv 2305.13752)",
     "source_only": "supervised training on the source domain alone, no adaptation",
+    "generalization": "T2S-DA without a target: the pull loss between source images and other styles of them "
+    "(Pulling Target to Source, arXiv 2305.13752)",
 }
 DRAWN = ("streets-source", "streets-target")
 DRAWN_TERMS = "drawn by t2sda_hf itself, Apache-2.0"
@@ -39,12 +42,12 @@ class CardFacts:
 
     Attributes:
         repo_id: user/name on the Hub.
-        method, seed, steps, batch_size, num_processes: of the training; batch_size per process and domain.
+        method, seed, steps, batch_size, num_processes, crop_size: of the training; batch_size per process and domain.
         host: encoder, head and what they start from, in words.
-        base_model: Hub id of the encoder's weights, "" for random ones.
+        base_model: Hub id of the encoder's weights, "" for random ones and those of a folder.
         parameters: number of trained numbers in the file, the projector's included.
         classes: position = class id.
-        domains: source, target and test, each {"name", "split", "terms"}.
+        domains: source, target and test, each {"name", "split", "terms"}; no target in domain generalisation.
         license: Hub id, of the weights.
         image_size: (height, width) that every image is brought to, or None for the image's own.
         window, stride: of the sliding window, None for the whole image at once.
@@ -52,6 +55,7 @@ class CardFacts:
         student, teacher, source_only: {"miou", "pixel_accuracy", "mean_accuracy", "iou": {class: score}}. No teacher
             in a source-only run, where `source_only` is the student.
         source_only_seed: of that run.
+        note: what else a reader of the scores must know, "" for nothing.
         command, commit, hardware, software: see `record_run`.
     """
 
@@ -67,6 +71,7 @@ class CardFacts:
     steps: int
     batch_size: int
     num_processes: int
+    crop_size: tuple[int, int]
     image_size: tuple[int, int] | None
     window: tuple[int, int] | None
     stride: tuple[int, int] | None
@@ -75,6 +80,7 @@ class CardFacts:
     teacher: dict[str, Any] | None
     source_only: dict[str, Any]
     source_only_seed: int
+    note: str
     command: str
     commit: str
     hardware: str
@@ -91,7 +97,7 @@ class CardFacts:
         ]
         if self.seed != self.source_only_seed:
             gaps.insert(0, f"Both columns from one seed: the source-only run has seed {self.source_only_seed}.")
-        if self.domains["target"]["name"] == self.domains["test"]["name"]:
+        if not self.note and self.domains.get("target", self.domains["test"])["name"] == self.domains["test"]["name"]:
             gaps.append(
                 "Independence of settings and test images: if settings were chosen by looking at this test split, the "
                 "scores are optimistic."
@@ -102,24 +108,33 @@ class CardFacts:
 def record_run(folder: Path, script: str, arguments: Sequence[str], num_processes: int = 1) -> None:
     """Write `run.json`: the command that repeats the run, the commit, the machine and the versions.
 
+    A run that goes on keeps the record of its start; another commit is added to it.
+
     Args:
         folder: of the run; made if it is not there.
         script: "scripts/train_uda.py".
         arguments: those of its command line.
         num_processes: of the launcher.
     """
+    path, commit = folder / "run.json", _commit()
+    if path.is_file():
+        facts = _read_json(path)
+        if commit not in str(facts.get("commit")):
+            facts["commit"] = f"{facts.get('commit')}, went on with {commit}"
+            path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        return
     threads = os.environ.get("OMP_NUM_THREADS")  # another number of threads adds in another order
     launcher = f"OMP_NUM_THREADS={threads} " if threads else ""
     launcher += "accelerate launch" + (f" --multi_gpu --num_processes {num_processes}" if num_processes > 1 else "")
     facts = {
         "command": mask(f"{launcher} {script} {shlex.join(arguments)}"),
-        "commit": _commit(),
+        "commit": commit,
         "hardware": _hardware(num_processes),
         "software": f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}",
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def gather_facts(run_folder: Path, repo_id: str, given: Mapping[str, Any] | None = None) -> CardFacts:
@@ -129,7 +144,8 @@ def gather_facts(run_folder: Path, repo_id: str, given: Mapping[str, Any] | None
         run_folder: the output folder of a run (its adapted method is taken), or one method's folder in it.
         repo_id: user/name.
         given: facts that the files do not hold, or that win over them: `license`, `terms` ({"source": ..., "target":
-            ..., "test": ...}), `source_only` (a method folder), and those of run.json.
+            ..., "test": ...}), `source_only` (a method folder), `start` (what the weights in a local model.pretrained
+            are), `note` (what else a reader of the scores must know), and those of run.json.
 
     Raises:
         ValueError: naming the fact that is missing or the file that cannot be read, and where to give it.
@@ -140,6 +156,8 @@ def gather_facts(run_folder: Path, repo_id: str, given: Mapping[str, Any] | None
     metrics = _read_json(folder / "metrics.json")
     run = _run_facts(folder, given)
     push = cfg.push_to_hub
+    start = str(given.get("start") or push.start)
+    check_start(cfg, start)
     license_id = str(given.get("license") or push.license or own_license(cfg))
     if not license_id:
         raise ValueError(
@@ -153,16 +171,17 @@ def gather_facts(run_folder: Path, repo_id: str, given: Mapping[str, Any] | None
     return CardFacts(
         repo_id=repo_id,
         method=cfg.method,
-        host=_host(cfg),
-        base_model=cfg.model.pretrained or "",
+        host=_host(cfg, start),
+        base_model="" if start else cfg.model.pretrained or "",
         parameters=_count_parameters(folder / "student"),
         classes=cfg.classes,
-        domains={role: domain_facts(role, getattr(cfg, role), terms) for role in ("source", "target", "test")},
+        domains={role: domain_facts(role, domain, terms) for role, domain in domains_of(cfg).items()},
         license=license_id,
         seed=cfg.seed,
         steps=cfg.train.max_steps,
         batch_size=cfg.train.batch_size * cfg.train.micro_batches,
         num_processes=int(_summary(folder).get("num_processes", 1)),
+        crop_size=cfg.data.crop_size,
         image_size=(size["height"], size["width"]) if size else None,
         window=cfg.evaluation.window if slides else None,
         stride=cfg.evaluation.stride if slides else None,
@@ -171,6 +190,7 @@ def gather_facts(run_folder: Path, repo_id: str, given: Mapping[str, Any] | None
         teacher=_scores(metrics["teacher"]) if "teacher" in metrics else None,
         source_only=_scores(baseline["student"]),
         source_only_seed=load_config(_existing(baseline_folder / "resolved_config.yaml")).seed,
+        note=str(given.get("note") or push.note),
         **run,
     )
 
@@ -192,7 +212,7 @@ def load_facts(path: Path) -> CardFacts:
             f"{path} is not the facts of a card: missing {sorted(names - values.keys())}, "
             f"unknown {sorted(values.keys() - names)}."
         )
-    for name in ("classes", "image_size", "window", "stride"):
+    for name in ("classes", "crop_size", "image_size", "window", "stride"):
         values[name] = None if values[name] is None else tuple(values[name])
     return CardFacts(**values)
 
@@ -209,9 +229,10 @@ def render_card(facts: CardFacts) -> ModelCard:
     data = ModelCardData(
         license=facts.license,
         license_name="see-the-card" if facts.license == "other" else None,
+        license_link="README.md" if facts.license == "other" else None,
         library_name="transformers",
         pipeline_tag="image-segmentation",
-        base_model=facts.base_model if facts.base_model.count("/") == 1 else None,
+        base_model=facts.base_model or None,
         metrics=["mean_iou"],
         tags=["semantic-segmentation", "domain-adaptation", "t2s-da", "custom_code"],
         model_name=facts.repo_id.split("/")[-1],
@@ -233,7 +254,7 @@ def method_folder(run_folder: Path) -> Path:
     Raises:
         ValueError: if there is no finished run.
     """
-    for folder in (run_folder, run_folder / "t2sda", run_folder / "source_only"):
+    for folder in (run_folder, *(run_folder / method for method in ("t2sda", "generalization", "source_only"))):
         if (folder / "metrics.json").is_file() and (folder / "student").is_dir():
             return folder
     raise ValueError(
@@ -259,8 +280,10 @@ def _run_facts(folder: Path, given: Mapping[str, Any]) -> dict[str, str]:
 def _baseline(folder: Path, cfg: RunConfig, metrics: dict[str, Any], given: str) -> tuple[Path, dict[str, Any]]:
     if cfg.method == "source_only":
         return folder, metrics
-    other = method_folder(Path(given)) if given else folder.parent / "source_only"
-    if not (other / "metrics.json").is_file():
+    other = Path(given) if given else folder.parent
+    other = other / "source_only" if (other / "source_only").is_dir() else other
+    config = other / "resolved_config.yaml"
+    if not (other / "metrics.json").is_file() or load_config(_existing(config)).method != "source_only":
         raise ValueError(
             f"there is no source-only run to compare {folder} with. Train with --baseline source_only, or give the "
             "folder of one with --source_only (push_to_hub.source_only)."
@@ -273,6 +296,22 @@ def _baseline(folder: Path, cfg: RunConfig, metrics: dict[str, Any], given: str)
     if list(ours["iou"]) != list(theirs["iou"]):
         raise ValueError(f"{other} has other classes: {', '.join(theirs['iou'])}; this run {', '.join(ours['iou'])}.")
     return other, baseline
+
+
+def domains_of(cfg: RunConfig) -> dict[str, DomainConfig]:
+    """Source, target and test; no target where the method does without one."""
+    roles = {"source": cfg.source, "target": cfg.target, "test": cfg.test}
+    return {role: domain for role, domain in roles.items() if role != "target" or cfg.method != "generalization"}
+
+
+def check_start(cfg: RunConfig, start: str) -> None:
+    """ValueError if the encoder starts from a folder or file and nobody says what is in it."""
+    pretrained = cfg.model.pretrained
+    if pretrained and not start and (pretrained.count("/") != 1 or Path(pretrained).exists()):
+        raise ValueError(
+            f"what are the weights in {pretrained!r}, which the encoder starts from? Readers of the card do not have "
+            'them. Give --fact start="...", or push_to_hub.start in the config.'
+        )
 
 
 def domain_facts(role: str, config: DomainConfig, terms: Mapping[str, str]) -> dict[str, str]:
@@ -295,13 +334,15 @@ def own_license(cfg: RunConfig) -> str:
     return "apache-2.0" if drawn and cfg.model.pretrained is None else ""
 
 
-def _host(cfg: RunConfig) -> str:
+def _host(cfg: RunConfig, start: str) -> str:
     heads = {"daformer": "DAFormer head", "all_mlp": "SegFormer's all-MLP head", "deeplabv2": "DeepLab-V2 head"}
     sizes = f" reduced to depths {list(cfg.model.depths)}" if cfg.model.depths else ""
     if cfg.model.hidden_sizes:
         sizes += f"{' and' if sizes else ' with'} widths {list(cfg.model.hidden_sizes)}"
-    start = f"`{cfg.model.pretrained}`" if cfg.model.pretrained else "random weights"
-    return f"`{cfg.model.size}` encoder{sizes}, {heads[cfg.model.head]}; the encoder starts from {start}"
+    start = start or (f"`{cfg.model.pretrained}`" if cfg.model.pretrained else "random weights")
+    extras = ", two resolutions (HRDA)" if cfg.hrda.enabled else ""
+    extras += ", trained with hidden patches (MIC)" if cfg.loss_weights.masked_consistency else ""
+    return f"`{cfg.model.size}` encoder{sizes}, {heads[cfg.model.head]}{extras}; the encoder starts from {start}"
 
 
 def _scores(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,16 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..config import RunConfig
-from .card import domain_facts, gather_facts, method_folder, own_license, render_card, save_facts
+from .card import (
+    check_start,
+    domain_facts,
+    domains_of,
+    gather_facts,
+    method_folder,
+    own_license,
+    render_card,
+    save_facts,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -164,8 +173,9 @@ def check_push(cfg: RunConfig) -> None:
     _check_repo_id(push.repo_id)
     if get_token() is None:
         raise ValueError("push_to_hub.repo_id is set, but there is no token: run `hf auth login`, or set HF_TOKEN.")
-    for role in ("source", "target", "test"):
-        domain_facts(role, getattr(cfg, role), push.terms)
+    for role, domain in domains_of(cfg).items():
+        domain_facts(role, domain, push.terms)
+    check_start(cfg, push.start)
     if not push.license and not own_license(cfg):
         raise ValueError("push_to_hub.license must say under which licence the weights come, for example apache-2.0.")
     if cfg.method != "source_only" and cfg.baseline == "none" and not push.source_only:
@@ -245,7 +255,7 @@ def save_curve(scalars: Path, path: Path) -> None:
         more = right.get_legend_handles_labels()
         handles, names = handles + more[0], names + more[1]
         right.spines[["top"]].set_visible(False)
-    axis.spines[["top"]].set_visible(False)
+    axis.spines[["top", "right"]].set_visible(False)
     figure.legend(handles, names, loc="outside upper center", ncol=len(names), frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.92))
     figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -136,11 +136,59 @@ def test_licences_are_not_guessed(run: Path, key: str, value: str, message: str)
     config = run / "t2sda" / "resolved_config.yaml"
     text = config.read_text(encoding="utf-8")
     assert key in text
+    text = text.replace("pretrained: null", "pretrained: nvidia/mit-b0")
     config.write_text(text.replace(key, value), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         gather_facts(run, "me/streets")
     given = {"license": "mit", "terms": {"target": "mine", "test": "mine"}}
     assert gather_facts(run, "me/streets", given).license == "mit"
+
+
+def test_an_encoder_from_a_folder_is_named_by_somebody(run: Path) -> None:
+    config = run / "t2sda" / "resolved_config.yaml"
+    text = config.read_text(encoding="utf-8")
+    assert "  pretrained: null" in text
+    config.write_text(text.replace("  pretrained: null", "  pretrained: models/mine"), encoding="utf-8")
+    hub = gather_facts(run, "me/streets", {"license": "mit"})
+    assert (hub.base_model, render_card(hub).data.base_model) == ("models/mine", "models/mine")  # as a name of the Hub
+    config.write_text(text.replace("  pretrained: null", f"  pretrained: {run}"), encoding="utf-8")
+    with pytest.raises(ValueError, match="what are the weights in .*--fact start="):
+        gather_facts(run, "me/streets")
+    facts = gather_facts(run, "me/streets", {"start": "weights of a talk", "note": "Chosen by looking at them."})
+    text = str(render_card(facts))
+    assert facts.base_model == ""
+    assert "base_model" not in text
+    assert "the encoder starts from weights of a talk" in text
+    assert "Chosen by looking at them." in text
+    assert str(run) not in text
+
+
+def test_a_baseline_that_is_no_source_only_run_is_refused(run: Path) -> None:
+    assert gather_facts(run, "me/streets", {"source_only": run}).source_only == gather_facts(run, "me/x").source_only
+    with pytest.raises(ValueError, match="no source-only run"):
+        gather_facts(run, "me/streets", {"source_only": run / "t2sda"})
+
+
+def test_a_run_that_goes_on_keeps_its_command_and_adds_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for commit, words in (("a" * 40, ["--seed", "1"]), ("a" * 40, ["--resume", "auto"]), ("b" * 40, [])):
+        monkeypatch.setattr("t2sda_hf.hub.card._commit", lambda commit=commit: commit)
+        record_run(tmp_path, "scripts/train_uda.py", words)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["command"].endswith("scripts/train_uda.py --seed 1")
+    assert record["commit"] == f"{'a' * 40}, went on with {'b' * 40}"
+
+
+def test_generalisation_has_a_card_without_a_target(tmp_path: Path) -> None:
+    words = ("--method=generalization", '--target.path=""', "--translate.engine=style", "--drw.apply_to=none")
+    folder = write_run(tmp_path / "run", "--rcs.enabled=false", *words)
+    facts = gather_facts(folder, "me/streets")
+    text = str(render_card(facts))
+    assert set(facts.domains) == {"source", "test"}
+    assert "without a target" in text
+    assert "| class | source only | this model |" in text
+    assert "No image of streets-target was seen" in text
 
 
 def test_a_baseline_of_another_test_is_refused(run: Path) -> None:
@@ -156,7 +204,7 @@ def test_a_source_only_run_has_a_card_of_one_column(finished_run: Path) -> None:
     text = str(render_card(facts))
     assert facts.teacher is None
     assert f"| road | {facts.student['iou']['road']:.2f} |\n" in text
-    assert "was not seen in training" in text
+    assert "No image of streets-target was seen in training" in text
 
 
 def test_a_folder_without_a_finished_run_is_refused(tmp_path: Path) -> None:
