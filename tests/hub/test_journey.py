@@ -12,20 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import HfApi, constants
 from PIL import Image
 from server import TOKEN, Hub, serve
 from test_push import content, load_script
-from test_two_processes import TINY_RUN
+from test_two_processes import TINY_RUN, launch
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from t2sda_hf.evaluation.inference import load_model
-from t2sda_hf.hub.card import record_run
-from t2sda_hf.hub.push import push_run
 
 ROOT = Path(__file__).parents[2]
 REPOSITORY = "me/streets"
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # see test_push
+pytestmark = pytest.mark.two_processes
 
 # Run by an interpreter without site: it finds the libraries, but no package that was installed as editable.
 STRANGER = """
@@ -62,21 +59,21 @@ with torch.no_grad():
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[Hub]:
-    with pytest.MonkeyPatch.context() as patch, serve() as running:
-        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    with serve() as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def run(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five steps of training, pushed."""
+    """Five steps of training in two processes, published by what its config says."""
     folder = tmp_path_factory.mktemp("trained")
-    (folder / "tiny.yaml").write_text(TINY_RUN, encoding="utf-8")
+    (folder / "tiny.yaml").write_text(TINY_RUN + f"push_to_hub: {{repo_id: {REPOSITORY}}}\n", encoding="utf-8")
     arguments = ["--config", str(folder / "tiny.yaml"), "--output_dir", str(folder / "run"), "--train.max_steps", "5"]
-    arguments += ["--baseline", "source_only"]
-    assert load_script("train_uda").main(arguments) == 0
-    record_run(folder / "run", "scripts/train_uda.py", arguments)
-    push_run(folder / "run", REPOSITORY, api=HfApi(endpoint=hub.url, token=TOKEN))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(hub, folder).items():
+            patch.setenv(name, value)
+        printed = launch(2, "scripts/train_uda.py", *arguments, "--baseline", "source_only")
+    assert f"Published: {hub.url}/{REPOSITORY}/commit/" in printed
     return folder / "run"
 
 
@@ -164,4 +161,6 @@ def test_the_published_scores_are_those_of_the_summary(hub: Hub, run: Path) -> N
     facts = json.loads(hub.files(REPOSITORY)["facts.json"])
     assert facts["student"]["miou"] == summary["t2sda"]["miou"]
     assert facts["source_only"]["miou"] == summary["source_only"]["miou"]
-    assert (facts["steps"], facts["license"]) == (5, "apache-2.0")
+    assert (facts["steps"], facts["num_processes"], facts["license"]) == (5, 2, "apache-2.0")
+    assert "accelerate launch --multi_gpu --num_processes 2 scripts/train_uda.py --config" in facts["command"]
+    assert len(hub.repositories[REPOSITORY].commits) == 2  # the empty one, and all files in the other
