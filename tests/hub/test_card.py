@@ -152,7 +152,7 @@ def test_an_encoder_from_a_folder_is_named_by_somebody(run: Path) -> None:
     hub = gather_facts(run, "me/streets", {"license": "mit"})
     assert (hub.base_model, render_card(hub).data.base_model) == ("models/mine", "models/mine")  # as a name of the Hub
     config.write_text(text.replace("  pretrained: null", f"  pretrained: {run}"), encoding="utf-8")
-    with pytest.raises(ValueError, match="what are the weights in .*--fact start="):
+    with pytest.raises(ValueError, match=r"what are the weights in .*--fact start="):
         gather_facts(run, "me/streets")
     facts = gather_facts(run, "me/streets", {"start": "weights of a talk", "note": "Chosen by looking at them."})
     text = str(render_card(facts))
