@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from datasets import Dataset, Image, Value
 from PIL import ImageColor
@@ -73,7 +74,7 @@ class Domain:
         """`labels` of a row."""
         if self.rule is None:
             raise ValueError(f"domain {self.name} was loaded without labels.")
-        labels = self.rule.ids[self._cut(read_ids(row["label"], where, self.rule, self.config.max_pixels))]
+        labels = cv2.LUT(self._cut(read_ids(row["label"], where, self.rule, self.config.max_pixels)), self.rule.ids)
         if self.valid is not None:
             labels[~resize_labels(self.valid, (labels.shape[0], labels.shape[1]))] = IGNORE_INDEX
         return labels

@@ -70,7 +70,9 @@ def read_image(cell: Cell | None, where: str, max_pixels: int) -> np.ndarray:
                 "save it as 8-bit RGB or grey."
             )
         try:
-            return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+            if picture.getexif().get(_ORIENTATION, 1) != 1:
+                picture = ImageOps.exif_transpose(picture)
+            return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
         except _DAMAGE as error:
             raise _damaged(where, error) from error
 
@@ -230,18 +232,20 @@ def _tell_about_standard_colors() -> None:
 
 def _checked(raw: np.ndarray, known: np.ndarray, where: str) -> np.ndarray:
     """`raw` as uint8 if every id is defined or 255."""
-    good = np.append(known, False)  # the last entry stands for everything outside 0..255
-    good[IGNORE_INDEX] = True
-    position = np.where((raw < 0) | (raw > 255), 256, raw) if raw.dtype.itemsize > 1 else raw.astype(np.uint8)
-    wrong = raw[~good[position]]
-    if wrong.size:
+    good = known.astype(np.uint8)
+    good[IGNORE_INDEX] = 1
+    inside = (raw >= 0) & (raw <= 255) if raw.dtype.itemsize > 1 else True
+    ids = raw.astype(np.uint8, copy=False)
+    fine = (cv2.LUT(ids, good) == 1) & inside
+    if not fine.all():
+        wrong = raw[~fine]
         found, times = np.unique(wrong, return_counts=True)
         listed = ", ".join(f"{value} ({count} pixels)" for value, count in zip(found[:5], times[:5], strict=True))
         raise ValueError(
             f"{where} contains the ids {listed}, but its label space has the ids {_ranges(known)}, and 255 for ignored "
             "pixels. Set label_space, class_names or label_ids to what the ids mean."
         )
-    return raw.astype(np.uint8)
+    return ids
 
 
 def _ranges(known: np.ndarray) -> str:

@@ -29,9 +29,9 @@ def resize_image(image: np.ndarray, size: Size) -> np.ndarray:
     """Bilinear without antialiasing (OpenCV's INTER_LINEAR), (H,W,3) uint8 -> (h,w,3) uint8."""
     if image.shape[:2] == size:
         return image
-    channels_first = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
-    resized = F.interpolate(channels_first, size=size, mode="bilinear", align_corners=False, antialias=False)
-    return resized[0].round().byte().permute(1, 2, 0).numpy()
+    channels_last = torch.from_numpy(np.ascontiguousarray(image))[None].permute(0, 3, 1, 2).float()
+    resized = F.interpolate(channels_last, size=size, mode="bilinear", align_corners=False, antialias=False)
+    return resized[0].round().byte().permute(1, 2, 0).contiguous().numpy()
 
 
 def resize_labels(labels: np.ndarray, size: Size) -> np.ndarray:
