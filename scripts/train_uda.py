@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwargs
 from filelock import FileLock
 
 from t2sda_hf import T2SDAForSemanticSegmentation, load_config
@@ -31,7 +31,15 @@ from t2sda_hf.evaluation.run_folder import write_data_record
 from t2sda_hf.evaluation.table import format_table
 from t2sda_hf.hub.card import record_run
 from t2sda_hf.hub.push import check_push, push_after_training
-from t2sda_hf.training.build import Domains, build_student, data_record, open_domains, records, run_method
+from t2sda_hf.training.build import (
+    Domains,
+    build_student,
+    data_record,
+    make_accelerator,
+    open_domains,
+    records,
+    run_method,
+)
 from t2sda_hf.training.checkpoint import CheckpointError, DamagedCheckpoint, write_text
 from t2sda_hf.training.distributed import decided_by_main, lost_contact
 from t2sda_hf.training.masking import MaskFilter, mask, mask_uncaught
@@ -54,12 +62,8 @@ def main(arguments: list[str]) -> int:
         cfg = load_config(path, arguments)
         if cfg.train.num_threads is not None:
             torch.set_num_threads(cfg.train.num_threads)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.train.precision == "tf32"
-        accelerator = Accelerator(
-            log_with=list(cfg.train.log_with) or None,
-            project_dir=cfg.output_dir,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=cfg.train.timeout_seconds))],
-        )
+        patience = InitProcessGroupKwargs(timeout=timedelta(seconds=cfg.train.timeout_seconds))
+        accelerator, cfg = make_accelerator(cfg, patience)
         log_to_stderr(logging.INFO if accelerator.is_main_process else logging.ERROR)
         domains, initial = prepare(cfg, accelerator)
         decided_by_main(lambda: locks.append(lock_run(cfg)), accelerator, ValueError)
@@ -128,6 +132,11 @@ def prepare(cfg: RunConfig, accelerator: Accelerator) -> tuple[Domains, T2SDAFor
         raise ValueError(
             f"accelerate was started with {accelerator.distributed_type.value}, and here every process keeps the whole "
             "student. Launch without FSDP and DeepSpeed, see configs/accelerate/."
+        )
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise ValueError(
+            f"accelerate was given dynamo_backend {accelerator.state.dynamo_plugin.backend.value}, which would compile "
+            "the evaluation too, and rename what is saved. Leave it at no and set train.compile instead."
         )
     decided_by_main(lambda: check_push(cfg), accelerator, ValueError)
     check_folder(cfg)

@@ -417,6 +417,11 @@ class TrainConfig:
     max_steps: int = 40_000  # [P]
     batch_size: int = 2  # [P] source images and as many target images, per process and micro-batch
     micro_batches: int = 1  # per step and process; statistics stay per micro-batch
+    # [O A4] Of matrix products and convolutions; weights and losses are float32. tf32, on GPUs that have it, was the
+    # default at the paper's time. bf16 is also what `accelerate launch --mixed_precision bf16` asks for.
+    precision: Literal["tf32", "float32", "bf16"] = "tf32"
+    # Backend of torch.compile for encoder, heads and projector; eager captures graphs, but runs them as written.
+    compile: Literal["none", "inductor", "eager"] = "none"
     log_every: int = 50
     evaluate_every: int = 4_000
     save_every: int = 4_000
@@ -425,8 +430,6 @@ class TrainConfig:
     max_skipped_steps: int = 10  # of the whole run; one more stops it
     timeout_seconds: float = 60.0  # how long a process waits for the others, also while one of them writes a checkpoint
     num_threads: int | None = None  # CPU threads of torch; None leaves torch's choice
-    # [O A4] Of products of float32 on a GPU; tf32 was the default at the paper's time. For bfloat16 ask accelerate.
-    precision: Literal["tf32", "float32"] = "tf32"
     log_with: tuple[str, ...] = ("tensorboard",)  # trackers of accelerate; () is none
 
     def __post_init__(self) -> None:

@@ -140,6 +140,7 @@ def get(config: RunConfig, key: str) -> Any:
         ("optim.power", 1.0),
         ("optim.max_grad_norm", None),
         ("train.max_steps", 40_000),
+        ("train.compile", "none"),
         ("train.batch_size", 2),
         ("train.precision", "tf32"),
         ("evaluation.mode", "whole"),

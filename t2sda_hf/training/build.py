@@ -2,16 +2,18 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from accelerate import Accelerator
+from accelerate.utils import KwargsHandler
 from filelock import FileLock
 from torch import nn
 
@@ -122,6 +124,47 @@ def build_student(cfg: RunConfig) -> T2SDAForSemanticSegmentation:
     return student
 
 
+def make_accelerator(cfg: RunConfig, *handlers: KwargsHandler) -> tuple[Accelerator, RunConfig]:
+    """The accelerator of this process, and the config with the precision that it has: a launch may ask for bf16, too.
+
+    Sets whether this process may use TF32, on devices that have it. `train.precision` float32 forbids it.
+    """
+    # None leaves it to the launch.
+    accelerator = Accelerator(
+        mixed_precision="bf16" if cfg.train.precision == "bf16" else None,
+        log_with=list(cfg.train.log_with) or None,
+        project_dir=cfg.output_dir,
+        kwargs_handlers=list(handlers),
+    )
+    if accelerator.mixed_precision == "bf16":
+        cfg = replace(cfg, train=replace(cfg.train, precision="bf16"))
+    torch.backends.cuda.matmul.allow_tf32 = cfg.train.precision != "float32"
+    torch.backends.cudnn.allow_tf32 = cfg.train.precision != "float32"
+    return accelerator, cfg
+
+
+def compile_networks(networks: Sequence[nn.Module], backend: str | Callable[..., Any]) -> None:
+    """Let torch.compile have encoder, heads and projector of each network, at their first call in training.
+
+    In place, so that no wrapper changes the names in a checkpoint, and copies (those that are evaluated) are not
+    compiled. Piece by piece: what joins them takes the box of HRDA's detail, another one in every step, and each new
+    one would be compiled anew.
+
+    Args:
+        networks: students and teachers.
+        backend: of torch.compile: a name, or a function.
+    """
+    for network in networks:
+        encoder: nn.Module = network.encoder  # type: ignore[assignment]
+        if network.config.encoder == "mit":  # type: ignore[union-attr]
+            # transformers takes a lock when an encoder runs for the first time, and a lock cannot be captured.
+            with torch.no_grad():
+                network(torch.zeros(1, 3, 64, 64, device=next(encoder.parameters()).device), segment=False)
+        for part in (encoder, network.decode_head, getattr(network, "scale_attention", None), network.projector):
+            if isinstance(part, nn.Module):
+                part.compile(backend=backend, dynamic=False)
+
+
 def records(cfg: RunConfig, domains: Domains, accelerator: Accelerator) -> dict[str, dict[str, Any]]:
     """What each method of the run depends on, in the order they are trained; for `resume.plan`."""
     source = fingerprint(domains.source, domains.source_counts)
@@ -195,7 +238,7 @@ def run_method(
     imagenet = None
     if cfg.method != "source_only" and cfg.loss_weights.feature_distance:
         # The frozen copy is taken before training, so it is the pretrained encoder itself.
-        imagenet = make_teacher(student.encoder).eval()
+        imagenet = accelerator.prepare_model(make_teacher(student.encoder).eval(), evaluation_mode=True)
     # "evaluation_mode" only means: no DDP wrapper. Autocast goes inside forward, losses stay float32.
     parts = Parts(
         student=accelerator.prepare_model(student, evaluation_mode=True),
@@ -204,6 +247,8 @@ def run_method(
         translate=domains.translate,
         memory=ClassMemory(len(cfg.classes), cfg.projector.dim).to(accelerator.device),
     )
+    if cfg.train.compile != "none":
+        compile_networks([parts.student, parts.teacher], cfg.train.compile)
     rare = None
     if cfg.rcs.enabled:
         rare = rare_classes(domains.source_counts, cfg.rcs.temperature, cfg.rcs.min_pixels)
@@ -220,17 +265,19 @@ def run_method(
     def evaluate(
         model: nn.Module, domain: LabelledDomain = test, image_size: Size | None = image_size
     ) -> dict[str, Any]:
-        return evaluate_model(
-            model,
-            domain,
-            image_size=image_size,
-            classes=cfg.classes,
-            accelerator=accelerator,
-            mode=cfg.evaluation.mode,
-            window=cfg.evaluation.window,
-            stride=cfg.evaluation.stride,
-            limit=cfg.evaluation.limit,
-        )
+        # As written: images of another size, once in thousands of steps, are not worth another compilation.
+        with torch.compiler.set_stance("force_eager") if cfg.train.compile != "none" else nullcontext():
+            return evaluate_model(
+                model,
+                domain,
+                image_size=image_size,
+                classes=cfg.classes,
+                accelerator=accelerator,
+                mode=cfg.evaluation.mode,
+                window=cfg.evaluation.window,
+                stride=cfg.evaluation.stride,
+                limit=cfg.evaluation.limit,
+            )
 
     seen_before = evenly_spread(domains.source, cfg.evaluation.source_images or 1, ", seen in training")
     source_size = domains.source.network_size()

@@ -64,6 +64,7 @@ def train(run: Run, start: Progress | None = None) -> None:
     cfg, limit, student = run.cfg, run.cfg.train, run.parts.student
     start = start or Progress()
     saved = start.step
+    took: list[float] = []  # seconds of the first two updates
     with Tracker(run.accelerator, run.folder, limit.max_steps, start, run.folder.name) as tracker:
         student.train()
         for step in range(start.step, limit.max_steps):
@@ -76,7 +77,15 @@ def train(run: Run, start: Progress | None = None) -> None:
                         save_checkpoint(run, tracker, step)
                     raise
                 observe(run, step, tracker, results)
+            began = time.perf_counter()
             factor = update(run, step, tracker)
+            if limit.compile != "none" and len(took) < 2:
+                took.append(time.perf_counter() - began)
+                if len(took) == 2:
+                    tracker.say(
+                        f"torch.compile ({limit.compile}) took about {took[0] - took[1]:.1f} s: the first update took "
+                        f"{took[0]:.1f} s, the second {took[1]:.1f} s."
+                    )
             done = step + 1  # the number of finished updates is the only counter there is
             if _due(done, limit.log_every, limit.max_steps):
                 tracker.flush(done, cfg.optim.lr * factor)

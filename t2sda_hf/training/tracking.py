@@ -74,6 +74,11 @@ class Tracker:
         self._steps += 1
         self._bar.update()
 
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._accelerator.is_main_process:
+            self._bar.write(text)
+
     def step_skipped(self, step: int, reason: str) -> None:
         """Count an update that was left out, and say why."""
         self.skipped += 1
