@@ -5,18 +5,20 @@ left out, and one line says so.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Generator, Tensor
 
-from ..augment.color import gaussian_blur, hsv_to_rgb, rgb_to_hsv
+from ..augment.color import hsv_to_rgb, rgb_to_hsv
 from ..config import TranslateConfig
 from .fda import low_amplitude, with_low_amplitude
 from .style_networks import ADAIN_FILES, RANDOMIZATION_FILES, AdaIN, StyleRandomizer, find_weights
@@ -161,34 +163,43 @@ def _weights(name: str, location: str, files: tuple[str, ...]) -> dict[str, Path
 
 
 def _weather(config: TranslateConfig) -> Style:
-    """Snow, frost, fog or brightness of the "weather" corruptions (Michaelis et al. 2019), severity 1 to 5."""
+    """Snow, frost, fog or brightness of severity 1 to 5: the "weather" corruptions of Michaelis et al. (2019)."""
     try:
-        from imgaug.augmenters import imgcorruptlike
+        from imagecorruptions import corrupt, get_corruption_names
     except ImportError:
         logger.warning("style weather is fog and brightness alone: snow and frost need pip install 't2sda_hf[styles]'")
         return _plain_weather
-    kinds = [getattr(imgcorruptlike, f"apply_{name}") for name in ("snow", "frost", "fog", "brightness")]
+    kinds = get_corruption_names("weather")
 
     def style(image: Tensor, generator: Generator) -> Tensor:
         kind, severity, seed = _draws(generator, len(kinds), SEVERITIES, LARGEST_SEED)
-        return _through_bytes(image, partial(kinds[kind], severity=severity + 1, seed=seed))
+        with _numpy_seeded(seed):
+            return _through_bytes(image, partial(corrupt, corruption_name=kinds[kind], severity=severity + 1))
 
     return style
 
 
 def _cartoon(config: TranslateConfig) -> Style:
-    """imgaug's Cartoon: areas of one colour and dark outlines."""
-    try:
-        from imgaug.augmenters import Cartoon
-    except ImportError:
-        logger.warning("style cartoon is a plain one: imgaug's needs pip install 't2sda_hf[styles]'")
-        return _plain_cartoon
+    """Even areas and dark outlines, more or less of both: OpenCV's stylization (Gastal and Oliveira 2011)."""
 
     def style(image: Tensor, generator: Generator) -> Tensor:
-        (seed,) = _draws(generator, LARGEST_SEED)
-        return _through_bytes(image, lambda pixels: Cartoon(seed=seed)(image=pixels))
+        reach, contrast = torch.rand(2, generator=generator).tolist()
+        # A filter that reaches beyond the image makes an even one black (OpenCV 5.0).
+        sigma_s = min(10 + 50 * reach, min(image.shape[-2:]) / 2)
+        return _through_bytes(image, partial(cv2.stylization, sigma_s=sigma_s, sigma_r=0.2 + 0.25 * contrast))
 
     return style
+
+
+@contextmanager
+def _numpy_seeded(seed: int) -> Iterator[None]:
+    """For a library that draws from numpy's global state, which is as it was afterwards."""
+    before = np.random.get_state()  # noqa: NPY002
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(before)  # noqa: NPY002
 
 
 def _draws(generator: Generator, *numbers: int) -> list[int]:
@@ -216,19 +227,3 @@ def _plain_weather(image: Tensor, generator: Generator) -> Tensor:
     noise = (noise - noise.amin()) / (noise.amax() - noise.amin()).clamp(min=1e-6)
     largest = image.amax()
     return (image + amount * noise) * largest / (largest + amount)
-
-
-def _plain_cartoon(image: Tensor, generator: Generator) -> Tensor:
-    """Colours evened out by an edge-keeping mean, more saturated, with dark lines beside brighter neighbours."""
-    sensitivity = float(torch.rand(1, generator=generator)) * 0.1 + 0.1
-    flat = image
-    for _ in range(3):
-        height, width = flat.shape[-2:]
-        near = F.unfold(F.pad(flat, (2, 2, 2, 2), mode="replicate"), 5).view(1, 3, 25, height, width)
-        alike = torch.exp(-((near - flat[:, :, None]) ** 2).sum(1, keepdim=True) / (2 * 0.1**2))
-        flat = (near * alike).sum(2) / alike.sum(2)
-    grey = gaussian_blur(flat.mean(1, keepdim=True), torch.tensor([0.8]), (3, 3))
-    beside = F.max_pool2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), 3, 1) - grey
-    hue, saturation, value = rgb_to_hsv(flat).split(1, dim=1)
-    bright = hsv_to_rgb(torch.cat([hue, (1.5 * saturation).clamp(max=1), value], dim=1))
-    return torch.where(beside > sensitivity, 0.2 * bright, bright)
