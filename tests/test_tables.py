@@ -15,6 +15,7 @@ from transformers import SegformerConfig, SegformerModel
 
 from t2sda_hf import T2SDAForSemanticSegmentation
 from t2sda_hf.config import RunConfig, load_config
+from t2sda_hf.data.layouts import LAYOUTS
 from t2sda_hf.training.build import Domains, build_student, open_domains, run_method
 from t2sda_hf.training.resume import Start
 from t2sda_hf.training.stopping import StopRequest
@@ -145,6 +146,22 @@ def test_a_row_trains_two_steps(
     assert ("target" in found["losses"]) == (cfg.method == "t2sda")
     assert ("masked_consistency" in found["losses"]) == (cfg.method == "t2sda" and weights.masked_consistency > 0)
     assert any(name.startswith("decode_head") for name in found["moved"])
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_every_domain_at_the_papers_scale_has_the_split_that_is_read(path: Path) -> None:
+    """A table must not find out after a week of training that what it is scored on is not there."""
+    table = table_at(path.stem)
+    if table.evaluate:
+        arguments = load_script("evaluate").parse_arguments(["model", *table.evaluate])
+        (domain,) = arguments.domain
+        assert arguments.split in LAYOUTS[Path(domain).name].splits
+    for row in table.rows:
+        if row.config is None:
+            continue
+        cfg = ablation.config_of(row)
+        for given in (cfg.source, cfg.target, cfg.test):
+            assert not given.path or given.split in LAYOUTS[Path(given.path).name].splits
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
