@@ -2,8 +2,12 @@
 
     accelerate launch scripts/train_uda.py --config configs/demo.yaml [--seed 1] [--output_dir DIR] [--a.key value]
                                            [--resume auto|CHECKPOINT] [--allow_changes "[key, ...]"]
+                                           [--dry-run] [--overfit-batch]
 
 Every key of the config can be given on the command line; t2sda_hf/config.py lists them with the paper's defaults.
+--dry-run makes two updates, a checkpoint and an evaluated image of everything the run will do, says what memory and
+time the run takes on this machine, and leaves nothing behind but the label statistics that `datasets` caches.
+--overfit-batch (train.overfit_batch) learns one batch over and over: losses that do not fall then mean a fault.
 --resume auto goes on where the run in output_dir stopped, or starts it: the same command serves every start.
 Exit code 0; 2 when the input is at fault; 143 or 130 after SIGTERM or SIGINT, with a checkpoint; 1 for what else ends
 a run. Each with one line that says why.
@@ -24,7 +28,7 @@ from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwa
 from filelock import FileLock
 
 from t2sda_hf import T2SDAForSemanticSegmentation, load_config
-from t2sda_hf.config import RunConfig
+from t2sda_hf.config import RunConfig, dump_config
 from t2sda_hf.evaluation.page import write_page
 from t2sda_hf.evaluation.report import save_panel
 from t2sda_hf.evaluation.run_folder import write_data_record
@@ -42,6 +46,7 @@ from t2sda_hf.training.build import (
 )
 from t2sda_hf.training.checkpoint import CheckpointError, DamagedCheckpoint, write_text
 from t2sda_hf.training.distributed import decided_by_main, lost_contact
+from t2sda_hf.training.dry_run import rehearse
 from t2sda_hf.training.masking import MaskFilter, mask, mask_uncaught
 from t2sda_hf.training.resume import Start, check_folder, config_of, lock_run, plan
 from t2sda_hf.training.stopping import Stopped, StopRequest
@@ -59,6 +64,11 @@ def main(arguments: list[str]) -> int:
         if "--config" in arguments:
             at = arguments.index("--config")
             path, arguments = (arguments[at + 1 : at + 2] or [""])[0], arguments[:at] + arguments[at + 2 :]
+        dry_run = "--dry-run" in arguments
+        arguments = [argument for argument in arguments if argument != "--dry-run"]
+        arguments = [
+            "--train.overfit_batch=true" if argument == "--overfit-batch" else argument for argument in arguments
+        ]
         cfg = load_config(path, arguments)
         if cfg.train.num_threads is not None:
             torch.set_num_threads(cfg.train.num_threads)
@@ -66,13 +76,22 @@ def main(arguments: list[str]) -> int:
         accelerator, cfg = make_accelerator(cfg, patience)
         log_to_stderr(logging.INFO if accelerator.is_main_process else logging.ERROR)
         domains, initial = prepare(cfg, accelerator)
-        decided_by_main(lambda: locks.append(lock_run(cfg)), accelerator, ValueError)
         described = records(cfg, domains, accelerator)
+        if dry_run:
+            with StopRequest() as stop:
+                said = rehearse(cfg, initial, domains, accelerator, described, stop)
+            if accelerator.is_main_process:
+                print(f"{mask(dump_config(cfg))}\n{said}")
+            accelerator.end_training()
+            return 0
+        decided_by_main(lambda: locks.append(lock_run(cfg)), accelerator, ValueError)
         starts = plan(cfg, described, accelerator)
     except ValueError as error:
         for lock in locks:
             lock.release()
         return end(2, f"ValueError: {error}")
+    except Stopped as error:  # of a dry run
+        return end(error.exit_code, f"Stopped: {error}")
     try:
         with StopRequest() as stop:
             if accelerator.is_main_process:

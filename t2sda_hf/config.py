@@ -422,6 +422,7 @@ class TrainConfig:
     precision: Literal["tf32", "float32", "bf16"] = "tf32"
     # Backend of torch.compile for encoder, heads and projector; eager captures graphs, but runs them as written.
     compile: Literal["none", "inductor", "eager"] = "none"
+    overfit_batch: bool = False  # for debugging: every update sees the batch of the first
     log_every: int = 50
     evaluate_every: int = 4_000
     save_every: int = 4_000

@@ -33,6 +33,11 @@ _DAMAGE = (
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 _ORIENTATION = 0x0112  # EXIF
+_PNG_MAY_TURN = (
+    b"eXIf",
+    b"Raw profile",
+    b"adobe.xmp",
+)  # without these words a PNG is upright; asking Pillow decodes it
 
 
 @dataclass(frozen=True)
@@ -130,13 +135,18 @@ def read_header(cell: Cell | None, where: str, max_pixels: int) -> tuple[Size, i
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         picture = _opened(data, where, max_pixels)
+        whole = picture.format == "JPEG" and b"\xff\xd9" in data[-64:]
         try:
-            orientation = picture.getexif().get(_ORIENTATION, 1)
+            if picture.format == "PNG":
+                whole, settled = True, not any(word in data for word in _PNG_MAY_TURN)
+                picture.verify()  # checksums of all its parts; a wrong bit may decode without complaint
+                orientation = 1 if settled else _opened(data, where, max_pixels).getexif().get(_ORIENTATION, 1)
+            else:
+                orientation = picture.getexif().get(_ORIENTATION, 1)
         except _DAMAGE as error:
             raise _damaged(where, error) from error
     width, height = picture.size
-    ends_well = {"PNG": b"IEND" in data[-64:], "JPEG": b"\xff\xd9" in data[-64:]}.get(picture.format or "", False)
-    if not ends_well or picture.mode.startswith(("I", "F")):
+    if not whole or picture.mode.startswith(("I", "F")):
         read_image({"bytes": data, "path": None}, where, max_pixels)
     return ((width, height) if orientation in (5, 6, 7, 8) else (height, width)), orientation
 

@@ -123,9 +123,11 @@ class PositionSampler(Sampler[int]):
     num_processes: int
     start_step: int
     max_steps: int
+    overfit: bool = False  # every step has the positions of the first
 
     def __iter__(self) -> Iterator[int]:
         for step in range(self.start_step, self.max_steps):
+            step = 0 if self.overfit else step
             for micro in range(self.micro_batches):
                 slot = self.process_index * self.micro_batches + micro
                 first = (step * self.num_processes * self.micro_batches + slot) * self.batch_size
@@ -150,7 +152,13 @@ def batches(
     """The micro-batches of one process from `start_step` to the last step, in order."""
     train = dataset.config.train
     sampler = PositionSampler(
-        train.batch_size, train.micro_batches, process_index, num_processes, start_step, train.max_steps
+        train.batch_size,
+        train.micro_batches,
+        process_index,
+        num_processes,
+        start_step,
+        train.max_steps,
+        train.overfit_batch,
     )
     return DataLoader(
         dataset,

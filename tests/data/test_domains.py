@@ -318,6 +318,7 @@ BAD_IMAGES = {
     "cut PNG": (IMAGE[: len(IMAGE) // 2], "cut or damaged"),
     "PNG without its end": (IMAGE[:-60], "cut or damaged"),
     "flipped bits in a PNG": (IMAGE[:100] + bytes(value ^ 255 for value in IMAGE[100:140]) + IMAGE[140:-30], "damaged"),
+    "wrong bits in the middle of a PNG": (IMAGE[:300] + bytes([IMAGE[300] ^ 9]) + IMAGE[301:], "cut or damaged"),
     "cut JPEG": (JPEG[: len(JPEG) // 2], ""),
     "JPEG header only": (JPEG[:200], ""),
     "cut WebP": (png(arrays()[0], format="WEBP", lossless=True)[:200], ""),
