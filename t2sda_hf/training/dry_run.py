@@ -57,11 +57,11 @@ def rehearse(
     try:
         for method in methods_of(cfg):
             short, own = _shortened(config_of(cfg, method)), folder / method
-            arguments = {"record": described[method], "stop": stop}
             checkpoint = checkpoint_folder(own, 1)
-            run_method(_steps(short, 1), initial, domains, accelerator, own, start=Start(), **arguments)
-            again = Start(checkpoint)
-            run_method(_steps(short, 2), initial, domains, accelerator, own, start=again, **arguments)
+            for steps, start in ((1, Start()), (2, Start(checkpoint))):
+                part = replace(short, train=replace(short.train, max_steps=steps))
+                record = described[method]
+                run_method(part, initial, domains, accelerator, own, start=start, record=record, stop=stop)
             step = _seconds_per_step(own / "scalars.jsonl", cfg) if accelerator.is_main_process else 0.0
             image = _seconds_per_image(own / "student", short, domains, accelerator)
             size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
@@ -106,10 +106,6 @@ def _shortened(cfg: RunConfig) -> RunConfig:
     train = replace(cfg.train, log_every=1, save_every=1, evaluate_every=2)
     evaluation = replace(cfg.evaluation, limit=1, source_images=min(cfg.evaluation.source_images, 1))
     return replace(cfg, train=train, evaluation=evaluation, pull=replace(cfg.pull, start_step=0))
-
-
-def _steps(cfg: RunConfig, number: int) -> RunConfig:
-    return replace(cfg, train=replace(cfg.train, max_steps=number))
 
 
 def _seconds_per_step(log: Path, cfg: RunConfig) -> float:
