@@ -7,7 +7,7 @@ average, m negatives. Maps are (B,D,h,w), best in channels-last memory: their (N
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -302,6 +302,32 @@ def info_nce(queries: Tensor, prototype: Tensor, negatives: Tensor, temperature:
     return torch.logsumexp(torch.cat([positive[:, None], others], dim=1), dim=1) - positive
 
 
+class _InfoNCEOfUnitRows(torch.autograd.Function):
+    """`info_nce` with shared negatives, its gradient worked out on the spot, so that no (Q,M) matrix is kept.
+
+    With shares p of the softmax, dl/dq = (Σ p_j k_j - (1 - p⁺) k⁺)/τ. Prototype and negatives are the teacher's: they
+    get no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, prototype: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+        queries = queries / temperature
+        positive, others = queries @ prototype, queries @ negatives.T  # (Q,), (Q,M)
+        highest = torch.maximum(positive, others.amax(dim=1))
+        others.sub_(highest[:, None]).exp_()
+        total = others.sum(dim=1).add_((positive - highest).exp_())
+        share = (positive - highest).exp_() / total  # p⁺
+        direction = (others @ negatives).div_(total[:, None]) - (1 - share)[:, None] * prototype
+        ctx.save_for_backward(direction.div_(temperature))
+        return total.log_() + highest - positive
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (direction,) = ctx.saved_tensors
+        return grad[:, None] * direction, None, None, None
+
+
 def pull_loss(
     embeddings: Tensor,
     source_keys: Tensor,
@@ -334,13 +360,14 @@ def pull_loss(
         () float32, float64 if embeddings are, >= 0. Nothing to compare: 0 that is connected to `embeddings`, so every
         gradient exists.
     """
-    loss = _precise(embeddings).sum() * 0
     if not samples.classes:
-        return loss
+        return _precise(embeddings).sum() * 0
     prototypes = F.normalize(_precise(prototypes), dim=1, eps=1e-6)
     # One gather for all classes: every gather of its own would fill a dense (N,D) gradient. Normalised after it.
-    all_queries = F.normalize(_precise(as_pixels(embeddings)[torch.cat(samples.queries)]), dim=1, eps=1e-6)
+    queries = as_pixels(embeddings).index_select(0, torch.cat(samples.queries))
+    all_queries = F.normalize(_precise(queries), dim=1, eps=1e-6)
     per_class = all_queries.split([len(rows) for rows in samples.queries])
+    loss = all_queries[0].sum() * 0  # if no class has negatives, the gradient is there and zero
     for class_id, picked, from_source, from_target in zip(
         samples.classes, per_class, samples.source_negatives, samples.target_negatives, strict=True
     ):
@@ -368,14 +395,20 @@ def _info_nce_rows(
 ) -> Tensor:
     """info_nce of one class with negatives given as rows; own negatives per query go in chunks, to bound the memory."""
 
-    def gather(rows_s: Tensor, rows_t: Tensor) -> Tensor:
-        keys = [as_pixels(source_keys)[rows_s]] if rows_s.numel() else []
-        if target_keys is not None and rows_t.numel():
-            keys.append(as_pixels(target_keys)[rows_t])
-        return F.normalize(_precise(torch.cat(keys, dim=-2)), dim=-1, eps=1e-6)
+    keys = [as_pixels(source_keys)] if target_keys is None else [as_pixels(source_keys), as_pixels(target_keys)]
+
+    def gather(*rows: Tensor) -> Tensor:
+        parts = [
+            pixels.index_select(0, picked.flatten()).view(*picked.shape, -1)
+            for pixels, picked in zip(keys, rows, strict=False)
+            if picked.numel()
+        ]
+        return F.normalize(_precise(torch.cat(parts, dim=-2)), dim=-1, eps=1e-6)
 
     if from_source.ndim == 1 and from_target.ndim == 1:
-        return info_nce(queries, prototype, gather(from_source, from_target), temperature)
+        negatives = gather(from_source, from_target)
+        per_query: Tensor = _InfoNCEOfUnitRows.apply(queries, prototype, negatives, temperature)
+        return per_query
 
     def chunk(picked: Tensor, rows_s: Tensor, rows_t: Tensor) -> Tensor:
         return info_nce(picked, prototype, gather(rows_s, rows_t), temperature)

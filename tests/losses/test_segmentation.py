@@ -79,3 +79,23 @@ def test_half_precision_logits_give_a_float32_loss():
     loss = segmentation_loss(logits.bfloat16(), labels, weights)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(segmentation_loss(logits, labels, weights).item(), rel=0.02)
+
+
+@pytest.mark.parametrize("size", [(2, 3), (4, 6)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_loss_and_gradient_are_those_of_the_plain_form(size, memory_format, monkeypatch):
+    random = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, K, *size, generator=random, dtype=torch.float64).contiguous(memory_format=memory_format)
+    _, labels, weights = given()
+    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)  # so that it stays in float64
+    results = []
+    for form in ("ours", "plain"):
+        own = logits.detach().requires_grad_()
+        if form == "ours":
+            loss = segmentation_loss(own, labels, weights.double())
+        else:
+            large = F.interpolate(own.contiguous(), size=(4, 6), mode="bilinear", align_corners=False)
+            loss = (F.cross_entropy(large, labels, ignore_index=255, reduction="none") * weights.double()).mean()
+        results.append((loss, torch.autograd.grad(loss, own)[0]))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
