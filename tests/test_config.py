@@ -259,6 +259,55 @@ def test_the_written_run_is_complete():
     assert flat(written) == known
 
 
+# The register of open points: what the paper leaves open, its key, and the choice.
+REGISTER = {
+    "A1": {"translate.fda.beta": 0.01},
+    "A2": {"projector.kernel": 1, "projector.hidden": 256, "projector.dim": 256},
+    "A3": {"projector.in_index": None},  # all levels of a MiT, the last stage of a ResNet
+    "A4": {"train.precision": "tf32"},
+    "A5": {"pull.teacher_forward": "separate"},
+    "A6": {"uda.weight_scope": "batch"},
+    "A7": {"mix.source": "source", "uda.source_ce_on": "source"},
+    "A8": {"pull.sync_stats": True},
+    "A9": {"translate.reference": "paired"},
+    "A10": {"data.outer_crop": "auto"},
+    "A11": {"rcs.enabled": True, "loss_weights.feature_distance": 0.005},  # of configs/*/dacs_deeplabv2.yaml too
+    "A12": {"translate.fda.window": "square"},
+    "A13": {"translate.color_jitter.probability": 0.8, "translate.gaussian_blur.probability": 0.5},
+    "A14": {"pull.label_downscale": "nearest"},
+    "A15": {"pull.ignore_as_negative": False},
+    "A16": {"pull.class_set": ()},  # 16 names in configs/synthia_cityscapes
+    "A17": {"pull.query_sampling": "cbqs"},  # off is ceqs, see Table 8
+    "A18": {"pull.gamma_scope": "batch"},
+    "A19": {"pull.share_negatives": "class"},
+    "A20": {"pull.reduction": "mean_w"},
+    "A21": {"drw.absent_conf": "zero"},
+    "A22": {"drw.apply_to": "pull", "drw.use_valid_mask": False, "drw.normalise_over": "all"},
+    "A23": {"translate.hrda_scale": "context"},
+    "A24": {"pull.target_min_conf": 0.0},
+    "A25": {"rcs.enabled": True, "loss_weights.feature_distance": 0.005},  # both off in configs/generalization
+    "A31": {"pull.start_step": 0},
+    "A33": {"pull.augment": False},
+    "A34": {"pull.proto_momentum": 0.0},
+    "A35": {"pull.proto_prenorm": False},
+    "A37": {"loss_weights.pull": 0.1},
+    "A38": {"classes": CITYSCAPES_CLASSES},  # 19 outputs for SYNTHIA as well
+    "A40": {"data.outer_crop_size": (512, 1024)},
+}
+# Answered by a table or by what there is: the β of Table 14, sample sd, the head's feature (analyze.py), every tenth
+# source image (Table 17), the tail (Table 9), n per mini-batch, the projector in the teacher, no pull on masked images.
+WITHOUT_A_KEY = {"A26", "A27", "A28", "A29", "A30", "A32", "A36", "A39"}
+
+
+@pytest.mark.parametrize("point", REGISTER)
+def test_every_open_point_has_its_key_and_its_default(point):
+    assert {key: get(RunConfig(), key) for key in REGISTER[point]} == REGISTER[point]
+
+
+def test_no_open_point_is_left_out():
+    assert set(REGISTER) | WITHOUT_A_KEY == {f"A{number}" for number in range(1, 41)}
+
+
 # ------------------------------------------------------------------------------------------------ what is refused
 
 UNKNOWN = [  # what was written: the key that was meant

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from t2sda_hf.batch import UdaBatch, normalize
 from t2sda_hf.config import RunConfig
-from t2sda_hf.losses.pull import as_pixels
+from t2sda_hf.losses.pull import PullSamples, as_pixels
 from t2sda_hf.losses.segmentation import segmentation_loss
 from t2sda_hf.methods import METHODS, Parts, t2sda
 from t2sda_hf.methods.parts import ClassMemory
@@ -637,6 +637,58 @@ def test_two_processes_with_the_same_batch_see_what_one_sees():
     cfg = tiny_config()
     twice = all_losses(cfg, sum_over_processes=lambda statistics: 2 * statistics)
     assert twice == pytest.approx(all_losses(cfg), rel=1e-6)
+
+
+def test_two_processes_with_an_image_each_have_the_gradients_of_one_with_both(monkeypatch):
+    """Oracle: mean of the processes' gradients = gradient of the joined batch, with batch norm and samples held."""
+    cfg = tiny_config(CALM, "--loss_weights.target=0", "--pull.share_negatives=query", "--translate.engine=none")
+    whole = replace(tiny_batch(cfg), outer_source=None, style_reference=None, inner_corner=None)
+    whole.source_labels[1] = whole.source_labels[0].flip(-1)  # as many pixels of every class in both images
+    images = {name: value for name, value in vars(whole).items() if value is not None}
+    halves = [UdaBatch(**{name: value[[index]] for name, value in images.items()}) for index in (0, 1)]
+    drawn: list[PullSamples] = []
+    sample_pull = t2sda.sample_pull
+
+    def remember(*args: Any, **kwargs: Any) -> PullSamples:
+        drawn.append(sample_pull(*args, **kwargs))
+        return drawn[-1]
+
+    def joined(*args: Any, **kwargs: Any) -> PullSamples:
+        """Those of both halves; rows of the second lie behind the pixels of the first."""
+        first, second = drawn[-2:]
+        assert first.classes == second.classes
+        pixels = args[0][0].numel()
+        return PullSamples(
+            first.classes,
+            *(
+                [torch.cat([a, b + pixels]) for a, b in zip(getattr(first, name), getattr(second, name), strict=True)]
+                for name in ("queries", "source_negatives", "target_negatives")
+            ),
+        )
+
+    def gradients(batch: UdaBatch, sum_over_processes: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        parts = tiny_parts(cfg)
+        parts.student.eval()
+        parts.teacher.eval()
+        for terms in losses(cfg, parts, batch, sum_over_processes=sum_over_processes):
+            sum(terms.values()).backward()
+        return {name: p.grad for name, p in parts.student.named_parameters() if p.grad is not None}
+
+    monkeypatch.setattr(t2sda, "sample_pull", remember)
+    own: list[list[Tensor]] = [[], []]
+    for half, into in zip(halves, own, strict=True):
+        gradients(half, lambda statistics, into=into: into.append(statistics) or statistics)
+    sums = [a + b for a, b in zip(*own, strict=True)]
+    apart = [
+        gradients(half, lambda _, left=left: next(left))
+        for half, left in zip(halves, map(iter, [sums] * 2), strict=True)
+    ]
+    monkeypatch.setattr(t2sda, "sample_pull", joined)
+    together = gradients(whole, alone)
+    assert set(together) == set(apart[0])
+    for name, gradient in together.items():
+        torch.testing.assert_close((apart[0][name] + apart[1][name]) / 2, gradient, rtol=1e-4, atol=1e-5)
+    assert max((apart[0][name] - apart[1][name]).abs().max() for name in together) > 1e-3
 
 
 def test_target_labels_have_no_way_in():
