@@ -137,8 +137,8 @@ def test_dry_run_lists_cells_and_time_and_makes_nothing(table, tmp_path, monkeyp
     assert trainer.commands == []
     assert not (tmp_path / "out").exists()
     text = capsys.readouterr().out
-    assert "plain | –  seed 0: missing, about 10 min" in text
-    assert "2 runs to make, about 0.3 h (a rough figure, nothing is measured yet)" in text
+    assert "plain | –  seed 0: missing, about 2 min" in text
+    assert "2 runs to make, about 0.1 h (a rough figure, nothing is measured yet)" in text
     assert call(table, tmp_path, "--seeds", "0") == 0
     assert call(table, tmp_path, "--seeds", "0,1", "--dry-run") == 0
     text = capsys.readouterr().out
@@ -207,7 +207,7 @@ def test_scores_can_be_those_of_another_domain(table, tmp_path, monkeypatch, cap
     [
         (["table99"], "there is no table 'table99'"),
         (["table03", "--scale", "demo"], "table03 has no scale 'demo': it has paper"),
-        (["table08", "--seeds", "a"], "invalid literal"),
+        (["table08", "--seeds", "0, a"], "--seeds must be whole numbers with commas between them, like 0,1,2; got '0, a'."),
         (["table08", "--set", "pull.temprature=1"], "pull.temperature"),
         (["table08", "--set", "pull.temperature=-1"], "must be positive"),
     ],
