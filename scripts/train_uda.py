@@ -45,7 +45,7 @@ from t2sda_hf.training.build import (
     run_method,
 )
 from t2sda_hf.training.checkpoint import CheckpointError, DamagedCheckpoint, write_text
-from t2sda_hf.training.distributed import decided_by_main, lost_contact
+from t2sda_hf.training.distributed import decided_by_main, lost_contact, shards
 from t2sda_hf.training.dry_run import rehearse
 from t2sda_hf.training.masking import MaskFilter, mask, mask_uncaught
 from t2sda_hf.training.resume import Start, check_folder, config_of, lock_run, plan
@@ -147,16 +147,19 @@ def prepare(cfg: RunConfig, accelerator: Accelerator) -> tuple[Domains, T2SDAFor
             f"accelerate was given gradient_accumulation_steps {accelerator.gradient_accumulation_steps}; "
             "leave it at 1 and set train.micro_batches instead."
         )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+    known = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
+    if accelerator.distributed_type not in known:
         raise ValueError(
-            f"accelerate was started with {accelerator.distributed_type.value}, and here every process keeps the whole "
-            "student. Launch without FSDP and DeepSpeed, see configs/accelerate/."
+            f"accelerate was started with {accelerator.distributed_type.value}, which would do nothing here. Launch "
+            "as configs/accelerate/ does: one process, several with whole networks, or FSDP2."
         )
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise ValueError(
             f"accelerate was given dynamo_backend {accelerator.state.dynamo_plugin.backend.value}, which would compile "
             "the evaluation too, and rename what is saved. Leave it at no and set train.compile instead."
         )
+    if shards(accelerator) and cfg.train.compile != "none":
+        raise ValueError(f"train.compile {cfg.train.compile!r} is not built for sharded networks. Set it to none.")
     decided_by_main(lambda: check_push(cfg), accelerator, ValueError)
     check_folder(cfg)
     accelerator.wait_for_everyone()  # nobody creates it before everybody looked

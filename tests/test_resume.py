@@ -66,12 +66,6 @@ def stop_after(monkeypatch: pytest.MonkeyPatch):
     return plan
 
 
-def _run_keys() -> dict[str, str]:
-    return {
-        line.split(":", 1)[0]: line.split(":", 1)[1].strip() for line in RUN.replace(",\n  ", ", ").strip().splitlines()
-    }
-
-
 def test_resumed_runs_end_where_the_uninterrupted_one_ends(run, stop_after, tmp_path: Path) -> None:
     both = ("--baseline", "source_only")
     assert run("whole", *both) == 0

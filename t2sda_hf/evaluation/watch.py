@@ -171,9 +171,9 @@ def save_panel_of_step(
     title = f"after {done} updates: mean confidence {sure:.2f}"
     title += "" if trust is None else f", weight of pseudo-labels {trust:.2f}"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_{done:06d}.png"
-    save_grid(path, [column for column in columns if column.pictures], classes, title)
-    return path
+    path, partial = folder / f"step_{done:06d}.png", folder / ".partial.png"
+    save_grid(partial, [column for column in columns if column.pictures], classes, title)
+    return partial.replace(path)  # at once: a run that is killed leaves no half of a picture
 
 
 def _images(seen: Mapping[str, Tensor], name: str, num: int) -> list:

@@ -31,7 +31,7 @@ from ..teacher import make_teacher, with_statistics_of
 from ..translate import TranslationEngine, build_engine
 from ..translate.trained import TranslatedFolder, open_translated
 from .checkpoint import write_text
-from .distributed import broadcast_from_main
+from .distributed import broadcast_from_main, shard, shards, whole_network
 from .loop import Run, train
 from .masking import mask
 from .optim import make_optimizer
@@ -170,9 +170,7 @@ def records(cfg: RunConfig, domains: Domains, accelerator: Accelerator) -> dict[
     source = fingerprint(domains.source, domains.source_counts)
     target = fingerprint(domains.target) if domains.target is not None else None
     return {
-        method: describe(
-            config_of(cfg, method), source, target if method == "t2sda" else None, accelerator.num_processes
-        )
+        method: describe(config_of(cfg, method), source, target if method == "t2sda" else None, accelerator)
         for method in methods_of(cfg)
     }
 
@@ -233,8 +231,11 @@ def run_method(
     """
     if start.results is not None:
         return start.results
-    student = deepcopy(initial).to(accelerator.device)
-    broadcast_from_main([*student.parameters(), *student.buffers()], accelerator)
+    sharded = shards(accelerator)
+    student = deepcopy(initial)
+    if not sharded:  # which may be too large to be whole on the device together with its teacher
+        student = student.to(accelerator.device)
+        broadcast_from_main([*student.parameters(), *student.buffers()], accelerator)
     imagenet = None
     if cfg.method != "source_only" and cfg.loss_weights.feature_distance:
         # The frozen copy is taken before training, so it is the pretrained encoder itself.
@@ -249,6 +250,15 @@ def run_method(
     )
     if cfg.train.compile != "none":
         compile_networks([parts.student, parts.teacher], cfg.train.compile)
+    like = initial
+    if sharded:
+        like = accelerator.prepare_model(deepcopy(initial), evaluation_mode=True)
+        for network in (parts.student, parts.teacher, *([] if imagenet is None else [imagenet])):
+            shard(network, accelerator)
+
+    def whole(network: nn.Module) -> nn.Module:
+        return whole_network(network, like, accelerator)
+
     rare = None
     if cfg.rcs.enabled:
         rare = rare_classes(domains.source_counts, cfg.rcs.temperature, cfg.rcs.min_pixels)
@@ -268,7 +278,7 @@ def run_method(
         # As written: images of another size, once in thousands of steps, are not worth another compilation.
         with torch.compiler.set_stance("force_eager") if cfg.train.compile != "none" else nullcontext():
             return evaluate_model(
-                model,
+                whole(model),
                 domain,
                 image_size=image_size,
                 classes=cfg.classes,
@@ -283,7 +293,7 @@ def run_method(
     source_size = domains.source.network_size()
 
     def others() -> dict[str, dict[str, Any]]:
-        teacher = with_statistics_of(parts.teacher, parts.student) if cfg.method != "source_only" else None
+        teacher = with_statistics_of(whole(parts.teacher), parts.student) if cfg.method != "source_only" else None
         results = {} if teacher is None else {"teacher": evaluate(teacher)}
         if cfg.evaluation.source_images:
             results["student_source"] = evaluate(parts.student, seen_before, source_size)
@@ -306,7 +316,20 @@ def run_method(
     loader.worker_init_fn = leave_signals_to_parent
     method = METHODS[cfg.method]
     run = Run(
-        cfg, folder, accelerator, parts, method, iter(loader), optimizer, evaluate, save, stop, watch, others, record
+        cfg,
+        folder,
+        accelerator,
+        parts,
+        method,
+        iter(loader),
+        optimizer,
+        evaluate,
+        save,
+        stop,
+        watch,
+        others,
+        record,
+        whole,
     )
     train(run, progress)
 

@@ -117,7 +117,7 @@ def write_checkpoint(
     save: Callable[[nn.Module, Path], None],
     student: nn.Module,
     teacher: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Mapping[str, Tensor],
     processes: list[dict[str, Tensor]],
     state: Mapping[str, Any],
 ) -> None:
@@ -126,15 +126,15 @@ def write_checkpoint(
     Args:
         target: its folder, see `checkpoint_folder`.
         save: writes a network as a `from_pretrained` folder.
-        student, teacher, optimizer: as they are; the optimiser has made at least one step.
+        student, teacher: as they are, whole.
+        optimizer: `optimizer_tensors`, whole.
         processes: per process what only it has, by name.
         state: JSON.
 
     Raises:
         CheckpointError: see `write_folder`; also if a number to be saved is not finite: nobody can go on from it.
     """
-    named = {"student": dict(student.state_dict()), "teacher": dict(teacher.state_dict())}
-    named["optimizer"] = optimizer_tensors(student, optimizer)
+    named = {"student": dict(student.state_dict()), "teacher": dict(teacher.state_dict()), "optimizer": dict(optimizer)}
     for part, tensors in named.items():
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -266,31 +266,29 @@ def read_checkpoint(folder: Path, network: type[PreTrainedModel]) -> Content:
     return Content(student, teacher, optimizer, processes, state)
 
 
-def restore(content: Content, student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint into the networks and the optimiser: everything, or nothing.
-
-    Raises:
-        DamagedCheckpoint: naming the tensor that is missing, unknown or of another shape. Nothing was changed.
-    """
+def live_tensors(
+    student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, dict[str, Tensor]]:
+    """What of a run a checkpoint is put into, by part and name, in the same order on every process."""
     allocate_state(optimizer)
-    live = {"student": student.state_dict(), "teacher": teacher.state_dict()}
-    live["optimizer"] = optimizer_tensors(student, optimizer)
-    read = {"student": content.student, "teacher": content.teacher, "optimizer": content.optimizer}
+    live = {"student": dict(student.state_dict()), "teacher": dict(teacher.state_dict())}
+    return live | {"optimizer": optimizer_tensors(student, optimizer)}
+
+
+def check_fits(content: Content, live: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raise DamagedCheckpoint naming the first tensor that is missing, unknown, or of another shape or type."""
     for part, tensors in live.items():
-        strangers = sorted(tensors.keys() ^ read[part].keys())
+        read: dict[str, Tensor] = getattr(content, part)
+        strangers = sorted(tensors.keys() ^ read.keys())
         if strangers:
             raise DamagedCheckpoint(f"{part} tensor {strangers[0]} is only in the checkpoint or only in the run")
         for name, tensor in tensors.items():
-            given = read[part][name]
+            given = read[name]
             if given.shape != tensor.shape or given.dtype != tensor.dtype:
                 raise DamagedCheckpoint(
                     f"{part} tensor {name} is {tuple(given.shape)} {given.dtype} in the checkpoint, and "
                     f"{tuple(tensor.shape)} {tensor.dtype} in the run"
                 )
-    with torch.no_grad():
-        for part, tensors in live.items():
-            for name, tensor in tensors.items():
-                tensor.copy_(read[part][name])
 
 
 def optimizer_tensors(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -2,16 +2,29 @@
 
 One backward per loss term frees each graph before the next is built; a DDP wrapper cannot do that, and needs every
 parameter in every graph. So the average is ours.
+
+Launched with FSDP2, the networks are sharded instead: of every parameter, its gradient, its AdamW moments and its
+teacher's copy a process keeps one piece. torch's `fully_shard` puts a block together where it is used and averages its
+gradient after each backward. All else is elementwise on the pieces, or asks here for whole tensors.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.environment import parse_flag_from_env
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from transformers.models.segformer.modeling_segformer import SegformerLayer
+
+from ..models.resnet import Bottleneck
 
 BUCKET_ELEMENTS = 16_000_000  # 64 MB of float32 in flight
 
@@ -21,6 +34,72 @@ def broadcast_from_main(tensors: Iterable[Tensor], accelerator: Accelerator) -> 
     if accelerator.num_processes > 1:
         for tensor in tensors:
             torch.distributed.broadcast(tensor.data, src=0)
+
+
+def shards(accelerator: Accelerator) -> bool:
+    """Whether the networks of this run are sharded: as accelerate was launched, also where it drops FSDP itself (CPU).
+
+    Raises:
+        ValueError: for a kind of FSDP that is not built.
+    """
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return False
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise ValueError("accelerate was given fsdp_version 1; set fsdp_version: 2, see configs/accelerate/fsdp2.yaml.")
+    for name, instead in (
+        ("FSDP_OFFLOAD_PARAMS", "add processes"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "set model.activation_checkpointing"),
+    ):
+        if parse_flag_from_env(name):
+            raise ValueError(f"accelerate was given {name.lower()}, which is not built here: {instead} instead.")
+    return accelerator.num_processes > 1
+
+
+def shard(network: nn.Module, accelerator: Accelerator) -> None:
+    """Leave on this process one piece of every parameter, in place; buffers stay whole. Collective."""
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for module in network.modules():
+        if isinstance(module, SegformerLayer | Bottleneck):
+            fully_shard(module, mesh=mesh)
+    # By default the outermost part would stay whole after a forward, and so after those of the teacher.
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)
+    for buffer in network.buffers():
+        buffer.data = buffer.data.to(accelerator.device)
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together; any other as it is. Collective if it is sharded."""
+    whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach()
+
+
+def whole_network(network: nn.Module, like: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """A copy of a sharded network that is whole on every process; any other network as it is. Collective.
+
+    Args:
+        network: sharded or not.
+        like: the same network before it was sharded, with any weights; not changed.
+        accelerator: of this process.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in network.parameters()):
+        return network
+    copied = deepcopy(like).to(accelerator.device)
+    own = copied.state_dict()  # of the same memory
+    for name, tensor in network.state_dict().items():  # one at a time
+        own[name].copy_(whole_tensor(tensor))
+    return copied
+
+
+def take_from_main(tensor: Tensor, given: Tensor | None, accelerator: Accelerator) -> None:
+    """Put a whole tensor that only the main process has (`given`) into `tensor` of every process. Collective."""
+    if isinstance(tensor, DTensor):
+        if given is None:
+            given = torch.empty(tensor.shape, dtype=tensor.dtype)
+        tensor.copy_(distribute_tensor(given.to(accelerator.device), tensor.device_mesh, tensor.placements))
+        return
+    if given is not None:
+        tensor.copy_(given)
+    broadcast_from_main([tensor], accelerator)
 
 
 def decided_by_main(decide: Callable[[], Any], accelerator: Accelerator, *refusals: type[Exception]) -> Any:
@@ -61,7 +140,8 @@ def average_gradients(student: nn.Module, accelerator: Accelerator, micro_batche
     """Replace every gradient by its mean over micro-batches and processes. Collective: every process, every step.
 
     A missing gradient counts as 0 and exists afterwards, so all processes step the same parameters. The running
-    statistics of batch norm are averaged along, which keeps the students of all processes equal.
+    statistics of batch norm are averaged along, which keeps the students of all processes equal. Gradients of a
+    sharded student were averaged in the backward.
     """
     parameters = [p for p in student.parameters() if p.requires_grad]
     for parameter in parameters:
@@ -78,7 +158,7 @@ def average_gradients(student: nn.Module, accelerator: Accelerator, micro_batche
             for buffer in (module.running_mean, module.running_var)
             if buffer is not None
         ]
-        for bucket in _buckets(gradients + statistics):
+        for bucket in _buckets([g for g in gradients if not isinstance(g, DTensor)] + statistics):
             flat = torch.cat([tensor.flatten() for tensor in bucket])
             torch.distributed.all_reduce(flat)
             flat /= accelerator.num_processes

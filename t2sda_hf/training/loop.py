@@ -24,8 +24,16 @@ from ..evaluation.watch import (
 )
 from ..methods import Method, Parts
 from ..teacher import ema_momentum, update_teacher
-from .checkpoint import CheckpointError, Progress, checkpoint_folder, keep_newest, write_checkpoint, write_folder
-from .distributed import average_gradients, decided_by_main, largest
+from .checkpoint import (
+    CheckpointError,
+    Progress,
+    checkpoint_folder,
+    keep_newest,
+    optimizer_tensors,
+    write_checkpoint,
+    write_folder,
+)
+from .distributed import average_gradients, decided_by_main, largest, whole_tensor
 from .optim import learning_rate_factor, set_learning_rate
 from .seeding import seed_step
 from .stopping import Stopped, StopRequest
@@ -49,6 +57,7 @@ class Run:
     watch: Watch | None = None  # proxies, pictures of pseudo-labels; see `observe`
     others: Callable[[], dict[str, dict[str, Any]]] = dict  # results of whatever else is evaluated beside the student
     record: Mapping[str, Any] = field(default_factory=dict)  # what the weights depend on, kept in every checkpoint
+    whole: Callable[[nn.Module], nn.Module] = lambda network: network  # a copy of a sharded network. Collective
 
 
 def train(run: Run, start: Progress | None = None) -> None:
@@ -99,8 +108,10 @@ def train(run: Run, start: Progress | None = None) -> None:
                 raise Stopped(stop)
         observe(run, limit.max_steps, tracker, {})  # of the last weights the evaluation comes after the training
 
+    exported = run.whole(student)
+
     def export() -> None:
-        write_folder(run.folder / "student", lambda folder: run.save(student, folder), manifest=False)
+        write_folder(run.folder / "student", lambda folder: run.save(exported, folder), manifest=False)
 
     decided_by_main(export, run.accelerator, CheckpointError)
 
@@ -132,10 +143,12 @@ def update(run: Run, step: int, tracker: Tracker) -> float:
             seen.append({name: value.detach() for name, value in terms.items()})
         if run.watch is not None:
             run.watch.look(run.parts.seen)
-    own = _broken_gradient(student) if accelerator.num_processes > 1 else None  # before the average spreads it
+    # Before the average spreads it. Of a sharded student it is in the pieces of all processes already.
+    own = _broken_gradient(student) if accelerator.num_processes > 1 else None
     average_gradients(student, accelerator, cfg.train.micro_batches)  # collective: every rank, every step
     norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters() if p.grad is not None])
-    finite = torch.isfinite(torch.stack([norm, *(v.float() for terms in seen for v in terms.values())])).all()
+    numbers = [whole_tensor(norm), *(v.float() for terms in seen for v in terms.values())]
+    finite = torch.isfinite(torch.stack(numbers)).all()
     if largest(int(not finite), accelerator):  # on every process or on none
         guilty = _broken_loss(seen) or own or (_broken_gradient(student) if accelerator.num_processes == 1 else None)
         run.optimizer.zero_grad()
@@ -160,15 +173,16 @@ def observe(run: Run, done: int, tracker: Tracker, results: dict[str, dict[str, 
     if results or proxies:
         tracker.observed(done, results, proxies)
 
+    if not decided_by_main(lambda: selects(run.folder, run.cfg.select, proxies), run.accelerator):
+        return
+    best = run.whole(run.parts.student)
+
+    def write(folder: Path) -> None:
+        run.save(best, folder)
+        described = describe_selected(run.cfg.select, proxies, done)
+        (folder / SELECTED_FILE).write_text(described, encoding="utf-8")
+
     def keep() -> None:
-        if not selects(run.folder, run.cfg.select, proxies):
-            return
-
-        def write(folder: Path) -> None:
-            run.save(run.parts.student, folder)
-            described = describe_selected(run.cfg.select, proxies, done)
-            (folder / SELECTED_FILE).write_text(described, encoding="utf-8")
-
         write_folder(run.folder / SELECTED, write, manifest=False)
 
     decided_by_main(keep, run.accelerator, CheckpointError)
@@ -192,14 +206,16 @@ def save_checkpoint(run: Run, tracker: Tracker, done: int) -> None:
     mine = {f"memory.{name}": buffer.cpu() for name, buffer in parts.memory.named_buffers()}
     mine |= {f"log.{name}": values for name, values in progress.log.items()}
     processes = gather_object([mine])
+    student, teacher = run.whole(parts.student), run.whole(parts.teacher)
+    optimizer = {name: whole_tensor(own) for name, own in optimizer_tensors(parts.student, run.optimizer).items()}
 
     def write() -> None:
         write_checkpoint(
             checkpoint_folder(run.folder, done),
             save=run.save,
-            student=parts.student,
-            teacher=parts.teacher,
-            optimizer=run.optimizer,
+            student=student,
+            teacher=teacher,
+            optimizer=optimizer,
             processes=processes,
             state={"method": run.cfg.method, "step": done, "skipped": progress.skipped, **run.record},
         )
@@ -239,9 +255,9 @@ def _broken_loss(seen: list[dict[str, Tensor]]) -> str | None:
 
 def _broken_gradient(student: nn.Module) -> str | None:
     gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
-    if torch.isfinite(torch.nn.utils.get_total_norm(list(gradients.values()))):
+    if torch.isfinite(whole_tensor(torch.nn.utils.get_total_norm(list(gradients.values())))):
         return None
-    broken = (name for name, gradient in gradients.items() if not torch.isfinite(gradient).all())
+    broken = (name for name, gradient in gradients.items() if not torch.isfinite(whole_tensor(gradient)).all())
     return f"the gradient of {next(broken, 'several parameters together')} is not finite"
 
 

@@ -20,19 +20,20 @@ from filelock import FileLock, Timeout
 from ..config import RunConfig, dump_config
 from ..data.domains import Domain
 from ..methods import Parts
+from ..models import T2SDAForSemanticSegmentation
 from .checkpoint import (
+    Content,
     DamagedCheckpoint,
     Progress,
-    allocate_state,
+    check_fits,
     checkpoints,
+    live_tensors,
     newest_valid,
-    optimizer_tensors,
     read_checkpoint,
-    restore,
     sweep,
     verify,
 )
-from .distributed import broadcast_from_main, decided_by_main
+from .distributed import decided_by_main, shards, take_from_main
 from .masking import mask
 
 logger = logging.getLogger(__name__)
@@ -120,13 +121,14 @@ def config_of(cfg: RunConfig, method: Any) -> RunConfig:
     return replace(cfg, method=method, baseline="none", resume=None, allow_changes=())
 
 
-def describe(cfg: RunConfig, source: str, target: str | None, num_processes: int) -> dict[str, Any]:
+def describe(cfg: RunConfig, source: str, target: str | None, accelerator: Accelerator) -> dict[str, Any]:
     """What a method's weights depend on, for JSON. `source` and `target` are fingerprints of the data it reads."""
     return {
         "config": json.loads(json.dumps(yaml.safe_load(mask(dump_config(cfg))))),  # as it will be read
         "source_data": source,
         "target_data": target,
-        "num_processes": num_processes,
+        "num_processes": accelerator.num_processes,
+        "sharded": shards(accelerator),
         "versions": {name: version(name) for name in ("t2sda_hf", "torch", "transformers", "accelerate")},
     }
 
@@ -179,15 +181,19 @@ def load_run(
     if checkpoint is None:
         return Progress()
 
+    live = live_tensors(parts.student, parts.teacher, optimizer)
+    read: list[Content] = []
+
     def load() -> tuple[dict[str, Any], list[dict[str, torch.Tensor]]]:
-        content = read_checkpoint(checkpoint, type(accelerator.unwrap_model(parts.student)))
-        restore(content, parts.student, parts.teacher, optimizer)
+        content = read_checkpoint(checkpoint, T2SDAForSemanticSegmentation)
+        check_fits(content, live)
+        read.append(content)
         return content.state, content.processes
 
     state, processes = decided_by_main(load, accelerator, DamagedCheckpoint)
-    allocate_state(optimizer)
-    networks = [tensor for module in (parts.student, parts.teacher) for tensor in module.state_dict().values()]
-    broadcast_from_main([*networks, *optimizer_tensors(parts.student, optimizer).values()], accelerator)
+    for part, tensors in live.items():
+        for name, tensor in tensors.items():
+            take_from_main(tensor, getattr(read[0], part)[name] if read else None, accelerator)
     own = processes[accelerator.process_index % len(processes)]  # another number of processes has to be allowed
     memory = {name.removeprefix("memory."): value for name, value in own.items() if name.startswith("memory.")}
     parts.memory.load_state_dict(memory)
@@ -257,8 +263,8 @@ def _compare(state: dict[str, Any], record: dict[str, Any], path: Path, allowed:
         )  # a key that is newer than the checkpoint had its default
         if pair[0] != pair[1]:
             changed[key] = pair
-    for key in ("source_data", "target_data", "num_processes"):
-        if state[key] != record[key]:
+    for key in ("source_data", "target_data", "num_processes", "sharded"):
+        if state.get(key, record[key]) != record[key]:
             changed[key] = (state[key], record[key])
     for name, now_version in record["versions"].items():
         if state["versions"].get(name) != now_version:

@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from t2sda_hf.config import load_config
+from t2sda_hf.evaluation import watch
 from t2sda_hf.training.checkpoint import DamagedCheckpoint, checkpoints, verify
 from t2sda_hf.training.stopping import StopRequest
 
@@ -48,6 +49,7 @@ optim: {{lr: 1e-3, warmup_steps: 4}}
 train: {{max_steps: {STEPS}, batch_size: 1, log_every: 2, save_every: {SAVE_EVERY}, evaluate_every: 5, num_threads: 1,
         log_with: [], timeout_seconds: 10}}
 loss_weights: {{feature_distance: 0}}
+evaluation: {{source_images: 1}}
 """
 FILES = ("student/model.safetensors", "teacher/model.safetensors", "optimizer.safetensors", "processes.safetensors")
 Plant = Callable[[], None]
@@ -76,8 +78,10 @@ class Arena:
         cfg = load_config(self.config)
         domains = self.script.open_domains(cfg, SimpleNamespace(num_processes=1))
         self.script.open_domains = lambda *_: domains  # read once for all
-        self.script.save_panel = lambda *_: None  # a picture of the result
-        self.script.write_page = lambda folder: folder / "index.html"  # charts
+        # Pictures and charts take matplotlib longer than the training; of a panel the file is written, not the picture.
+        self.script.save_panel = lambda *_: None
+        self.script.write_page = lambda folder: folder / "index.html"
+        watch.save_grid = lambda path, *_: path.write_bytes(b"a picture")
 
     def start(
         self, out: Path, *arguments: str, plant: Plant | None = None, environment: dict[str, str] | None = None
@@ -107,12 +111,15 @@ class Arena:
             sys.stderr.flush()
             os._exit(code)
 
-    def start_two(self, out: Path, *arguments: str, plant: Callable[[int], None] | None = None) -> list[int]:
+    def start_two(
+        self, out: Path, *arguments: str, plant: Callable[[int], None] | None = None, **environment: str
+    ) -> list[int]:
         """Start a run of two gloo processes."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        common |= environment
         return [
             self.start(
                 out,
@@ -126,8 +133,10 @@ class Arena:
     def run(self, out: Path, *arguments: str, plant: Plant | None = None, **environment: str) -> int:
         return finish(self.start(out, *arguments, plant=plant, environment=environment))
 
-    def run_two(self, out: Path, *arguments: str, plant: Callable[[int], None] | None = None) -> list[int]:
-        return [finish(child) for child in self.start_two(out, *arguments, plant=plant)]
+    def run_two(
+        self, out: Path, *arguments: str, plant: Callable[[int], None] | None = None, **environment: str
+    ) -> list[int]:
+        return [finish(child) for child in self.start_two(out, *arguments, plant=plant, **environment)]
 
     def clear(self, out: Path) -> None:
         shutil.rmtree(out, ignore_errors=True)

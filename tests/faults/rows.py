@@ -72,24 +72,28 @@ class Yard(Arena):
         if key not in self._known:
             out = self.folder / "undisturbed"
             self.clear(out)
-            run = (lambda *a: max(self.run_two(out, *a))) if two else (lambda *a: self.run(out, *a, **environment))
-            code = run(*arguments, *KEEP_ALL)
+            if two:
+                code = max(self.run_two(out, *arguments, *KEEP_ALL, **environment))
+            else:
+                code = self.run(out, *arguments, *KEEP_ALL, **environment)
             assert code == 0, "".join(log.read_text() for log in out.parent.glob("undisturbed*.log"))[-3000:]
             self._known[key] = outcome(out), states(out)
         return self._known[key]
 
-    def judge(self, row: Row, out: Path, *arguments: str, two: bool = False, note: str = "") -> None:
+    def judge(
+        self, row: Row, out: Path, *arguments: str, two: bool = False, note: str = "", **environment: str
+    ) -> None:
         """Compare what a fault left with the undisturbed run, resume, compare again, count, and clean up."""
-        expected, at = self.undisturbed(*arguments, two=two)
+        expected, at = self.undisturbed(*arguments, two=two, **environment)
         if any(content != at.get(step) for step, content in states(out).items()):
             row.count("mixed", note)
         elif not self.bounded(out):
             row.count("lost", f"{note}: more than {SAVE_EVERY} steps lost")
         else:
             if two:
-                codes = self.run_two(out, *arguments, *RESUME)
+                codes = self.run_two(out, *arguments, *RESUME, **environment)
             else:
-                codes = [self.run(out, *arguments, *RESUME)]
+                codes = [self.run(out, *arguments, *RESUME, **environment)]
             if any(codes):
                 said = "".join(log.read_text() for log in out.parent.glob(f"{out.name}*.log"))
                 row.count("lost", f"{note}: resuming ends with {codes}: {said[-600:]}")
@@ -393,6 +397,40 @@ def not_finite(yard: Yard, trials: int) -> Row:
     return row
 
 
+def not_finite_in_one(yard: Yard, trials: int) -> Row:
+    """The same on the second of two processes: it is named, and nothing of it reaches the weights of either."""
+    row, out = Row("not finite on one of two processes"), yard.folder / "nan_two"
+    plants = {
+        "loss": (_spoiled_loss("target", float("nan")), "loss 'target' is nan on process 1"),
+        "gradient": (_spoiled_gradient, "the gradient of .* is not finite on process 1"),
+    }
+    for index, (name, policy) in zip(
+        range(trials), [(name, policy) for policy in ("stop", "skip") for name in plants], strict=False
+    ):
+        spoil, named = plants[name]
+        skips = ("--train.non_finite", "skip") if policy == "skip" else ()
+
+        def plant(rank: int, spoil: Callable = spoil) -> None:
+            _planted_at(8, spoil if rank == 1 else lambda run: lambda: None)
+
+        codes = yard.run_two(out, *skips, plant=plant)
+        texts = [log_of(out, rank).read_text() for rank in "01"]
+        note = f"{name}, {policy}, {index}: exit {codes}: {texts[0][-600:]}"
+        if any("changed by" in text for text in texts):
+            row.count("lost", note)
+        elif not re.search(f"{named}(, in)? step 8|step 8 skipped: {named}", texts[0]) or "on process 0" in texts[0]:
+            row.count("silent", note)
+        elif policy == "skip":
+            right = codes == [0, 0] and verify(checkpoints(out / "t2sda")[-1])["skipped"] == 1
+            row.count("survived" if right else "lost", note)
+        elif codes != [1, 1]:
+            row.count("lost", note)
+        else:
+            yard.judge(row, out, two=True, note=note)
+        yard.clear(out)
+    return row
+
+
 def _planted_at(step: int, spoil: Callable[[loop.Run], Callable[[], None]]) -> None:
     """Spoil one update, and watch that it leaves student, teacher, optimiser and memory as they were."""
     update = loop.update
@@ -512,6 +550,22 @@ def two_stopped(yard: Yard, trials: int) -> Row:
             yard.clear(out)
         else:
             yard.judge(row, out, two=True, note=f"stopped at {stop}")
+    return row
+
+
+def two_sharded(yard: Yard, trials: int) -> Row:
+    """Two processes with pieces of the networks (FSDP2): stopped, or one killed, they resume to the same result."""
+    row, out = Row("two sharded processes"), yard.folder / "sharded"
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    for index, stop in zip(range(trials), _round((7, 4, 9)), strict=False):
+        number = (signal.SIGTERM, signal.SIGKILL)[index % 2]
+        plant = at_update(stop, signal_self(number))
+        codes = yard.run_two(out, plant=lambda rank, plant=plant: plant() if rank == 1 else None, **fsdp)
+        if codes != ([143, 143] if number == signal.SIGTERM else [1, -number]):
+            row.count("lost", f"{codes}: {log_of(out, '0').read_text()[-500:]}")
+            yard.clear(out)
+        else:
+            yard.judge(row, out, two=True, note=f"{number.name} at {stop}", **fsdp)
     return row
 
 

@@ -17,19 +17,30 @@ FOLDER = Path(__file__).parents[2] / "configs" / "accelerate"
 def test_a_launch_file_is_known_to_accelerate_and_not_refused_here(path: Path) -> None:
     launch = load_config_from_file(str(path))  # refuses unknown keys
     assert launch.mixed_precision in ("no", "bf16")
-    assert launch.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
+    assert launch.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.FSDP)
     assert launch.num_processes % launch.num_machines == 0
-    assert (launch.num_processes > 1) == (launch.distributed_type == DistributedType.MULTI_GPU)
+    assert (launch.num_processes > 1) == (launch.distributed_type != DistributedType.NO)
+    assert (launch.fsdp_config or {}).get("fsdp_version", 2) == 2
 
 
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_sharding_is_refused_not_ignored(kind: DistributedType, tmp_path: Path) -> None:
-    """Launched so, accelerate would shard nothing here and say nothing."""
-
+@pytest.mark.parametrize(
+    ("kind", "variables", "said"),
+    [
+        (DistributedType.DEEPSPEED, {}, "DEEPSPEED.*FSDP2"),
+        (DistributedType.FSDP, {"FSDP_VERSION": "1"}, "fsdp_version: 2"),
+        (DistributedType.MULTI_CPU, {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
+        (DistributedType.FSDP, {"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "set model.activation"),
+    ],
+)
+def test_sharding_of_another_kind_is_refused_not_ignored(
+    kind: DistributedType, variables: dict[str, str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Sharded:
-        mixed_precision, gradient_accumulation_steps, distributed_type = "no", 1, kind
+        mixed_precision, gradient_accumulation_steps, distributed_type, num_processes = "no", 1, kind, 2
         wait_for_everyone = Accelerator.wait_for_everyone
 
+    for name, value in {"ACCELERATE_USE_FSDP": "true", **variables}.items():
+        monkeypatch.setenv(name, value)
     (tmp_path / "run.yaml").write_text(RUN, encoding="utf-8")
-    with pytest.raises(ValueError, match=f"{kind.value}.*whole student"):
+    with pytest.raises(ValueError, match=said):
         load_script().prepare(load_config(tmp_path / "run.yaml"), Sharded())

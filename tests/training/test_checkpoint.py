@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny import tiny_config, tiny_model, tiny_parts
 from torch import Tensor, nn
 
 from t2sda_hf.methods import Parts
 from t2sda_hf.models import T2SDAForSemanticSegmentation
+from t2sda_hf.training import resume
 from t2sda_hf.training.checkpoint import (
     MANIFEST,
     CheckpointError,
@@ -25,7 +27,6 @@ from t2sda_hf.training.checkpoint import (
     newest_valid,
     optimizer_tensors,
     read_checkpoint,
-    restore,
     sweep,
     verify,
     write_checkpoint,
@@ -33,12 +34,14 @@ from t2sda_hf.training.checkpoint import (
     write_text,
 )
 from t2sda_hf.training.optim import make_optimizer
+from t2sda_hf.training.resume import load_run
 
 
 def stepped(seed: int, steps: int = 2) -> tuple[Parts, torch.optim.Optimizer]:
     """Networks and an optimiser that has made some steps on made-up gradients."""
     cfg = tiny_config()
     parts = tiny_parts(cfg, seed)
+    parts.memory.seen[1] = steps > 0
     optimizer = make_optimizer(parts.student.encoder, parts.student, cfg.optim)
     random = torch.Generator().manual_seed(seed)
     for _ in range(steps):
@@ -50,13 +53,14 @@ def stepped(seed: int, steps: int = 2) -> tuple[Parts, torch.optim.Optimizer]:
 
 def write(folder: Path, step: int, parts: Parts, optimizer: torch.optim.Optimizer) -> Path:
     target = checkpoint_folder(folder, step)
+    memory = {f"memory.{name}": buffer for name, buffer in parts.memory.named_buffers()}
     write_checkpoint(
         target,
         save=lambda network, path: network.save_pretrained(path),
         student=parts.student,
         teacher=parts.teacher,
-        optimizer=optimizer,
-        processes=[{"memory.seen": torch.tensor([True, False])}, {"log.source": torch.tensor([0.1, 1e-30])}],
+        optimizer=optimizer_tensors(parts.student, optimizer),
+        processes=[{**memory, "log.source": torch.tensor([0.1, 1e-30])}],
         state={"method": "t2sda", "step": step, "skipped": 0},
     )
     return target
@@ -95,12 +99,11 @@ def test_what_is_written_is_read_into_another_run(kept: Path) -> None:
         everything(parts, optimizer)["student.decode_head.classifier.weight"],
         written["student.decode_head.classifier.weight"],
     )
-    content = read_checkpoint(checkpoint_folder(kept, 10), T2SDAForSemanticSegmentation)
-    restore(content, parts.student, parts.teacher, optimizer)
+    progress = load_run(checkpoint_folder(kept, 10), parts, optimizer, Accelerator(cpu=True))
     assert_equal(everything(parts, optimizer), written)
-    assert content.state["step"] == 10
-    assert content.processes[0]["memory.seen"].tolist() == [True, False]
-    assert torch.equal(content.processes[1]["log.source"], torch.tensor([0.1, 1e-30]))
+    assert progress.step == 10
+    assert parts.memory.seen.tolist() == stepped(10)[0].memory.seen.tolist() == [False, True, False, False, False]
+    assert torch.equal(progress.log["source"], torch.tensor([0.1, 1e-30]))
 
     # The next step is the one the other run would have made.
     other, other_optimizer = stepped(10)
@@ -198,10 +201,11 @@ def test_another_format_is_not_guessed(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["student", "teacher", "optimizer"])
-def test_a_load_that_fails_changes_nothing(kept: Path, part: str) -> None:
+def test_a_load_that_fails_changes_nothing(kept: Path, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parts, optimizer = stepped(3)
     before, randomness = everything(parts, optimizer), torch.get_rng_state()
     content = read_checkpoint(checkpoint_folder(kept, 10), T2SDAForSemanticSegmentation)
+    monkeypatch.setattr(resume, "read_checkpoint", lambda *_: content)
     tensors = getattr(content, part)
     last = sorted(tensors)[-1]
     good = tensors[last]
@@ -215,7 +219,7 @@ def test_a_load_that_fails_changes_nothing(kept: Path, part: str) -> None:
         else:
             tensors[last] = wrong
         with pytest.raises(DamagedCheckpoint, match=words):
-            restore(content, parts.student, parts.teacher, optimizer)
+            load_run(checkpoint_folder(kept, 10), parts, optimizer, Accelerator(cpu=True))
         assert_equal(everything(parts, optimizer), before)
     assert torch.equal(torch.get_rng_state(), randomness)
 
