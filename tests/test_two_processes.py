@@ -35,11 +35,15 @@ loss_weights: {feature_distance: 0}
 """
 
 
-def launch(processes: int, script: str, *arguments: str) -> str:
+def launch(processes: int, script: str, *arguments: str, launch_file: str | None = None) -> str:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     # On a CPU accelerate starts several processes only this way: --cpu would silently start one.
-    command += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--cpu"]
+    command += ["--main_process_port", "0"] if processes > 1 else ["--cpu"]
+    if launch_file is not None:
+        command += ["--config_file", launch_file]
+    elif processes > 1:
+        command += ["--multi_gpu"]
     environment = os.environ | {
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
@@ -52,7 +56,7 @@ def launch(processes: int, script: str, *arguments: str) -> str:
     return done.stdout
 
 
-def train(folder: Path, processes: int, *arguments: str) -> dict:
+def train(folder: Path, processes: int, *arguments: str, launch_file: str | None = None) -> dict:
     folder.parent.mkdir(parents=True, exist_ok=True)
     config = folder.parent / "tiny.yaml"
     config.write_text(TINY_RUN, encoding="utf-8")
@@ -61,7 +65,8 @@ def train(folder: Path, processes: int, *arguments: str) -> dict:
     torch.manual_seed(0)
     SegformerModel(SegformerConfig(**sizes)).save_pretrained(encoder)
     arguments += ("--model.pretrained", str(encoder), "--loss_weights.feature_distance", "0.005")
-    launch(processes, "scripts/train_uda.py", "--config", str(config), "--output_dir", str(folder), *arguments)
+    run = ("--config", str(config), "--output_dir", str(folder), *arguments)
+    launch(processes, "scripts/train_uda.py", *run, launch_file=launch_file)
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
@@ -89,20 +94,35 @@ def test_statistics_equal_those_of_the_joined_batch(tmp_path: Path) -> None:
     assert not torch.equal(ranks[0]["importance_mean"], ranks[0]["importance"])
 
 
-def test_two_processes_equal_two_micro_batches_in_one_process(tmp_path: Path) -> None:
-    local = ("--pull.sync_stats", "false")
-    two = train(tmp_path / "two", 2, *local)
-    assert two["num_processes"] == 2
-    one = train(tmp_path / "one", 1, *local, "--train.micro_batches", "2")
-    assert one["num_processes"] == 1
+LOCAL = ("--pull.sync_stats", "false", "--optim.max_grad_norm", "1")
 
-    # Terms averaged over processes are those averaged over micro-batches, at every step.
-    for left, right in zip(scalars(tmp_path / "two"), scalars(tmp_path / "one"), strict=True):
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run of two processes, each with its own statistics."""
+    folder = tmp_path_factory.mktemp("runs") / "two"
+    assert train(folder, 2, *LOCAL)["num_processes"] == 2
+    return folder
+
+
+def assert_losses_close(one: Path, other: Path) -> None:
+    """Terms averaged over processes, at every step."""
+    for left, right in zip(scalars(one), scalars(other), strict=True):
         assert left == pytest.approx(right, rel=1e-4, abs=1e-5)
-    weights = [load_file(tmp_path / name / "t2sda" / "student" / "model.safetensors") for name in ("two", "one")]
+
+
+def test_two_processes_equal_two_micro_batches_in_one_process(two: Path, tmp_path: Path) -> None:
+    one = train(tmp_path / "one", 1, *LOCAL, "--train.micro_batches", "2")
+    assert one["num_processes"] == 1
+    assert_losses_close(two, tmp_path / "one")
+    assert_weights_close(*(folder / "t2sda/student/model.safetensors" for folder in (two, tmp_path / "one")))
+
+
+def assert_weights_close(one: Path, other: Path) -> None:
+    weights = [load_file(path) for path in (one, other)]
     compared = 0
     for name, weight in weights[0].items():
-        if "running" in name or "num_batches" in name:  # batch norm's memory: two updates there, one here
+        if "running" in name or "num_batches" in name:  # batch norm's memory: it hangs on the biases below
             continue
         # These only shift what a batch norm centres, so their gradient is 0 and Adam makes steps of its rounding error.
         if not re.search(r"linear_c\.\d\.proj\.bias|encoder\.layer_norm\.3\.bias", name):
@@ -111,12 +131,31 @@ def test_two_processes_equal_two_micro_batches_in_one_process(tmp_path: Path) ->
     assert compared > 50
 
 
-def test_synchronised_runs_leave_equal_students_and_one_table(tmp_path: Path) -> None:
+def test_a_sharded_run_equals_the_whole_one_and_goes_on_as_one(two: Path, tmp_path: Path) -> None:
+    """FSDP2 by its launch file; on a CPU accelerate itself would drop it."""
+    out = tmp_path / "sharded"
+    train(out, 2, *LOCAL, "--train.save_every", "2", launch_file="configs/accelerate/fsdp2.yaml")
+    assert_losses_close(out, two)
+    older, newest = (out / "t2sda" / f"checkpoint-00000{step}" for step in (2, 3))
+    assert json.loads((newest / "state.json").read_text())["sharded"] is True
+    for part in ("student", "teacher"):
+        assert_weights_close(*(f / "t2sda" / newest.name / part / "model.safetensors" for f in (out, two)))
+    mine, theirs = (load_file(f / "t2sda" / newest.name / "optimizer.safetensors") for f in (out, two))
+    assert mine.keys() == theirs.keys()
+    for name, moment in mine.items():
+        torch.testing.assert_close(moment, theirs[name], rtol=0, atol=1e-6)
+
+    # Its checkpoint holds whole tensors: the rest may run without shards.
+    train(tmp_path / "branch", 2, *LOCAL, "--resume", str(older), "--allow_changes", "[sharded]")
+    assert_weights_close(*(f / "t2sda/student/model.safetensors" for f in (tmp_path / "branch", two)))
+
+
+def test_synchronised_runs_leave_equal_students_and_one_table(two: Path, tmp_path: Path) -> None:
     """With the statistics shared the run is another one, and it works; the first process writes, once."""
     synced = train(tmp_path / "synced", 2)
     assert synced["num_processes"] == 2
-    local = train(tmp_path / "local", 2, "--pull.sync_stats", "false")
-    assert scalars(tmp_path / "synced")[0]["source"] == scalars(tmp_path / "local")[0]["source"]
-    assert scalars(tmp_path / "synced")[0]["pull"] != scalars(tmp_path / "local")[0]["pull"]
+    assert scalars(tmp_path / "synced")[0]["source"] == scalars(two)[0]["source"]
+    assert scalars(tmp_path / "synced")[0]["pull"] != scalars(two)[0]["pull"]
     assert [line["step"] for line in scalars(tmp_path / "synced")] == [1, 2, 3, 3]
+    local = json.loads((two / "summary.json").read_text(encoding="utf-8"))
     assert set(synced["t2sda"]) == set(local["t2sda"]) == {"miou", "iou", "teacher_miou", "teacher_iou"}

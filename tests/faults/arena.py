@@ -78,6 +78,9 @@ class Arena:
         cfg = load_config(self.config)
         domains = self.script.open_domains(cfg, SimpleNamespace(num_processes=1))
         self.script.open_domains = lambda *_: domains  # read once for all
+        student = self.script.build_student(cfg)  # what saving and loading import and compile, every child has then
+        student.save_pretrained(folder / "warm")
+        type(student).from_pretrained(folder / "warm")
         # Pictures and charts take matplotlib longer than the training; of a panel the file is written, not the picture.
         self.script.save_panel = lambda *_: None
         self.script.write_page = lambda folder: folder / "index.html"
