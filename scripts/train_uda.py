@@ -153,13 +153,13 @@ def prepare(cfg: RunConfig, accelerator: Accelerator) -> tuple[Domains, T2SDAFor
             f"accelerate was started with {accelerator.distributed_type.value}, which would do nothing here. Launch "
             "as configs/accelerate/ does: one process, several with whole networks, or FSDP2."
         )
+    if shards(accelerator) and cfg.train.compile != "none":
+        raise ValueError(f"train.compile {cfg.train.compile!r} is not built for sharded networks. Set it to none.")
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise ValueError(
             f"accelerate was given dynamo_backend {accelerator.state.dynamo_plugin.backend.value}, which would compile "
             "the evaluation too, and rename what is saved. Leave it at no and set train.compile instead."
         )
-    if shards(accelerator) and cfg.train.compile != "none":
-        raise ValueError(f"train.compile {cfg.train.compile!r} is not built for sharded networks. Set it to none.")
     decided_by_main(lambda: check_push(cfg), accelerator, ValueError)
     check_folder(cfg)
     accelerator.wait_for_everyone()  # nobody creates it before everybody looked
