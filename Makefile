@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 
-.PHONY: demo test install benchmark faults
+.PHONY: demo test install benchmark faults cards
 
 demo: install
 	$(VENV)/bin/accelerate launch scripts/train_uda.py --config configs/demo.yaml $(ARGS)
@@ -19,6 +19,9 @@ benchmark: install
 
 faults: install
 	$(VENV)/bin/python tests/faults/campaign.py $(ARGS)
+
+cards: install
+	PYTHONPATH=. $(VENV)/bin/python tests/hub/reproduce_cards.py $(ARGS)
 
 install: $(VENV)/.installed
 
