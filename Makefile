@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 
-.PHONY: demo test install benchmark faults cards
+.PHONY: demo test browser install benchmark faults cards
 
 demo: install
 	$(VENV)/bin/accelerate launch scripts/train_uda.py --config configs/demo.yaml $(ARGS)
@@ -13,6 +13,10 @@ test: install
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest
+
+# The demo in a real browser: needs chromium, and an environment of its own because gradio wants an older Pillow.
+browser: $(VENV)-browser/.installed
+	$(VENV)-browser/bin/python -m pytest tests/hub/test_demo_in_browser.py
 
 benchmark: install
 	$(VENV)/bin/python scripts/benchmark.py $(ARGS)
@@ -29,4 +33,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(VENV)-browser/.installed: $(VENV)/.installed
+	$(VENV)/bin/python -m venv $(VENV)-browser
+	grep -v '^pillow==' constraints.txt > $(VENV)-browser/constraints.txt
+	$(VENV)-browser/bin/python -m pip install --quiet --constraint $(VENV)-browser/constraints.txt --editable ".[browser]"
 	touch $@

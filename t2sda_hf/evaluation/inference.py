@@ -312,7 +312,7 @@ def _why_not_loaded(name: str, error: Exception) -> str:
         return f"{where} it is neither a folder nor among the downloaded models, and HF_HUB_OFFLINE is set."
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         return f"{where} there is no such folder."
-    return f"{where} it is no folder, and the Hub cannot be reached. Check the connection and HF_ENDPOINT."
+    return f"{where} it is no folder, and the Hub cannot be reached or broke off. Check the connection and HF_ENDPOINT."
 
 
 def _hub_answers() -> bool:

@@ -19,7 +19,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from ..config import RunConfig
@@ -118,7 +118,8 @@ def push_folder(
 ) -> str:
     """Publish a folder in one commit. Files that the repository has already are not sent again.
 
-    Tried again with growing waits, or those that the server asks for, after 429, 5xx and lost connections.
+    Tried again with growing waits, or those that the server asks for, after 429, 5xx and lost connections; not where
+    there is no connection to begin with.
 
     Returns, raises: as `push_run`.
     """
@@ -294,7 +295,9 @@ def _wait_before_next(error: BaseException, waits: Iterator[int]) -> float | Non
     damaged = response is not None and response.status_code == 400 and isinstance(error, RuntimeError)  # one file
     if response is not None and response.status_code not in AGAIN and not damaged:
         return None
-    if response is None and not _is_network(error):
+    if response is not None and response.status_code == 404 and response.url.path == "/api/repos/create":
+        return None  # nobody of that name
+    if response is None and (not _is_network(error) or _is_offline(error)):
         return None
     wait = next(waits, None)
     if wait is None:
@@ -320,10 +323,16 @@ def _is_network(error: BaseException) -> bool:
     return any(isinstance(one, httpx2.TransportError | ConnectionError | TimeoutError) for one in _chain(error))
 
 
+def _is_offline(error: BaseException) -> bool:
+    return any(isinstance(one, httpx2.ConnectError | OfflineModeIsEnabled) for one in _chain(error))
+
+
 def _in_words(error: BaseException, repo_id: str) -> str:
     """One sentence without a trace, an address or a token."""
     response = _response(error)
     if response is None:
+        if any(isinstance(one, OfflineModeIsEnabled) for one in _chain(error)):
+            return "HF_HUB_OFFLINE is set, so the Hub was not asked: unset it."
         if _is_network(error):
             return f"The Hub cannot be reached ({type(error).__name__}): check the connection and HF_ENDPOINT."
         return f"The push failed: {(str(error).splitlines() or [type(error).__name__])[0].rstrip('.')}."

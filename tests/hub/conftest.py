@@ -1,8 +1,6 @@
 """A finished run without a training, a Hub on this machine, and a client of it."""
 
-import importlib.util
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,21 +94,3 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     slept: list[float] = []
     monkeypatch.setattr("t2sda_hf.hub.push.time.sleep", slept.append)
     return slept
-
-
-def installed(*modules: str) -> bool:
-    return all(importlib.util.find_spec(name) for name in modules)
-
-
-# Tests of the optional extras: collected where the extra is installed, so that ".[dev]" alone runs everything else.
-collect_ignore = []
-if not (installed("gradio", "playwright") and shutil.which("chromium")):
-    collect_ignore.append("test_demo_in_browser.py")
-if not installed("onnx", "onnxscript", "onnxruntime"):
-    collect_ignore.append("test_export_onnx.py")
-if not installed("av"):
-    collect_ignore.append("test_predict_video.py")
-
-
-def pytest_report_header() -> list[str]:
-    return [f"not collected, its optional extra is not installed: {name}" for name in collect_ignore]

@@ -91,3 +91,26 @@ def test_a_wrong_token_and_no_connection_are_named_and_the_cache_still_works(
     assert said["me/good"][0] == ""
     assert "the Hub cannot be reached" in said["me/other"][0]
     assert said["me/other"][1] < 3
+
+
+def test_a_fault_at_any_request_of_a_download_gives_the_model_or_a_sentence_and_spoils_nothing(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    """The worker itself checks that what it gets is the saved model, bit by bit, and that the next download works."""
+    done = subprocess.run(
+        [sys.executable, "tests/hub/download_worker.py", str(finished_run / "t2sda" / "student"), str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout)
+    assert report["requests"] >= 6
+    assert any(name.startswith("GET") and name.endswith("model.safetensors") for name in report["asked"])
+    for fault, message in report["said"].items():
+        assert message.startswith("cannot load a model from 'me/streets': "), fault
+        assert "\n" not in message
+    assert {fault.split()[0] for fault in report["said"]} >= {"401", "403", "404", "500", "503", "drop"}
+    assert "slow" not in {fault.split()[0] for fault in report["said"]}

@@ -1,69 +1,124 @@
-"""Needs the extra `demo`, playwright and a chromium: the demo as a visitor meets it, and as a Space."""
+"""Needs the extra `browser` and a chromium (make browser): the pages as a visitor meets them."""
 
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import walk
+from huggingface_hub import HfApi
 from PIL import Image
+from server import TOKEN, Hub
 from test_push import load_script
 
+from t2sda_hf.hub.metric import NAME
+from t2sda_hf.hub.push import push_run
+
 ROOT = Path(__file__).parents[2]
+missing = [name for name in ("gradio", "playwright") if not find_spec(name)]
+missing += [] if shutil.which("chromium") else ["chromium"]
+pytestmark = [
+    pytest.mark.skipif(bool(missing), reason=f"not installed, see `make browser`: {', '.join(missing)}"),
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # see test_push
+]
 
 
 @pytest.fixture
-def address(finished_run: Path) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    models = [str(finished_run / name / "student") for name in ("t2sda", "source_only")]
-    command = [sys.executable, "scripts/demo.py", models[0], "--compare", models[1], "--port", str(port)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        assert any("Running on local URL" in line for line in server.stdout)
-        yield f"http://127.0.0.1:{port}/"
-    finally:
-        server.terminate()
-        server.wait()
-        server.stdout.close()
-
-
-def test_a_visitor_uploads_clicks_and_looks(address: str, tmp_path: Path) -> None:
+def street(tmp_path: Path) -> Path:
     noise = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((192, 128)).save(tmp_path / "street.png")
-    seen = walk(address, tmp_path / "street.png", tmp_path, shutil.which("chromium"))
-    assert seen["errors"] == []
-    assert seen["foreign"] == []  # it works offline
-    for part in ("adapted, % of pixels", "source only", "building", "mean confidence"):
-        assert part in seen["text"]
-    for name in ("2_classes.png", "3_confidence.png"):
-        with Image.open(tmp_path / name) as shot:
+    return tmp_path / "street.png"
+
+
+def shares(model: Path, image: Path, out: Path, classes: int) -> list[str]:
+    """Per-class shares in % of what scripts/predict.py sees, as the page writes them."""
+    assert load_script("predict").main([str(model), str(image), "--output", str(out)]) == 0
+    with Image.open(out / f"{image.stem}_ids.png") as picture:
+        ids = np.array(picture)
+    return [f"{100 * share:.1f}" for share in np.bincount(ids.ravel(), minlength=classes) / ids.size]
+
+
+def check(seen, folder: Path) -> None:
+    assert seen.errors == []
+    assert seen.foreign == []  # it works offline
+    for name in ("2_example", "3_classes", "4_overlay", "5_confidence"):
+        with Image.open(folder / f"{name}.png") as shot:
             assert len(shot.convert("RGB").getcolors(1 << 24)) > 100
 
 
-def test_a_space_is_complete(hub_models: tuple[str, str], tmp_path: Path) -> None:
-    demo = load_script("demo")
-    demo.write_space(
-        tmp_path / "space",
-        {"title": "Streets", "models": dict(zip(("source only", "adapted"), hub_models, strict=True)), "colors": {}},
-        [],
-        "6.31.0",
+def test_a_visitor_compares_two_models(finished_run: Path, street: Path, tmp_path: Path) -> None:
+    from browser import served, walk
+
+    models = [finished_run / name / "student" for name in ("source_only", "t2sda")]
+    command = ["scripts/demo.py", str(models[1]), "--compare", str(models[0])]
+    with served(command, ROOT, os.environ | {"PYTHONPATH": str(ROOT)}) as url:
+        seen = walk(url, street, tmp_path)
+    check(seen, tmp_path)
+    lines = [" ".join(line.split()) for line in seen.text.splitlines()]
+    text = " ".join(lines)
+    old, new = (shares(model, street, tmp_path / model.parent.name, 5) for model in models)
+    for name, *pair in zip(("road", "building", "sky", "person", "car"), old, new, strict=True):
+        assert " ".join([name, *pair]) in text
+    assert "class source only, % of pixels adapted, % of pixels" in text
+
+
+def test_a_space_runs_without_the_package(
+    hub: Hub, api: HfApi, finished_run: Path, street: Path, tmp_path: Path
+) -> None:
+    from browser import served, walk
+
+    push_run(finished_run, "me/streets", api=api)
+    push_run(finished_run / "source_only", "me/source-only", api=api)
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    own |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+    space = tmp_path / "space"
+    command = [sys.executable, "scripts/demo.py", "me/streets", "--compare", "me/source-only", "--space", str(space)]
+    printed = subprocess.run(
+        command, cwd=ROOT, env=own | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
     )
-    assert (tmp_path / "space" / "app.py").read_bytes() == (ROOT / "scripts" / "demo.py").read_bytes()
-    assert json.loads((tmp_path / "space" / "settings.json").read_text())["models"]["adapted"] == hub_models[1]
-    assert "app_file: app.py" in (tmp_path / "space" / "README.md").read_text(encoding="utf-8")
-    with pytest.raises(ValueError, match="loads its models from the Hub"):
-        demo.write_space(tmp_path / "other", {"title": "", "models": {"model": str(tmp_path)}, "colors": {}}, [], "6")
+    assert f"hf upload USER/NAME {space} --repo-type space" in printed.stdout
+    assert sorted(path.name for path in space.iterdir()) == [
+        "README.md",
+        "app.py",
+        "examples",
+        "requirements.txt",
+        "settings.json",
+    ]
+    # Without site no editable install is found: only the libraries.
+    with served(["-S", "app.py"], space, own | {"PYTHONPATH": sysconfig.get_path("purelib")}) as url:
+        check(walk(url, street, tmp_path), tmp_path)
 
 
-@pytest.fixture
-def hub_models() -> tuple[str, str]:
-    return "me/source-only", "me/streets"
+def test_a_space_loads_its_models_from_the_hub(finished_run: Path, tmp_path: Path, capsys) -> None:
+    words = [str(finished_run / "t2sda" / "student"), "--space", str(tmp_path / "space")]
+    assert load_script("demo").main(words) == 2
+    assert "loads its models from the Hub" in capsys.readouterr().err
+    assert not (tmp_path / "space").exists()
+
+
+def test_the_page_of_the_metric_computes(tmp_path: Path) -> None:
+    from browser import served, visit
+
+    folder = shutil.copytree(ROOT / "model_cards" / NAME, tmp_path / "app")  # a Space's folder has its own name
+    own = os.environ | {"HF_HOME": str(tmp_path / "home")}
+    own.pop("PYTHONPATH", None)
+    with served(["app.py"], folder, own) as url, visit(url) as (page, seen):
+        page.get_by_role("button", name="Compute").click()
+        page.get_by_text("mean_iou").first.wait_for()
+        page.get_by_text("0.5000").first.wait_for()
+        page.screenshot(path=tmp_path / "metric.png", full_page=True)
+    assert (seen.errors, seen.foreign) == ([], [])
+    assert "overall_accuracy" in seen.text
+
+
+def test_settings_of_a_space_are_json(tmp_path: Path) -> None:
+    settings = {"title": "Streets", "models": {"model": "me/streets"}, "colors": {"road": [1, 2, 3]}}
+    load_script("demo").write_space(tmp_path / "space", settings, [], "6.31.0")
+    assert json.loads((tmp_path / "space" / "settings.json").read_text()) == settings
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        load_script("demo").write_space(tmp_path / "space", settings, [], "6.31.0")

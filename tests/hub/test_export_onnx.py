@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from test_push import load_script
 
 from t2sda_hf.evaluation.inference import load_model
 
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `export`")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
 

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
 from test_push import load_script
+
+av = pytest.importorskip("av", reason="needs the extra `video`")
 
 
 def write_video(path: Path, frames: list[np.ndarray]) -> None:
