@@ -123,7 +123,7 @@ def build(settings: dict[str, Any], examples: Sequence[str], remote_code: bool) 
                     outputs = [gr.Image(label=title, interactive=False, height=300) for title in titles]
                 with gr.Row():
                     share = gr.Slider(0, 1, value=0.6, step=0.05, label="overlay")
-                    view = gr.Radio(list(VIEWS), value=VIEWS[0], label="view")
+                    view = gr.Radio(list(VIEWS), value=VIEWS[0], label="view (confidence: dark is unsure)")
                 gr.HTML(legend(classes, colors))
         table = gr.Dataframe(headers=["class", *(f"{title}, % of pixels" for title in titles)], interactive=False)
         button.click(segment, [image, share, view], [state, *outputs, table], api_name="segment")
