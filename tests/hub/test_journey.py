@@ -164,3 +164,16 @@ def test_the_published_scores_are_those_of_the_summary(hub: Hub, run: Path) -> N
     assert (facts["steps"], facts["num_processes"], facts["license"]) == (5, 2, "apache-2.0")
     assert "accelerate launch --multi_gpu --num_processes 2 scripts/train_uda.py --config" in facts["command"]
     assert len(hub.repositories[REPOSITORY].commits) == 2  # the empty one, and all files in the other
+
+
+def test_the_readme_shows_the_ways_of_the_card(hub: Hub) -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## On the Hub")[2].partition("\n## ")[0]
+    shown = re.findall(r"```python\n(.*?)```", section, re.S)
+    assert [block.replace("USER/streets-t2sda", REPOSITORY) for block in shown] == card_blocks(hub)
+
+
+def test_the_hf_command_publishes_the_metric_as_a_space(hub: Hub, tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("hf")), "upload", "me/metric", "model_cards/streaming_mean_iou"]
+    own = environment(hub, tmp_path)
+    subprocess.run([*command, "--repo-type", "space"], cwd=ROOT, env=own, check=True, capture_output=True, timeout=60)
+    assert {"README.md", "app.py", "requirements.txt", "streaming_mean_iou.py"} <= set(hub.files("me/metric"))
