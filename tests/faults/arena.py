@@ -47,7 +47,7 @@ pull: {{num_queries: 8, num_negatives: 16, proto_momentum: 0.9}}
 drw: {{absent_conf: ema}}
 optim: {{lr: 1e-3, warmup_steps: 4}}
 train: {{max_steps: {STEPS}, batch_size: 1, log_every: 2, save_every: {SAVE_EVERY}, evaluate_every: 5, num_threads: 1,
-        log_with: [], timeout_seconds: 10}}
+        log_with: [], timeout_seconds: 60}}
 loss_weights: {{feature_distance: 0}}
 evaluation: {{source_images: 1}}
 """
@@ -151,7 +151,7 @@ def log_of(out: Path, rank: str = "") -> Path:
     return out.with_name(f"{out.name}{rank}.log")
 
 
-def finish(child: int, patience: float = 120.0) -> int:
+def finish(child: int, patience: float = 900.0) -> int:
     """Exit code of a child, negative if a signal ended it; one that takes longer is killed."""
     deadline = time.monotonic() + patience
     while True:
@@ -213,7 +213,7 @@ def when_training(marker: Path) -> Plant:
     return plant
 
 
-def wait_for(path: Path, patience: float = 60.0) -> None:
+def wait_for(path: Path, patience: float = 600.0) -> None:
     deadline = time.monotonic() + patience
     while not path.exists():
         if time.monotonic() > deadline:
