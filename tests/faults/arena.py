@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from t2sda_hf.config import load_config
 from t2sda_hf.evaluation import watch
-from t2sda_hf.training.checkpoint import DamagedCheckpoint, checkpoints, verify
+from t2sda_hf.training.checkpoint import MANIFEST, DamagedCheckpoint, checkpoints, verify
 from t2sda_hf.training.stopping import StopRequest
 
 ROOT = Path(__file__).parents[2]
@@ -165,6 +165,19 @@ def finish(child: int, patience: float = 900.0) -> int:
 
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def sign(checkpoint: Path) -> None:
+    """A manifest that fits the files as they are now."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST]
+    listing = {
+        path.relative_to(checkpoint).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in files
+    }
+    (checkpoint / MANIFEST).write_text(json.dumps(listing))
 
 
 def contents(checkpoint: Path) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from arena import log_of, outcome, signal_self
+from arena import log_of, outcome, sign, signal_self
 from PIL import Image
 from rows import RESUME, Row, Yard, at_update, checkpoints
 
@@ -80,7 +80,7 @@ def payloads(yard: Yard, trials: int) -> Row:
         shutil.copytree(out, place)
         for checkpoint in checkpoints(place / "t2sda"):
             plant(checkpoint)
-            _sign(checkpoint)
+            sign(checkpoint)
         code = yard.run(place, *RESUME)
         text = log_of(place).read_text()
         refused = code == 2 and "Traceback" not in text
@@ -171,19 +171,6 @@ def escapes(yard: Yard, trials: int) -> Row:
         shutil.rmtree(place)
     yard.clear(out)
     return row
-
-
-def _sign(checkpoint: Path) -> None:
-    """A manifest that fits the files as they are now."""
-    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST]
-    listing = {
-        path.relative_to(checkpoint).as_posix(): {
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        }
-        for path in files
-    }
-    (checkpoint / MANIFEST).write_text(json.dumps(listing))
 
 
 def _tree(folder: Path) -> dict[str, str]:

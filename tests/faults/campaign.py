@@ -1,6 +1,6 @@
 """The fault campaign: every fault so often, one table.   make faults   [ARGS="--sample", "--only kill signal"]
 
-    python tests/faults/campaign.py [--sample] [--only WORD ...] [--seed N]
+    python tests/faults/campaign.py [--sample] [--only WORD ...] [--most N] [--seed N]
 
 Exit code 0 if nothing was lost, mixed or silent.
 """
@@ -27,6 +27,7 @@ TABLE: list[tuple[Callable[[Yard, int], Row], int, int]] = [
     (rows.kills_in_the_retention, 25, 1),
     (rows.kills_in_either_phase, 10, 1),
     (rows.resume_matrix, 48, 2),
+    (rows.late_start, 2, 0),
     (rows.damages, 200, 40),
     (rows.disk_full, 40, 1),
     (rows.really_full, 20, 0),
@@ -50,13 +51,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", action="store_true", help="a few of each, as in the normal test set")
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="rows whose name has one of these")
+    parser.add_argument("--most", type=int, help="no row more often than this")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     done: list[tuple[Row, float]] = []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         yard = Yard(Path(folder), options.seed)
         for run, many, few in TABLE:
-            trials = few if options.sample else many
+            trials = few if options.sample else many if options.most is None else min(many, options.most)
             if trials and any(word in run.__name__ for word in options.only):
                 begun = time.monotonic()
                 row = run(yard, trials)

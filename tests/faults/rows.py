@@ -25,6 +25,7 @@ from arena import (
     finish,
     log_of,
     outcome,
+    sign,
     signal_self,
     spread,
     states,
@@ -33,8 +34,9 @@ from arena import (
 )
 
 from t2sda_hf.methods import METHODS
-from t2sda_hf.training import loop
+from t2sda_hf.training import build, loop
 from t2sda_hf.training.checkpoint import newest_valid, verify
+from t2sda_hf.training.tracking import Tracker
 
 KEEP_ALL = ("--train.save_every", "1", "--train.keep_checkpoints", "1000")
 RESUME = ("--resume", "auto")
@@ -192,9 +194,8 @@ def resume_matrix(yard: Yard, trials: int) -> Row:
         for stop in stops
         for workers in (0, 2)
     ]
-    if trials < len(cases):
-        cases = [cases[3], cases[8]][:trials]
-    for stop, workers, precision, micro in cases:
+    # By steps of 5, so that a few of them are of all kinds.
+    for stop, workers, precision, micro in [cases[(3 + 5 * i) % len(cases)] for i in range(trials)]:
         fixed = ("--train.micro_batches", str(micro))
         environment = {"ACCELERATE_MIXED_PRECISION": precision}
         plant = at_update(stop, signal_self(signal.SIGTERM))
@@ -210,6 +211,56 @@ def resume_matrix(yard: Yard, trials: int) -> Row:
         row.count("survived" if same else "lost", f"{note}: exit {code}: {log_of(out).read_text()[-500:]}")
         yard.clear(out)
     return row
+
+
+def late_start(yard: Yard, trials: int) -> Row:
+    """Resumed after 39,999 of 40,000 steps: from the loaded checkpoint to the first batch it takes 2 s at most."""
+    row, out = Row("resumed at step 39,999"), yard.folder / "late"
+    long = ("--train.max_steps", "40000", "--train.evaluate_every", "50000", "--train.save_every", "50000")
+    for _ in range(trials):
+        assert yard.run(out, *long, plant=at_update(2, signal_self(signal.SIGTERM))) == 143
+        early = _seconds_to_first_batch(yard, out, *long, plant=at_update(1, signal_self(signal.SIGTERM)))
+        newest = checkpoints(out / "t2sda")[-1]
+        late = newest.rename(newest.with_name("checkpoint-039999"))
+        state = json.loads((late / "state.json").read_text())
+        (late / "state.json").write_text(json.dumps(state | {"step": 39_999}))
+        sign(late)
+        took = _seconds_to_first_batch(yard, out, *long)
+        note = f"after {took[0]:.2f} s of loading the first batch took {took[1]:.2f} s"
+        right = took[1] <= 2 and [path.name for path in checkpoints(out / "t2sda")][-1] == "checkpoint-040000"
+        row.count("survived" if right else "lost", note)
+        row.notes.append(f"{note}; at step 3 it was {early[0]:.2f} s and {early[1]:.2f} s")
+        yard.clear(out)
+    return row
+
+
+def _seconds_to_first_batch(yard: Yard, out: Path, *arguments: str, plant: Plant = lambda: None) -> tuple[float, float]:
+    """Seconds that a resumed run takes for loading, and then until it has a batch."""
+    timing = out.with_name("timing.json")
+
+    def watched() -> None:
+        plant()
+        load, waited = build.load_run, Tracker.waited
+        times: list[float] = []
+
+        def loaded(*given: object) -> object:
+            times.append(time.monotonic())
+            progress = load(*given)
+            times.append(time.monotonic())
+            return progress
+
+        def arrived(self: Tracker, seconds: float) -> None:
+            waited(self, seconds)
+            if len(times) == 2:
+                times.append(time.monotonic())
+                timing.write_text(json.dumps([times[1] - times[0], times[2] - times[1]]))
+
+        build.load_run, Tracker.waited = loaded, arrived
+
+    code = yard.run(out, *arguments, *RESUME, plant=watched)
+    assert code in (0, 143), log_of(out).read_text()[-2000:]
+    loading, starting = json.loads(timing.read_text())
+    return loading, starting
 
 
 def damages(yard: Yard, trials: int) -> Row:
@@ -370,7 +421,7 @@ def not_finite(yard: Yard, trials: int) -> Row:
         "teacher": (_spoiled_teacher, "loss 'pull' is nan on process 0"),
     }
     cases = [(name, policy) for policy in ("stop", "skip", "limit") for name in plants]
-    for name, policy in [cases[i] for i in (2, 9)] if trials < len(cases) else cases:
+    for name, policy in [cases[(2 + 7 * i) % len(cases)] for i in range(trials)]:
         plant, named = plants[name]
         arguments = {"stop": (), "skip": ("--train.non_finite", "skip")}.get(
             policy, ("--train.non_finite", "skip", "--train.max_skipped_steps", "0")

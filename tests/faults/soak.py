@@ -2,9 +2,9 @@
 
     python tests/faults/soak.py [--steps 40000]
 
-Log lines, TensorBoard, checkpoints, retention, teacher and optimiser are the real ones. Exit code 1 if memory drifts by
-more than 2 %, open files are not constant, or 1,000 steps at the beginning and at the end differ by more than 5 % in
-processor time (medians of five).
+Log lines, TensorBoard, checkpoints, retention, teacher, optimiser, proxies and pictures of pseudo-labels are the real
+ones. Exit code 1 if memory drifts by more than 2 %, open files are not constant, or 1,000 steps at the beginning and at
+the end differ by more than 5 % in processor time (medians of five).
 """
 
 import argparse
@@ -24,6 +24,7 @@ import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from tiny import tiny_batch, tiny_config, tiny_parts  # noqa: E402
 
+from t2sda_hf.evaluation.watch import Watch  # noqa: E402
 from t2sda_hf.training.checkpoint import checkpoints  # noqa: E402
 from t2sda_hf.training.loop import Run, train  # noqa: E402
 from t2sda_hf.training.optim import make_optimizer  # noqa: E402
@@ -68,10 +69,17 @@ def measure(steps: int, folder: Path) -> bool:
     def evaluate(model: torch.nn.Module) -> dict:
         return {"miou": 1.0, "iou": {"road": 1.0}, "domain": "none"}
 
+    logits = torch.randn(2, len(cfg.classes), 8, 16, generator=torch.Generator().manual_seed(0))
+    confidence, pseudo_labels = logits.softmax(dim=1).max(dim=1)
+    parts.seen.update(target_images=batch.target_images, teacher_logits=logits, source_logits=logits)
+    parts.seen.update(source_labels=batch.source_labels, pseudo_labels=pseudo_labels, confidence=confidence)
+    watch = Watch([1] * len(cfg.classes), threshold=0.5)
+    parts.memory.add_module("watch", watch)
+
     optimizer = make_optimizer(parts.student.encoder, parts.student, cfg.optim)
     save = lambda network, path: network.save_pretrained(path)  # noqa: E731
     begun = time.monotonic()
-    train(Run(cfg, folder, accelerator, parts, one_parameter, Batches(), optimizer, evaluate, save))
+    train(Run(cfg, folder, accelerator, parts, one_parameter, Batches(), optimizer, evaluate, save, watch=watch))
     seconds = time.monotonic() - begun
     rows.append((steps, _resident(), len(os.listdir("/proc/self/fd")), time.process_time()))
     settled = [row for row in rows if WARM <= row[0] < steps]
