@@ -31,6 +31,7 @@ from t2sda_hf.teacher import make_teacher
 from t2sda_hf.training.build import build_student
 from t2sda_hf.training.checkpoint import Progress
 from t2sda_hf.training.loop import Run, update
+from t2sda_hf.training.masking import run_masked
 from t2sda_hf.training.optim import make_optimizer
 from t2sda_hf.training.tracking import Tracker
 from t2sda_hf.translate import build_engine
@@ -236,4 +237,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_masked(main))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from t2sda_hf.evaluation.page import write_comparison, write_page
+from t2sda_hf.training.masking import run_masked
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,4 +30,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_masked(main))

@@ -30,6 +30,7 @@ from t2sda_hf.labels import LABEL_SPACES
 from t2sda_hf.models import T2SDAForSemanticSegmentation
 from t2sda_hf.teacher import with_statistics_of
 from t2sda_hf.training.checkpoint import checkpoints
+from t2sda_hf.training.masking import run_masked
 
 Loaded = tuple[T2SDAForSemanticSegmentation, tuple[str, ...]]
 
@@ -174,4 +175,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_masked(main))

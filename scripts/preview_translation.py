@@ -25,6 +25,7 @@ from tqdm import tqdm
 from t2sda_hf.config import NEEDS_TARGET, RunConfig, load_config
 from t2sda_hf.data.domains import Domain, load_domain
 from t2sda_hf.data.transforms import resize_image
+from t2sda_hf.training.masking import run_masked
 from t2sda_hf.translate import ENGINES, TranslationEngine, build_engine
 from t2sda_hf.translate.trained import open_translated, write_manifest
 
@@ -139,4 +140,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_masked(main))

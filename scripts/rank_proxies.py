@@ -21,6 +21,7 @@ import numpy as np
 from t2sda_hf.analysis.statistics import ProxyScore, evaluations, rank_proxies
 from t2sda_hf.evaluation.run_folder import read_run
 from t2sda_hf.evaluation.table import markdown
+from t2sda_hf.training.masking import run_masked
 
 
 def run(args: argparse.Namespace) -> None:
@@ -73,4 +74,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_masked(main))

@@ -33,6 +33,7 @@ import yaml
 
 from t2sda_hf.config import RunConfig, load_config
 from t2sda_hf.evaluation.table import CLASS_SETS, spread, subset_miou
+from t2sda_hf.training.masking import run_masked
 
 ROOT = Path(__file__).parents[1]
 TABLES = ROOT / "configs" / "ablations"
@@ -346,4 +347,4 @@ def write(table: Table, seeds: Sequence[int], folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_masked(main))

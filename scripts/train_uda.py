@@ -47,7 +47,7 @@ from t2sda_hf.training.build import (
 from t2sda_hf.training.checkpoint import CheckpointError, DamagedCheckpoint, write_text
 from t2sda_hf.training.distributed import decided_by_main, lost_contact, shards
 from t2sda_hf.training.dry_run import rehearse
-from t2sda_hf.training.masking import MaskFilter, mask, mask_uncaught
+from t2sda_hf.training.masking import MaskFilter, mask, run_masked
 from t2sda_hf.training.resume import Start, check_folder, config_of, lock_run, plan
 from t2sda_hf.training.stopping import Stopped, StopRequest
 
@@ -226,5 +226,4 @@ def run_all(
 
 
 if __name__ == "__main__":
-    sys.excepthook = mask_uncaught
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_masked(lambda: main(sys.argv[1:])))

@@ -4,8 +4,8 @@ import logging
 import os
 import re
 import sys
-import traceback
-from types import TracebackType
+from collections.abc import Callable
+from typing import Any
 
 MASK = "<masked>"  # a plain word in YAML and JSON
 _TELLING = r"(?:token|secret|password|passwd|api_?key|credential)"
@@ -37,6 +37,31 @@ class MaskFilter(logging.Filter):
         return True
 
 
-def mask_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """For `sys.excepthook`: the usual traceback, masked."""
-    sys.stderr.write(mask("".join(traceback.format_exception(kind, error, trace))))
+class _MaskedStream:
+    """A text stream that masks what is written to it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(mask(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def run_masked(main: Callable[[], int]) -> int:
+    """`main()`, with a mask over all that the process prints, tracebacks too. The last line of every script."""
+    make_record = logging.getLogRecordFactory()
+
+    def masked_record(*args: Any, **kwargs: Any) -> logging.LogRecord:  # some handlers have kept the bare stream
+        record = make_record(*args, **kwargs)
+        record.msg, record.args = mask(record.getMessage()), ()
+        return record
+
+    logging.setLogRecordFactory(masked_record)
+    out: Any = _MaskedStream(sys.stdout)
+    err: Any = _MaskedStream(sys.stderr)
+    sys.stdout, sys.stderr = out, err
+    return main()
