@@ -99,7 +99,10 @@ def stage_run(run_folder: Path, repo_id: str, folder: Path, given: Mapping[str, 
     shutil.copy(panel, folder / "panel.png")
     for name in ("resolved_config.yaml", "metrics.json"):
         shutil.copy(source / name, folder / name)
-    save_curve(source / "scalars.jsonl", folder / "curve.png")
+    final = {
+        name: scores["miou"] for name, scores in (("student", facts.student), ("teacher", facts.teacher)) if scores
+    }
+    save_curve(source / "scalars.jsonl", folder / "curve.png", final, facts.steps)
     save_facts(facts, folder / "facts.json")
     render_card(facts).save(folder / "README.md")
     refuse_secrets(folder)
@@ -223,12 +226,14 @@ def content_hash(folder: Path) -> str:
     return total.hexdigest()[:12]
 
 
-def save_curve(scalars: Path, path: Path) -> None:
+def save_curve(scalars: Path, path: Path, final: Mapping[str, float], steps: int) -> None:
     """Draw the losses of a run over its steps, and the mIoU on the test domain where it was measured.
 
     Args:
         scalars: scalars.jsonl of the run.
         path: PNG to write.
+        final: mIoU in % of "student" and "teacher" after the last step.
+        steps: that step.
 
     Raises:
         ValueError: if there is nothing to draw.
@@ -238,7 +243,6 @@ def save_curve(scalars: Path, path: Path) -> None:
     lines = [json.loads(line) for line in scalars.read_text(encoding="utf-8").splitlines()]
     losses = ("source", "target", "pull", "masked_consistency", "feature_distance")
     drawn = [name for name in losses if any(name in line for line in lines)]
-    scored = [(line["step"], name, line[name]) for line in lines for name in line if name.endswith("/miou")]
     if not drawn:
         raise ValueError(f"{scalars} holds no losses: train.log_every is longer than the run.")
     figure, axis = plt.subplots(figsize=(7, 3))
@@ -247,16 +251,17 @@ def save_curve(scalars: Path, path: Path) -> None:
         axis.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 3 else None)
     axis.set(xlabel="step", ylabel="loss", ylim=(0, None))
     handles, names = axis.get_legend_handles_labels()
-    if scored:
-        right = axis.twinx()
-        for kind in dict.fromkeys(name for _, name, _ in scored):
-            points = [(step, value) for step, name, value in scored if name == kind]
-            right.plot(*zip(*points, strict=True), "k--o", markersize=3, label=f"{kind.removesuffix('/miou')} mIoU")
-        right.set(ylabel="mIoU in %", ylim=(0, None))
-        more = right.get_legend_handles_labels()
-        handles, names = handles + more[0], names + more[1]
-        right.spines[["top"]].set_visible(False)
-    axis.spines[["top", "right"]].set_visible(False)
+    right = axis.twinx()
+    for kind, style in (("student", "k--o"), ("teacher", "k:^")):
+        points = {line["step"]: line[f"{kind}/miou"] for line in lines if f"{kind}/miou" in line}
+        if kind in final:
+            points[steps] = final[kind]
+            right.plot(list(points), list(points.values()), style, markersize=3, label=f"{kind} mIoU")
+    right.set(ylabel="mIoU in %", ylim=(0, 1.05 * right.get_ylim()[1]))
+    more = right.get_legend_handles_labels()
+    handles, names = handles + more[0], names + more[1]
+    for one in (axis, right):
+        one.spines[["top"]].set_visible(False)
     figure.legend(handles, names, loc="outside upper center", ncol=len(names), frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.92))
     figure.savefig(path, dpi=120, metadata={"Software": None})
