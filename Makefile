@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Threads that wait by spinning make a step many times slower where others use the same cores.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test browser install benchmark faults cards
 

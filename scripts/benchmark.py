@@ -1,11 +1,20 @@
-"""Measure speed and memory of the central parts on this machine: python scripts/benchmark.py [--rounds 7] [--rows pull]
+"""Measure speed and memory of the central parts, beside others: python scripts/benchmark.py [--rounds 7] [--rows pull]
 
-One thread, process CPU time, variants interleaved in one process; the medians are printed beside their goals. Inputs
-are random, so nothing is downloaded.
+One thread, process CPU time, variants interleaved in one process after one round to warm up; medians, and medians of
+the ratios within a round, stand beside their goals. Inputs are random and nothing is downloaded, but for the `mean_iou`
+of the evaluate library, which is on the Hub (--mean-iou takes a copy of that folder).
+
+--peer-path DIR adds the rows against a checkout of DAFormer (github.com/lhoyer/DAFormer), which must be importable:
+mmcv, timm, kornia 0.5.8 and prettytable beside this package. A row whose other side is missing says so.
 """
 
 import argparse
+import importlib
+import json
+import os
+import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -13,21 +22,31 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
+import transformers
 from accelerate import Accelerator
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from t2sda_hf.batch import UdaBatch
-from t2sda_hf.config import DataConfig, LossWeights, ModelConfig, RunConfig, TrainConfig, UdaConfig
+from t2sda_hf.batch import UdaBatch, normalize
+from t2sda_hf.config import DataConfig, DomainConfig, LossWeights, ModelConfig, RunConfig, TrainConfig, UdaConfig
+from t2sda_hf.data.domains import load_domain
+from t2sda_hf.data.pairs import PairDataset, batches
+from t2sda_hf.data.preparing import prepare
+from t2sda_hf.data.streets import streets
+from t2sda_hf.evaluation.confusion import confusion_matrix, scores
 from t2sda_hf.evaluation.inference import predict_labels
 from t2sda_hf.losses.pull import num_queries_per_class, pull_loss, sample_pull
-from t2sda_hf.methods import METHODS, Parts
+from t2sda_hf.losses.segmentation import segmentation_loss
+from t2sda_hf.methods import METHODS, Method, Parts
 from t2sda_hf.methods.parts import ClassMemory
 from t2sda_hf.models import T2SDAConfig, T2SDAForSemanticSegmentation
-from t2sda_hf.teacher import make_teacher
+from t2sda_hf.teacher import make_teacher, update_teacher
 from t2sda_hf.training.build import build_student
 from t2sda_hf.training.checkpoint import Progress
 from t2sda_hf.training.loop import Run, update
@@ -35,6 +54,18 @@ from t2sda_hf.training.masking import run_masked
 from t2sda_hf.training.optim import make_optimizer
 from t2sda_hf.training.tracking import Tracker
 from t2sda_hf.translate import build_engine
+from t2sda_hf.translate.fda import low_amplitude, with_low_amplitude
+
+MISSING = "not installed"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured, and where others are found."""
+
+    rounds: int
+    mean_iou: str
+    peer: Path | None
 
 
 @dataclass(frozen=True)
@@ -44,6 +75,13 @@ class Row:
     what: str
     measured: str
     goal: str
+
+    @classmethod
+    def ratio(cls, what: str, ours: Sequence[float], others: Sequence[float], goal: str, scale: float = 1) -> "Row":
+        """Median of the ratios of a round, divided by `scale`, and both medians in ms."""
+        value = statistics.median(a / b for a, b in zip(ours, others, strict=True)) / scale
+        ms = " / ".join(f"{1000 * statistics.median(times):.3g}" for times in (ours, others))
+        return cls(f"{what} ({ms} ms)", f"{value:.2f}" if value >= 0.1 else f"1/{1 / value:.0f}", goal)
 
 
 def interleaved(variants: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
@@ -57,10 +95,6 @@ def interleaved(variants: Sequence[Callable[[], object]], rounds: int) -> list[l
             if turn >= 0:
                 times[index].append(time.process_time() - began)
     return times
-
-
-def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def extra_memory(function: Callable[[], object]) -> float:
@@ -83,6 +117,17 @@ def extra_memory(function: Callable[[], object]) -> float:
     return (max(peak, process.memory_info().rss) - before) / 1e6
 
 
+def in_new_process(name: str, *arguments: str, processes: int = 1) -> Any:
+    """What `--measure name` prints in one or two processes of their own: nothing is left over from other rows."""
+    own = [os.fspath(Path(__file__).resolve()), "--measure", name, *arguments]
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--cpu"]
+    command = [sys.executable, *(launch + ["--multi_gpu"] * (processes > 1)), *own]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    said = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(said.splitlines()[-1])
+
+
 def street_labels(num: int, height: int, width: int, num_classes: int) -> torch.Tensor:
     """(num,H,W) int64 blocky maps in which class c is about 1/(c+1) as frequent as class 0."""
     random = torch.Generator().manual_seed(1)
@@ -92,15 +137,30 @@ def street_labels(num: int, height: int, width: int, num_classes: int) -> torch.
     return cells.repeat_interleave(16, 1).repeat_interleave(16, 2)
 
 
-def make_step(cfg: RunConfig, accelerator: Accelerator, folder: Path) -> Callable[[], object]:
-    """One update of the real loop on a batch that is there already."""
+def small_run(size: str = "mit_b0", head: str = "all_mlp", side: int = 256, **train: Any) -> RunConfig:
+    """T2S-DA on square crops, from random weights, so without the distance to ImageNet."""
+    return RunConfig(
+        model=ModelConfig(size=size, pretrained=None, head=head),  # type: ignore[arg-type]
+        data=DataConfig(crop_size=(side, side), outer_crop_size=(side, 2 * side)),
+        uda=UdaConfig(ignore_top=0, ignore_bottom=0),
+        loss_weights=LossWeights(feature_distance=0),
+        train=TrainConfig(log_with=(), **train),
+    )
+
+
+def without_pull(cfg: RunConfig) -> RunConfig:
+    """DACS."""
+    return replace(cfg, loss_weights=replace(cfg.loss_weights, pull=0))
+
+
+def random_batch(cfg: RunConfig) -> UdaBatch:
     height, width = cfg.data.crop_size
     random, num = torch.Generator().manual_seed(0), cfg.train.batch_size
 
     def images(rows: int, columns: int) -> torch.Tensor:
         return torch.randint(0, 256, (num, 3, rows, columns), dtype=torch.uint8, generator=random)
 
-    batch = UdaBatch(
+    return UdaBatch(
         source_images=images(height, width),
         source_labels=street_labels(num, height, width, len(cfg.classes)).byte(),
         target_images=images(height, width),
@@ -109,10 +169,12 @@ def make_step(cfg: RunConfig, accelerator: Accelerator, folder: Path) -> Callabl
         inner_corner=torch.zeros(num, 2, dtype=torch.int64),
     )
 
-    def batches() -> Iterator[UdaBatch]:
-        while True:
-            yield batch
 
+def make_step(
+    cfg: RunConfig, accelerator: Accelerator, method: Method | None = None, given: Iterator[UdaBatch] | None = None
+) -> Callable[[], object]:
+    """One update of the real loop, on one batch that is there already or on those `given`."""
+    batch = random_batch(cfg)
     student = build_student(cfg).train()
     parts = Parts(
         student=student,
@@ -122,37 +184,144 @@ def make_step(cfg: RunConfig, accelerator: Accelerator, folder: Path) -> Callabl
         memory=ClassMemory(len(cfg.classes), cfg.projector.dim),
     )
     optimizer = make_optimizer(student.encoder, student, cfg.optim)
-    run = Run(cfg, folder, accelerator, parts, METHODS[cfg.method], batches(), optimizer, lambda _: {}, lambda *_: None)
+    folder = Path(tempfile.mkdtemp())
+    run = Run(
+        cfg,
+        folder,
+        accelerator,
+        parts,
+        method or METHODS[cfg.method],
+        given or iter(lambda: batch, None),
+        optimizer,
+        lambda _: {},
+        lambda *_: None,
+    )
     steps = iter(range(cfg.train.max_steps))
     tracker = Tracker(accelerator, folder, cfg.train.max_steps, Progress(), cfg.method, show=False)
     return lambda: update(run, next(steps), tracker)
 
 
-def step_rows(rounds: int) -> Iterator[Row]:
-    """A whole step of T2S-DA, 2+2 images, against a whole supervised step of the same model on 2 images."""
-    cfg = RunConfig(
-        model=ModelConfig(size="mit_b0", pretrained=None, head="all_mlp"),
-        data=DataConfig(crop_size=(256, 256), outer_crop_size=(256, 512)),
-        uda=UdaConfig(ignore_top=0, ignore_bottom=0),
-        loss_weights=LossWeights(feature_distance=0),
-        train=TrainConfig(log_with=()),
-    )
-    accelerator = Accelerator(cpu=True)
-    with tempfile.TemporaryDirectory() as folder:
-        steps = [
-            make_step(replace(cfg, method=method), accelerator, Path(folder)) for method in ("t2sda", "source_only")
-        ]
-        ours, supervised = interleaved(steps, rounds)
-    yield Row(
-        f"T2S-DA step over supervised step, MiT-B0, 256 px, 2+2 images ({statistics.median(ours):.2f} s over "
-        f"{statistics.median(supervised):.2f} s)",
-        f"{median_ratio(ours, supervised):.2f}",
-        "4.3 (FLOP ideal 4.26)",
-    )
+def supervised_rows(options: Options) -> Iterator[Row]:
+    """Forward and backward of two labelled images."""
+    for side, goal in ((128, "0.60"), (256, "0.52")):
+        config = T2SDAConfig.from_size("mit_b0", head="all_mlp", num_labels=19)
+        ours = T2SDAForSemanticSegmentation(config).train()
+        theirs = SegformerForSemanticSegmentation(
+            SegformerConfig(depths=config.depths, hidden_sizes=config.hidden_sizes, num_labels=19)
+        ).train()
+        images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+        labels = street_labels(2, side, side, 19)
+
+        def our_pass(ours: Any = ours, images: torch.Tensor = images, labels: torch.Tensor = labels) -> None:
+            ours.zero_grad()
+            segmentation_loss(ours(images).logits, labels).backward()
+
+        def their_pass(theirs: Any = theirs, images: torch.Tensor = images, labels: torch.Tensor = labels) -> None:
+            theirs.zero_grad()
+            theirs(images, labels=labels).loss.backward()
+
+        times = interleaved([our_pass, their_pass], options.rounds)
+        yield Row.ratio(f"supervised forward + backward over transformers' SegFormer, B0, {side} px", *times, goal)
 
 
-def pull_rows(rounds: int) -> Iterator[Row]:
-    """The pull loss alone, forward and backward, on two source and two target maps of 128 x 128."""
+def ideal_ratio(cfg: RunConfig) -> tuple[float, float]:
+    """FLOPs of a T2S-DA step over those of a supervised and over those of a DACS step, on as many labelled images.
+
+    E, S and P are forwards of encoder, head and projector, and a backward is two: 11E+7S+5P, 3E+3S and 7E+7S.
+    """
+    model = build_student(cfg).eval()
+    model.set_attn_implementation("eager")  # the counter does not see the fused attention of a CPU
+    pixels, counts = torch.zeros(1, 3, *cfg.data.crop_size), {}
+    for name, options in (("E", {"segment": False}), ("S", {}), ("P", {"segment": False, "project": True})):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(pixels, **options)
+        counts[name] = counter.get_total_flops()
+    e, s, p = counts["E"], counts["S"] - counts["E"], counts["P"] - counts["E"]
+    step = 11 * e + 7 * s + 5 * p
+    return step / (3 * e + 3 * s), step / (7 * e + 7 * s)
+
+
+def step_rows(options: Options) -> Iterator[Row]:
+    """Whole steps, MiT-B0, 256 px, 2 source and 2 target images."""
+    cfg, accelerator = small_run(), Accelerator(cpu=True)
+    variants = [make_step(one, accelerator) for one in (cfg, without_pull(cfg), replace(cfg, method="source_only"))]
+    if options.peer is not None:
+        variants.append(dacs_of_daformer(cfg))
+    t2sda, dacs, supervised, *peer = interleaved(variants, options.rounds)
+    over_supervised, over_dacs = ideal_ratio(cfg)
+    title = "T2S-DA step over own {} step, B0, 256 px, 2+2 images, divided by the FLOP ideal {:.2f}"
+    yield Row.ratio(title.format("supervised", over_supervised), t2sda, supervised, "1.0", over_supervised)
+    yield Row.ratio(title.format("DACS", over_dacs), t2sda, dacs, "-", over_dacs)
+    for name, ours, goal in (("DACS", dacs, "0.45"), ("T2S-DA", t2sda, "0.75")):
+        if peer:
+            yield Row.ratio(f"our {name} step over DAFormer's DACS step, same encoder and head", ours, *peer, goal)
+        else:
+            yield Row(
+                f"our {name} step over DAFormer's DACS step ({1000 * statistics.median(ours):.0f} ms)",
+                "--peer-path",
+                goal,
+            )
+
+
+def dacs_of_daformer(cfg: RunConfig) -> Callable[[], object]:
+    """A step of DAFormer's own DACS class on its MiT-B0 and its SegFormer head, with PyTorch's default AdamW."""
+    dacs = importlib.import_module("mmseg.models.uda.dacs").DACS
+    norm = {"type": "BN", "requires_grad": True}
+    loss = {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": 1.0}
+    model = {
+        "type": "EncoderDecoder",
+        "backbone": {"type": "mit_b0", "style": "pytorch"},
+        "decode_head": {
+            "type": "SegFormerHead",
+            "in_channels": [32, 64, 160, 256],
+            "in_index": [0, 1, 2, 3],
+            "channels": 256,
+            "dropout_ratio": 0.1,
+            "num_classes": len(cfg.classes),
+            "norm_cfg": norm,
+            "align_corners": False,
+            "decoder_params": {"embed_dim": 256, "conv_kernel_size": 1},
+            "loss_decode": loss,
+        },
+        "train_cfg": {"work_dir": tempfile.mkdtemp()},
+        "test_cfg": {"mode": "whole"},
+    }
+    network = dacs(
+        model=model,
+        max_iters=cfg.train.max_steps,
+        alpha=0.999,
+        pseudo_threshold=0.968,
+        pseudo_weight_ignore_top=0,
+        pseudo_weight_ignore_bottom=0,
+        imnet_feature_dist_lambda=0,
+        imnet_feature_dist_classes=None,
+        imnet_feature_dist_scale_min_ratio=None,
+        mix="class",
+        blur=True,
+        color_jitter_strength=0.2,
+        color_jitter_probability=0.2,
+        debug_img_interval=10**9,
+        print_grad_magnitude=False,
+    ).train()
+    network._init_ema_weights()
+    network.local_iter = 1  # the first iteration also draws a picture
+    optimizer = torch.optim.AdamW(network.get_model().parameters(), lr=6e-5, weight_decay=0.01)
+    batch = random_batch(cfg).on(torch.device("cpu"))
+    assert batch.target_images is not None
+    scale = {"mean": np.float32([123.675, 116.28, 103.53]), "std": np.float32([58.395, 57.12, 57.375])}
+    metas = [{"img_norm_cfg": scale, "ori_shape": (*cfg.data.crop_size, 3), "flip": False}] * len(batch.source_images)
+    given = {
+        "img": normalize(batch.source_images),
+        "img_metas": metas,
+        "gt_semantic_seg": batch.source_labels[:, None],
+        "target_img": normalize(batch.target_images),
+        "target_img_metas": metas,
+    }
+    return lambda: network.train_step(given, optimizer)
+
+
+def pull_rows(options: Options) -> Iterator[Row]:
+    """The pull loss alone, with its sampling, forward and backward, on two source and two target maps of 128 x 128."""
     num_classes, dim, side, num_queries, num_negatives = 19, 256, 128, 128, 1024
     random = torch.Generator().manual_seed(0)
     labels = street_labels(2, side, side, num_classes)
@@ -177,24 +346,121 @@ def pull_rows(rounds: int) -> Iterator[Row]:
     def two_products() -> None:
         _ = (rows @ features.T) @ features
 
-    times, floor = interleaved([forward_backward, two_products], rounds)
+    def gradient_of_zeros() -> None:  # what autograd hands back is as large as the maps
+        torch.zeros(2, side, side, dim)
+
+    times, floor, zeros = interleaved([forward_backward, two_products, gradient_of_zeros], options.rounds)
     queries.grad = None
-    title = f"pull loss forward and backward (n={num_queries}, m={num_negatives}, d={dim}, {sum(wanted)} queries)"
-    yield Row(f"{title}: extra memory, MB", f"{extra_memory(forward_backward):.0f}", "100")
-    yield Row(
-        f"{title}: time over its two matrix products ({1000 * statistics.median(floor):.0f} ms)",
-        f"{median_ratio(times, floor):.2f}",
-        "-",
-    )
+    title = f"pull loss forward + backward (n={num_queries}, m={num_negatives}, d={dim}, {sum(wanted)} queries)"
+    yield Row.ratio(f"{title} over its two matrix products", times, floor, "2.5")
+    both = [a + b for a, b in zip(floor, zeros, strict=True)]
+    yield Row.ratio("the same over the two products and the zeros of the dense gradient", times, both, "-")
+    yield Row(f"{title}: extra memory, MB", f"{extra_memory(forward_backward):.0f}", "50")
 
 
-def inference_rows(rounds: int) -> Iterator[Row]:
+def fda_rows(options: Options) -> Iterator[Row]:
+    """Translation of one 512x1024 image whose target's amplitude is kept."""
+    random = torch.Generator().manual_seed(0)
+    noise = torch.rand(2, 3, 512, 1024, generator=random)
+    source, target = (F.avg_pool2d(noise, 9, 1, 4) + 0.2 * noise).split(1)  # smooth, with detail
+    for side in (5, 25, 46):
+        beta = (side + 0.5) / 512
+        kept = low_amplitude(target, beta)
+        assert kept.shape[-1] == side + 1
+
+        def ours(kept: torch.Tensor = kept) -> torch.Tensor:
+            return with_low_amplitude(source, kept)
+
+        def published(side: int = side) -> np.ndarray:
+            """FDA_source_to_target_np's steps: both transforms, shift, swap the block, shift back, inverse."""
+            spectra = [np.fft.fft2(image[0].numpy(), axes=(-2, -1)) for image in (source, target)]
+            (amplitude, other), phase = [np.fft.fftshift(np.abs(one), axes=(-2, -1)) for one in spectra], None
+            phase = np.angle(spectra[0])
+            block = (slice(None), slice(256 - side, 256 + side + 1), slice(512 - side, 512 + side + 1))
+            amplitude[block] = other[block]
+            amplitude = np.fft.ifftshift(amplitude, axes=(-2, -1))
+            return np.real(np.fft.ifft2(amplitude * np.exp(1j * phase), axes=(-2, -1)))
+
+        def real_transforms(side: int = side) -> torch.Tensor:
+            spectrum, other = (torch.fft.rfft2(image) for image in (source, target))
+            for rows in (slice(0, side + 1), slice(512 - side, 512)):
+                block = (slice(None), slice(None), rows, slice(0, side + 1))
+                spectrum[block] = torch.polar(other[block].abs(), spectrum[block].angle())
+            return torch.fft.irfft2(spectrum, s=(512, 1024))
+
+        times = interleaved([ours, published, real_transforms], options.rounds)
+        error = 255 * np.abs(ours()[0].numpy() - published()).max()
+        title = f"FDA 512x1024, b={side}, kept amplitude, over"
+        yield Row.ratio(f"{title} the published numpy formula", times[0], times[1], "1/50" if side == 5 else "-")
+        yield Row.ratio(f"{title} two real transforms", times[0], times[2], "1/4" if side == 5 else "-")
+        yield Row(f"FDA, b={side}: largest difference to the numpy formula, on 0..255", f"{error:.1e}", "1e-3")
+
+
+def metric_rows(options: Options) -> Iterator[Row]:
+    """mIoU of one 1024x2048 map of 19 classes."""
+    labels = np.array(streets("target", "validation", 1, height=1024, width=2048)[0]["label"])[None]
+    predictions = np.roll(labels, (3, 5), (1, 2))  # wrong along the borders of things
+    labels[:, :40] = 255
+    found: dict[str, float] = {}
+
+    def ours() -> None:
+        found["ours"] = scores(confusion_matrix(predictions, labels, 19))["mean_iou"]
+
+    others: dict[str, tuple[str, Callable[[], object] | str]] = {}
+    # `evaluate` is the library here, and not the script of that name beside this one.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+    sys.modules.pop("evaluate", None)
+    try:
+        metric = importlib.import_module("evaluate").load(options.mean_iou)
+
+        def theirs() -> None:
+            result = metric.compute(predictions=predictions, references=labels, num_labels=19, ignore_index=255)
+            found["evaluate"] = result["mean_iou"]
+
+        others["evaluate's mean_iou"] = ("1/60", theirs)
+    except (OSError, ConnectionError) as error:
+        others["evaluate's mean_iou"] = ("1/60", f"not reached ({type(error).__name__}); --mean-iou")
+    try:
+        jaccard = importlib.import_module("torchmetrics.functional.classification").multiclass_jaccard_index
+        tensors = torch.from_numpy(predictions.astype(np.int64)), torch.from_numpy(labels.astype(np.int64))
+
+        def torch_metric() -> None:
+            found["torchmetrics"] = float(jaccard(*tensors, 19, average="macro", ignore_index=255, validate_args=False))
+
+        others["torchmetrics' jaccard index, unchecked"] = ("1/8", torch_metric)
+    except ImportError:
+        others["torchmetrics' jaccard index, unchecked"] = ("1/8", MISSING)
+    if options.peer is not None:
+        areas = importlib.import_module("mmseg.core.evaluation.metrics").intersect_and_union
+
+        def peer() -> None:
+            intersection, union, *_ = areas(predictions, labels, 19, 255)
+            found["DAFormer"] = float((intersection / union).mean())
+
+        others["DAFormer's intersect_and_union"] = ("-", peer)
+    else:
+        others["DAFormer's intersect_and_union"] = ("-", "--peer-path")
+    memory = extra_memory(ours)
+    runnable = [function for _, function in others.values() if callable(function)]
+    times = interleaved([ours, *runnable], options.rounds)
+    if max(abs(value - found["ours"]) for value in found.values()) > 1e-5:
+        raise AssertionError(f"the metrics disagree: {found}")
+    measured = iter(times[1:])
+    for name, (goal, function) in others.items():
+        title = f"mIoU of a 1024x2048 map over {name}"
+        yield Row.ratio(title, times[0], next(measured), goal) if callable(function) else Row(title, function, goal)
+    yield Row("mIoU of a 1024x2048 map: extra memory, MB", f"{memory:.1f}", "5")
+
+
+def inference_rows(options: Options) -> Iterator[Row]:
     """Labels of one 1024x2048 image, MiT-B0, 19 classes: against transformers' SegFormer and its full upsampling."""
     config = T2SDAConfig.from_size("mit_b0", head="all_mlp", num_labels=19)
-    ours = T2SDAForSemanticSegmentation(config).eval()
     theirs = SegformerForSemanticSegmentation(
         SegformerConfig(depths=config.depths, hidden_sizes=config.hidden_sizes, num_labels=19)
     ).eval()
+    with tempfile.TemporaryDirectory() as folder:  # the same weights
+        theirs.save_pretrained(folder)
+        ours = T2SDAForSemanticSegmentation.from_pretrained(folder).eval()
     pixels = torch.randn(1, 3, 1024, 2048, generator=torch.Generator().manual_seed(0))
 
     @torch.no_grad()
@@ -202,36 +468,138 @@ def inference_rows(rounds: int) -> Iterator[Row]:
         logits = theirs(pixels).logits
         return F.interpolate(logits, size=(1024, 2048), mode="bilinear", align_corners=False).argmax(1)
 
-    def banded() -> torch.Tensor:
+    def class_by_class() -> torch.Tensor:
         return predict_labels(ours, pixels, (1024, 2048))
 
     # Memory first, before the allocator keeps what it once had; the smaller one before the larger.
-    memory = [extra_memory(banded), extra_memory(full)]
-    times = interleaved([banded, full], rounds)
-    yield Row(
-        f"labels of 1024x2048, time / that of transformers ({statistics.median(times[1]):.1f} s)",
-        f"{median_ratio(*times):.2f}",
-        "0.55",
-    )
-    yield Row(
-        f"labels of 1024x2048, memory / that of transformers ({memory[1]:.0f} MB)",
-        f"{memory[0] / memory[1]:.2f}",
-        "0.55",
-    )
+    memory = [extra_memory(class_by_class), extra_memory(full)]
+    times = interleaved([class_by_class, full], options.rounds)
+    yield Row.ratio("labels of 1024x2048, B0, over transformers' SegFormer and full upsampling", *times, "0.45")
+    sizes = " / ".join(f"{size:.0f}" for size in memory)
+    yield Row(f"the same: extra memory ({sizes} MB)", f"{memory[0] / memory[1]:.2f}", "0.45")
+    with torch.no_grad():
+        logits = F.interpolate(ours(pixels).logits, size=(1024, 2048), mode="bilinear", align_corners=False)
+    same = bool((logits.argmax(1) == class_by_class()).all())
+    yield Row("the same: argmax of the fully upsampled logits", "identical" if same else "differs", "identical")
+    agreeing = (full() == class_by_class()).double().mean().item()
+    yield Row("the same: pixels labelled as by transformers (other summation order)", f"{agreeing:.6f}", "-")
 
 
-ROWS: dict[str, Callable[[int], Iterator[Row]]] = {"step": step_rows, "pull": pull_rows, "inference": inference_rows}
+def ema_rows(options: Options) -> Iterator[Row]:
+    student = build_student(small_run())
+    teacher, other = make_teacher(student), make_teacher(student)
+
+    def loop() -> None:
+        for own, given in zip(other.parameters(), student.parameters(), strict=True):
+            own.data[:] = 0.999 * own.data[:] + (1 - 0.999) * given.data[:]
+
+    times = interleaved([lambda: update_teacher(teacher, student, 0.999), loop], max(options.rounds, 21))
+    yield Row.ratio("EMA of B0, head and projector over a loop over parameters", *times, "1/6")
+
+
+def data_rows(options: Options) -> Iterator[Row]:
+    """Reading a batch of 2 source and 2 target crops from prepared domains, against the step that uses it."""
+    cfg, sizes = small_run(), {"source": (720, 1280), "target": (512, 1024)}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, size in sizes.items():
+            drawn = load_domain(
+                DomainConfig(path=f"streets-{name}", num_images=8, resize=size, resize_mode="exact"), cfg.classes
+            )
+            prepare(drawn, Path(folder, name), "train", len(cfg.classes), "raw", 1)
+        source, target = (
+            load_domain(
+                DomainConfig(path=str(Path(folder, name)), resize=size, resize_mode="exact"),
+                cfg.classes,
+                labelled=name == "source",
+            )
+            for name, size in sizes.items()
+        )
+        loader = iter(batches(PairDataset(cfg, source, target, None)))
+        times = interleaved([lambda: next(loader), make_step(cfg, Accelerator(cpu=True))], options.rounds)
+    share = statistics.median(read / (read + step) for read, step in zip(*times, strict=True))
+    read, step = (1000 * statistics.median(one) for one in times)
+    yield Row(f"data: share of a T2S-DA step, B0, 256 px ({read:.1f} of {step:.0f} ms)", f"{share:.1%}", "3 %")
+
+
+def memory_rows(options: Options) -> Iterator[Row]:
+    """The largest networks: one backward per graph, as the loop does it, against one over the sum of all losses."""
+    apart, joined = (in_new_process("memory", kind) for kind in ("apart", "joined"))
+    title = f"T2S-DA step, B5 with DAFormer's head, 512 px, 1+1 image: extra memory ({apart:.0f} / {joined:.0f} MB)"
+    yield Row(f"{title} over one backward of the summed losses", f"{apart / joined:.2f}", "0.45")
+
+
+def measure_memory(kind: str) -> None:
+    cfg = small_run("mit_b5", "daformer", 512, batch_size=1)
+    objective = METHODS["t2sda"]
+
+    def joined(*arguments: Any) -> Iterator[dict[str, torch.Tensor]]:
+        yield {name: value for terms in objective(*arguments) for name, value in terms.items()}
+
+    step = make_step(cfg, Accelerator(cpu=True), joined if kind == "joined" else objective)
+    print(json.dumps(extra_memory(step)))
+
+
+def processes_rows(options: Options) -> Iterator[Row]:
+    """CPU time of a step on the first of two processes, against a process alone; they take turns."""
+    turns: list[list[float]] = [[], []]
+    for _ in range(3):
+        for index in (0, 1):
+            turns[index] += in_new_process("step", processes=1 + index)
+    alone, two = (statistics.median(times) for times in turns)
+    title = f"step of two processes over one, B0, 128 px, 2+2 images each ({1000 * two:.0f} / {1000 * alone:.0f} ms)"
+    yield Row(title, f"{two / alone:.2f}", "1.10")
+
+
+def measure_step() -> None:
+    accelerator = Accelerator(cpu=True)
+    step = make_step(small_run(side=128), accelerator)
+    (times,) = interleaved([step], 10)
+    if accelerator.is_main_process:
+        print(json.dumps(times))
+    accelerator.end_training()
+
+
+ROWS: dict[str, Callable[[Options], Iterator[Row]]] = {
+    "supervised": supervised_rows,
+    "step": step_rows,
+    "pull": pull_rows,
+    "fda": fda_rows,
+    "metric": metric_rows,
+    "inference": inference_rows,
+    "ema": ema_rows,
+    "data": data_rows,
+    "memory": memory_rows,
+    "processes": processes_rows,
+}
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.machine()
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{name}, {os.cpu_count()} cores, one thread used; {versions}, numpy {np.__version__}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--mean-iou", default="mean_iou", metavar="NAME", help="for evaluate.load; default: the Hub's")
+    parser.add_argument("--peer-path", type=Path, metavar="DIR", help="checkout of DAFormer")
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    print("| what | measured | goal, at most |\n| :--- | ---: | ---: |")
+    if args.measure:
+        {"memory": measure_memory, "step": measure_step}[args.measure[0]](*args.measure[1:])
+        return 0
+    if args.peer_path is not None:
+        if not (args.peer_path / "mmseg").is_dir():
+            parser.error(f"--peer-path {args.peer_path} has no folder mmseg: give a checkout of DAFormer.")
+        sys.path.insert(0, str(args.peer_path))
+    print(f"{machine()}\n\n| what | measured | goal, at most |\n| :--- | ---: | ---: |")
     for name in args.rows:
-        for row in ROWS[name](args.rounds):
+        for row in ROWS[name](Options(args.rounds, args.mean_iou, args.peer_path)):
             print(f"| {row.what} | {row.measured} | {row.goal} |", flush=True)
     return 0
 

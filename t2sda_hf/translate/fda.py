@@ -1,6 +1,7 @@
 """Fourier domain adaptation: the low frequencies of the amplitude come from the target (paper eq. 6-8; method 5.1)."""
 
 import math
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -85,26 +86,31 @@ def with_low_amplitude(source_images: Tensor, amplitude: Tensor) -> Tensor:
     change = phase * (amplitude.to(present) - present)
     # Columns v < 0 mirror those with v > 0: they are counted by doubling the real part.
     change[..., 1:] *= 2
-    rows_in_space = down.conj().T @ change  # (B,3,H,c+1)
-    correction = rows_in_space.real @ across.real + rows_in_space.imag @ across.imag  # Re(a·conj(b))
-    return source_images + correction / (height * width)
+    rows_in_space = (down.conj().T @ change).flatten(0, -2)  # (B·3·H, c+1)
+    # Re(a·conj(b)); in place, because new memory of an image's size costs more than these products.
+    correction = (rows_in_space.real @ across.real).addmm_(rows_in_space.imag, across.imag)
+    return correction.div_(height * width).view(source_images.shape).add_(source_images)
 
 
 def _rows_and_columns(images: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """E_h (2r+1,H) and E_w (c+1,W)."""
     height, width = images.shape[-2:]
+    dtype = torch.complex128 if images.dtype == torch.float64 else torch.complex64
     return (
-        _fourier_rows(height, torch.arange(-rows, rows + 1), images),
-        _fourier_rows(width, torch.arange(0, columns + 1), images),
+        _fourier_rows(height, -rows, rows, images.device, dtype),
+        _fourier_rows(width, 0, columns, images.device, dtype),
     )
 
 
-def _fourier_rows(length: int, frequencies: Tensor, like: Tensor) -> Tensor:
-    """(F,length) rows e^{-2πi·u·x/length}; angles in float64, reduced before rounding to the precision of `like`."""
-    products = (frequencies[:, None] * torch.arange(length)) % length
+@lru_cache(maxsize=8)
+def _fourier_rows(length: int, first: int, last: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Rows e^{-2πi·u·x/length} of the frequencies first..last; angles in float64, reduced before rounding to `dtype`.
+
+    Kept for the next call: in a run they never change, and nobody writes into them.
+    """
+    products = (torch.arange(first, last + 1)[:, None] * torch.arange(length)) % length
     angles = -2 * math.pi * products.double() / length
-    rows = torch.polar(torch.ones_like(angles), angles)
-    return rows.to(device=like.device, dtype=torch.complex128 if like.dtype == torch.float64 else torch.complex64)
+    return torch.polar(torch.ones_like(angles), angles).to(device=device, dtype=dtype)
 
 
 def _low_block(images: Tensor, basis: tuple[Tensor, Tensor]) -> Tensor:
