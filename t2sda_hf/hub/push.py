@@ -253,10 +253,10 @@ def save_curve(scalars: Path, path: Path, final: Mapping[str, float], steps: int
     handles, names = axis.get_legend_handles_labels()
     right = axis.twinx()
     for kind, style in (("student", "k--o"), ("teacher", "k:^")):
-        points = {line["step"]: line[f"{kind}/miou"] for line in lines if f"{kind}/miou" in line}
+        scores = {line["step"]: line[f"{kind}/miou"] for line in lines if f"{kind}/miou" in line}
         if kind in final:
-            points[steps] = final[kind]
-            right.plot(list(points), list(points.values()), style, markersize=3, label=f"{kind} mIoU")
+            scores[steps] = final[kind]
+            right.plot(list(scores), list(scores.values()), style, markersize=3, label=f"{kind} mIoU")
     right.set(ylabel="mIoU in %", ylim=(0, 1.05 * right.get_ylim()[1]))
     more = right.get_legend_handles_labels()
     handles, names = handles + more[0], names + more[1]
