@@ -24,6 +24,7 @@ from t2sda_hf.models import T2SDAConfig, T2SDAForSemanticSegmentation, T2SDAImag
 from t2sda_hf.models.modeling_t2sda import name_some
 from t2sda_hf.models.pretrained import UNREADABLE
 from t2sda_hf.training.checkpoint import CheckpointError, write_folder
+from t2sda_hf.training.masking import run_masked
 
 # A training checkpoint of DAFormer, HRDA or MIC holds three networks; others hold one, without a prefix.
 NETWORKS = {"student": "model.", "teacher": "ema_model.", "ImageNet": "imnet_model."}
@@ -120,8 +121,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
         raise ValueError(
             f"{path} holds objects of {', '.join(dict.fromkeys(objects))} beside its tensors. Making them could run "
-            f"any code, so nothing of the file was used. If you trust it, keep its tensors alone: torch.save("
-            f'{{"state_dict": torch.load(OLD, map_location="cpu", weights_only=False)["state_dict"]}}, NEW).'
+            f"any code, so nothing of the file was used. If you trust it, load it yourself with pickle allowed and "
+            f'keep its tensors alone: torch.save({{"state_dict": content["state_dict"]}}, NEW).'
         ) from error
     except UNREADABLE as error:
         problem = f"{type(error).__name__} {error}".splitlines()[0] if path.exists() else "there is no such file"
@@ -392,4 +393,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_masked(main))
