@@ -139,6 +139,18 @@ def test_other_data_is_refused(run, stop_after, domains, capsys, monkeypatch: py
     assert "target_data" not in said
 
 
+def test_another_number_of_processes_is_refused(run, stop_after, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_after(2)
+    assert run("out") == 143
+    records = SCRIPT.records
+    others = {"num_processes": 4, "sharded": True}
+    monkeypatch.setattr(SCRIPT, "records", lambda *given: {m: r | others for m, r in records(*given).items()})
+    assert run("out", "--resume", "auto") == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "num_processes: 1 before, 4 now; sharded: False before, True now" in said
+    assert run("out", "--resume", "auto", "--allow_changes", "[num_processes, sharded]") == 0
+
+
 def test_resuming_from_a_checkpoint_by_its_path(run, stop_after, tmp_path: Path, capsys) -> None:
     assert run("whole") == 0
     older, newest = checkpoints(tmp_path / "whole" / "t2sda")

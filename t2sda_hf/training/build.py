@@ -31,7 +31,7 @@ from ..teacher import make_teacher, with_statistics_of
 from ..translate import TranslationEngine, build_engine
 from ..translate.trained import TranslatedFolder, open_translated
 from .checkpoint import write_text
-from .distributed import broadcast_from_main, shard, shards, whole_network
+from .distributed import broadcast_from_main, decided_by_main, shard, shards, whole_network
 from .loop import Run, train
 from .masking import mask
 from .optim import make_optimizer
@@ -334,9 +334,13 @@ def run_method(
     train(run, progress)
 
     results = {"student": evaluate(parts.student)} | others()
-    if cfg.select != "last" and (folder / SELECTED).is_dir():
-        selected = T2SDAForSemanticSegmentation.from_pretrained(folder / SELECTED).to(accelerator.device)
-        kept = json.loads((folder / SELECTED / SELECTED_FILE).read_text(encoding="utf-8"))
+    if cfg.select != "last" and decided_by_main((folder / SELECTED).is_dir, accelerator):
+        selected = deepcopy(initial).to(accelerator.device)
+        if accelerator.is_main_process:  # the folder may lie on its disk alone
+            selected.load_state_dict(T2SDAForSemanticSegmentation.from_pretrained(folder / SELECTED).state_dict())
+        broadcast_from_main([*selected.parameters(), *selected.buffers()], accelerator)
+        written = folder / SELECTED / SELECTED_FILE
+        kept = decided_by_main(lambda: json.loads(written.read_text(encoding="utf-8")), accelerator)
         results["selected"] = evaluate(accelerator.prepare_model(selected, evaluation_mode=True)) | kept
     if accelerator.is_main_process:
         write_text(folder / "metrics.json", json.dumps(results, indent=2))
