@@ -38,7 +38,10 @@ class DomainConfig:
     label_suffix: str = ""
     image_column: str = "image"
     label_column: str = "label"
-    streaming: bool = False  # of the Hub: fetch the first num_images only, without downloading the whole data set
+    # Of parquet or the Hub, without having all of it first: the first num_images are fetched; of a target without
+    # num_images, images as they come, from a buffer of so many. After a resume these come in another order.
+    streaming: bool = False
+    shuffle_buffer: int = 128
     frame_step: int = 1  # of a video: every so many frames
     label_space: str = "cityscapes"  # what the ids on disk mean: a name of labels.LABEL_SPACES ...
     class_names: tuple[str, ...] = ()  # ... or the names themselves, position = id ...
@@ -70,7 +73,7 @@ class DomainConfig:
         if self.crop_box is not None:
             good = min(self.crop_box) >= 0 and min(self.crop_box[2:]) >= 1
             _require(good, "crop_box", "(top, left, height, width) with a positive height and width", self.crop_box)
-        _require(not self.streaming or self.num_images is not None, "num_images", "set when streaming", self.num_images)
+        _require(self.shuffle_buffer >= 1, "shuffle_buffer", "at least 1", self.shuffle_buffer)
         _require(self.frame_step >= 1, "frame_step", "at least 1", self.frame_step)
         _require(1 <= self.max_pixels <= 178_956_970, "max_pixels", "in 1..178956970 (Pillow's limit)", self.max_pixels)
         _require(self.num_images is None or self.num_images >= 1, "num_images", "at least 1", self.num_images)

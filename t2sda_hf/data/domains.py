@@ -4,23 +4,29 @@ A domain is a table of rows with an image and perhaps a label map. Where the tab
 what is in a file in `files`; what the ids mean is settled here, once, by class name.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from datasets import Dataset, Image, Value
+from datasets import Dataset, Image, IterableDataset, Value
+from datasets.distributed import split_dataset_by_node
 from PIL import ImageColor
 
 from ..config import DomainConfig
 from ..labels import CITYSCAPES_CLASSES, IGNORE_INDEX, LABEL_SPACES, SPACE_COLORS, id_map
 from .files import Color, LabelRule, read_header, read_ids, read_image
-from .sources import load_rows
+from .sources import load_rows, open_stream
 from .transforms import Size, resize_image, resize_labels, resized_size
 
+logger = logging.getLogger(__name__)
+
+_LOOKED_AT = 16  # first rows of a stream that are checked before training
 COUNTS = "class_counts"  # column of prepared domains: pixels per id at the size of the original file
 
 
@@ -115,6 +121,63 @@ class Domain:
         return array[top : top + height, left : left + width]
 
 
+@dataclass(frozen=True)
+class StreamedDomain(Domain):
+    """Images alone, as a stream brings them. `table` has its first rows: they are what is checked and compared.
+
+    Every process takes its own share of the stream: whole shards where they divide evenly, otherwise every so many-th
+    row. Its workers take shards of that. After the last row comes another round in another order.
+    Unreadable images are left out and told: nobody looked at them before.
+
+    Attributes:
+        stream: undecoded rows.
+        share: (number of this process, number of processes).
+        seed: of the order.
+    """
+
+    stream: IterableDataset
+    share: tuple[int, int] = (0, 1)
+    seed: int = 0
+    running: list[Iterator[np.ndarray]] = field(default_factory=list, compare=False)  # at most one, of this worker
+
+    def for_process(self, process_index: int, num_processes: int, seed: int) -> "StreamedDomain":
+        """The part of one process, from its beginning."""
+        return replace(self, share=(process_index, num_processes), seed=seed, running=[])
+
+    def resized_image(self, index: int) -> np.ndarray:
+        """The next image, whatever the index.
+
+        Raises:
+            ValueError: if a whole round has no readable image.
+        """
+        if not self.running:
+            self.running.append(self._images())
+        return next(self.running[0])
+
+    def _images(self) -> Iterator[np.ndarray]:
+        process, processes = self.share
+        mixed = self.stream.shuffle(seed=self.seed, buffer_size=self.config.shuffle_buffer)
+        mine = split_dataset_by_node(mixed, process, processes)  # `datasets` itself gives workers their shards of it
+        for round_ in count():
+            mine.set_epoch(round_)
+            readable = 0
+            for row in mine:
+                where = f"an image {row.get('file_name') or (row[self.config.image_column] or {}).get('path') or ''}"
+                where = f"{where.strip()} of {self.name}"
+                try:
+                    image = self._cut(read_image(row[self.config.image_column], where, self.config.max_pixels))
+                except ValueError as error:
+                    logger.warning("left out: %s", error)
+                    continue
+                readable += 1
+                yield resize_image(image, self.working_size((image.shape[0], image.shape[1])))
+            if not readable:
+                raise ValueError(
+                    f"process {process} of {processes}, or a worker of it, gets no readable image of {self.name}. Set "
+                    "data.num_workers to at most the shards that a process has, or do not stream."
+                )
+
+
 def load_domain(
     domain: str | DomainConfig, classes: Sequence[str] = CITYSCAPES_CLASSES, labelled: bool = True
 ) -> Domain:
@@ -129,6 +192,14 @@ def load_domain(
         ValueError: if there is no such data set or split, a column is missing, it is empty, or label names do not fit.
     """
     config = DomainConfig(path=domain) if isinstance(domain, str) else domain
+    if config.streaming and config.num_images is None:
+        if labelled:
+            raise ValueError(
+                f"{config.path!r} is streamed, and labels are read by index, to know which classes are rare. Set "
+                "num_images, to fetch the first so many, or stream the target alone."
+            )
+        first = load_domain(replace(config, num_images=_LOOKED_AT), classes, labelled)
+        return StreamedDomain(first.name, first.table, None, first.valid, config, open_stream(config))
     rows, space = load_rows(config, labelled)
     name = f"{config.path} ({config.split})"
     columns = {"image": config.image_column} | ({"label": config.label_column} if labelled else {})

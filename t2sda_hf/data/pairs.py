@@ -1,7 +1,11 @@
-"""(source, target) samples as a pure function of (seed, position): no sampler or worker has a state to lose."""
+"""(source, target) samples as a pure function of (seed, position): no sampler or worker has a state to lose.
 
+The exception is a target that is streamed, see `domains.StreamedDomain`.
+"""
+
+import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..batch import UdaBatch
 from ..config import RunConfig
 from ..translate.trained import TranslatedFolder
-from .domains import Domain
+from .domains import Domain, StreamedDomain
 from .rare_class_sampling import RareClasses
 from .transforms import (
     Window,
@@ -22,6 +26,8 @@ from .transforms import (
     resize_labels,
     shows_several_classes,
 )
+
+logger = logging.getLogger(__name__)
 
 RETRIES = 10  # of a crop that is too uniform, and of one that misses its rare class; the last one is kept (DAFormer)
 _DATA_STREAM = 1  # tells the random numbers of the data from those of the training step
@@ -149,8 +155,16 @@ def collate(samples: list[dict[str, np.ndarray]]) -> UdaBatch:
 def batches(
     dataset: PairDataset, process_index: int = 0, num_processes: int = 1, start_step: int = 0
 ) -> DataLoader[UdaBatch]:
-    """The micro-batches of one process from `start_step` to the last step, in order."""
+    """The micro-batches of one process from `start_step` to the last step, in order.
+
+    A function of the seed and the step; but a streamed target begins anew at `start_step`, in another order.
+    """
     train = dataset.config.train
+    if isinstance(dataset.target, StreamedDomain):
+        seed = int(np.random.default_rng([dataset.config.seed, _DATA_STREAM, start_step]).integers(2**31))
+        dataset = replace(dataset, target=dataset.target.for_process(process_index, num_processes, seed))
+        if start_step:
+            logger.warning("%s is streamed: its images come in another order than without a stop.", dataset.target.name)
     sampler = PositionSampler(
         train.batch_size,
         train.micro_batches,

@@ -220,12 +220,34 @@ def _loaded(config: DomainConfig) -> Dataset:
     raise ValueError(f"there is no domain {config.path!r}: no such file, folder or name. {hint}")
 
 
-def _first_rows(config: DomainConfig) -> Dataset:
-    """The first rows of a stream, kept locally: training reads images by index, in an order of its own."""
-    stream: IterableDataset = load_dataset(config.path, split=config.split, streaming=True)
+def open_stream(config: DomainConfig) -> IterableDataset:
+    """The rows of a parquet file or folder or of a data set of the Hub, undecoded, as they come.
+
+    Raises:
+        ValueError: for another kind of domain; those are read by index from the disk anyway.
+    """
+    path = Path(config.path)
+    if config.layout or config.label_path or config.path in DRAWN or (path.is_dir() and _holds_images_only(path)):
+        given = None
+    elif path.is_file():
+        given = ("parquet", {"data_files": {config.split: str(path)}}) if path.suffix.lower() == ".parquet" else None
+    else:
+        given = (config.path, {})
+    if given is None:
+        raise ValueError(
+            f"streaming reads parquet files and data sets of the Hub; {config.path!r} needs none. Leave it out."
+        )
+    stream: IterableDataset = load_dataset(given[0], split=config.split, streaming=True, **given[1])
     columns = [name for name in (config.image_column, config.label_column) if name in (stream.column_names or [])]
     for column in columns:
         stream = stream.cast_column(column, Image(decode=False))
+    return stream
+
+
+def _first_rows(config: DomainConfig) -> Dataset:
+    """The first rows of a stream, kept locally: training reads images by index, in an order of its own."""
+    stream = open_stream(config)
+    columns = [name for name in (config.image_column, config.label_column) if name in (stream.column_names or [])]
     features = Features(dict.fromkeys(columns, Image()))
     rows = [{column: row[column] for column in columns} for row in stream.take(config.num_images or 0)]
     return Dataset.from_list(rows, features=features)

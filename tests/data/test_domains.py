@@ -565,7 +565,7 @@ def test_what_is_no_domain_is_said(fault, bad):
         ({"crop_box": (0, 0, 0, 5)}, "crop_box must be"),
         ({"frame_step": 0}, "frame_step must be at least 1"),
         ({"max_pixels": 10**9}, "max_pixels must be in"),
-        ({"streaming": True}, "num_images must be set when streaming"),
+        ({"shuffle_buffer": 0}, "shuffle_buffer must be at least 1"),
         ({"num_images": 0}, "num_images must be at least 1"),
     ],
 )
