@@ -213,7 +213,9 @@ def _inspect(domain: Domain, index: int, num_classes: int) -> dict[str, Any]:
     faults: list[tuple[str, str, str]] = result["faults"]
     limit = domain.config.max_pixels
     image = labels = None
+    orientation = 1
     try:
+        orientation = read_header(row["image"], where, limit)[1]
         image = read_image(row["image"], where, limit)
     except ValueError as error:
         faults.append((_kind(str(error), "image"), "fault", str(error)))
@@ -235,7 +237,6 @@ def _inspect(domain: Domain, index: int, num_classes: int) -> dict[str, Any]:
     try:
         raw = read_ids(row["label"], where, domain.rule, limit)
         if image is not None:
-            orientation = read_header(row["image"], where, limit)[1]
             if orientation != 1:
                 text = f"{where}: the photo is turned by EXIF orientation {orientation}, its label map is not"
                 faults.append(("EXIF rotation against the label map", "fault", text))

@@ -99,6 +99,12 @@ def read_ids(cell: Cell | None, where: str, rule: LabelRule, max_pixels: int) ->
                 f"{where}: the label map is a {picture.format} file. Its compression mixes neighbouring ids; export "
                 "the labels again as PNG."
             )
+        try:
+            if picture.format == "PNG":
+                picture.verify()  # checksums: a wrong bit may decode, to other ids
+                picture = _opened(data, where, max_pixels)
+        except _DAMAGE as error:
+            raise _damaged(where, error) from error
         colored = rule.colors is not None and (rule.always_colored or picture.mode in ("RGB", "RGBA"))
         deep = _is_deep_color_png(data)
         raw: np.ndarray | None = None

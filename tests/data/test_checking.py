@@ -123,11 +123,24 @@ def every_label(change):
     return plant
 
 
+def wrong_bit(name):
+    """In the last quarter of the file, where decoding goes on without a complaint, or not."""
+
+    def plant(root):
+        data = bytearray((root / name).read_bytes())
+        data[len(data) * 3 // 4] ^= 1
+        (root / name).write_bytes(bytes(data))
+
+    return plant
+
+
 # What was done: (how, kind that must be found, part of its example)
 PLANTED = {
     "text instead of an image": (write("images/2.png", b"hello"), "image unreadable", "2.png"),
     "empty image file": (write("images/2.png", b""), "image empty", "0 bytes"),
     "cut image": (lambda root: cut(root / "images" / "2.png"), "image cut or damaged", "2.png"),
+    "one wrong bit in an image": (wrong_bit("images/2.png"), "image cut or damaged", "2.png"),
+    "one wrong bit in a label map": (wrong_bit("labels/2.png"), "label map cut or damaged", "2.png"),
     "cut label map": (
         lambda root: (root / "labels" / "2.png").write_bytes((root / "labels" / "2.png").read_bytes()[:120]),
         "label map cut or damaged",
@@ -182,6 +195,11 @@ def test_planted_faults_are_found(fault, tmp_path):
     assert kind in faults, facts.findings
     assert example in faults[kind].example
     assert len(facts.readable) <= COUNT - 1 or kind == "fewer than two classes"
+
+
+def test_as_many_kinds_of_faults_as_promised():
+    """With the three between domains, see below."""
+    assert len(PLANTED) >= 25
 
 
 def facts_of(root, labels=None):

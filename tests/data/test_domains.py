@@ -5,6 +5,7 @@ import io
 import json
 import struct
 import zlib
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -14,6 +15,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from t2sda_hf.config import DomainConfig
+from t2sda_hf.data import domains
 from t2sda_hf.data.domains import check_domain, load_domain
 from t2sda_hf.labels import CITYSCAPES_CLASSES, CITYSCAPES_COLORS
 
@@ -285,16 +287,16 @@ def test_a_photo_is_turned_upright_but_not_under_its_labels(tmp_path):
 # --- faults ----------------------------------------------------------------------------------------------------------
 
 
-def bomb(side):
-    """A black PNG of side x side RGB pixels in some kilobytes."""
+def bomb(side, bits=24):
+    """A black PNG of side x side pixels, RGB or of 1 bit, in some kilobytes."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     packer = zlib.compressobj(9)
-    row = bytes(1 + 3 * side)
+    row = bytes(1 + bits * side // 8)
     pixels = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", side, side, *((8, 2) if bits == 24 else (1, 0)), 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
@@ -415,6 +417,7 @@ BAD_LABELS = {
     "RGBA": (png(np.dstack([coloured(IDS)[1], IDS])), "is a RGBA picture"),
     "grey and alpha": (png(Image.fromarray(IDS).convert("LA")), "is a LA picture"),
     "16-bit colour": (cv2.imencode(".png", np.dstack([IDS] * 3).astype(np.uint16))[1].tobytes(), "16-bit colour"),
+    "one wrong bit": (png(IDS)[:120] + bytes([png(IDS)[120] ^ 1]) + png(IDS)[121:], "cut or damaged"),
     "float": (png(Image.fromarray(IDS.astype(np.float32)), format="TIFF"), "is a F picture"),
     "palette turned to grey": (png(Image.fromarray(np.array([21, 48, 255], np.uint8)[IDS % 3])), "contains the ids 21"),
     "scaled for viewing": (png((IDS.astype(int) * 100).clip(0, 255).astype(np.uint8)), "contains the ids 100"),
@@ -431,6 +434,42 @@ def test_bad_labels_are_refused_before_training(fault, tmp_path):
     domain = load_domain(DomainConfig(path=path, class_names=CLASSES), CLASSES)
     with pytest.raises(ValueError, match=f"row 1 .*{message}"):
         check_domain(domain, CLASSES)
+
+
+def test_as_many_faults_as_promised():
+    assert len(BAD_IMAGES) + len(BAD_LABELS) + len(BAD_DOMAINS) >= 60
+
+
+def test_a_small_file_with_a_huge_image_is_never_decoded(tmp_path, monkeypatch):
+    """20 kB that would be 507 MB as RGB: refused by the header, with the key that allows it."""
+    data = bomb(13_000, bits=1)
+    assert len(data) < 22_000
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("it was decoded"))
+    image = load_domain(DomainConfig(path=rows(tmp_path, [data])), CLASSES, labelled=False)
+    label = load_domain(DomainConfig(path=rows(tmp_path, [IMAGE], [data], "b.parquet"), class_names=CLASSES), CLASSES)
+    for read in (lambda: image.image(0), lambda: label.labels(0), lambda: check_domain(image, CLASSES)):
+        with pytest.raises(
+            ValueError, match=r"13000x13000 pixels, more than max_pixels.*Raise the domain's max_pixels"
+        ):
+            read()
+
+
+def test_statistics_are_read_once_and_again_when_files_or_names_change(tmp_path, monkeypatch):
+    config = DomainConfig(**as_folders(tmp_path / "data"), class_names=CLASSES)
+    read, original = [], domains.read_ids
+    monkeypatch.setattr(domains, "read_ids", lambda cell, *rest: read.append(cell) or original(cell, *rest))
+
+    def reads(options=None, classes=CLASSES):
+        read.clear()
+        check_domain(load_domain(replace(config, **(options or {})), classes), classes)
+        return len(read)
+
+    assert reads() > 0
+    assert reads() == 0
+    assert reads({"label_map": {"car": "road"}}) > 0  # ids mean something else
+    write(tmp_path / "data" / "masks" / "sub" / "b.png", png(np.full((12, 20), 1, np.uint8)))
+    assert reads() > 0
+    assert reads() == 0
 
 
 @pytest.mark.parametrize(
