@@ -448,9 +448,7 @@ def test_a_small_file_with_a_huge_image_is_never_decoded(tmp_path, monkeypatch):
     image = load_domain(DomainConfig(path=rows(tmp_path, [data])), CLASSES, labelled=False)
     label = load_domain(DomainConfig(path=rows(tmp_path, [IMAGE], [data], "b.parquet"), class_names=CLASSES), CLASSES)
     for read in (lambda: image.image(0), lambda: label.labels(0), lambda: check_domain(image, CLASSES)):
-        with pytest.raises(
-            ValueError, match=r"13000x13000 pixels, more than max_pixels.*Raise the domain's max_pixels"
-        ):
+        with pytest.raises(ValueError, match=r"13000x13000 pixels, more than max_pixels .*Raise the domain"):
             read()
 
 

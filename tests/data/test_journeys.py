@@ -144,8 +144,7 @@ def walk(title, tmp_path, monkeypatch, swapped):
              "rcs.min_pixels": "5", "uda": "{ignore_top: 0, ignore_bottom: 0}", "loss_weights.feature_distance": "0",
              "train": "{max_steps: 2, batch_size: 1, num_threads: 1, log_with: []}",
              "source.resize": "null", "target.resize": "null", "test.resize": "null"}  # fmt: skip
-    section, todo = commands(title)
-    for words in todo:
+    for words in commands(title)[1]:
         words = [swapped.get(word, word) for word in words if word not in ("accelerate", "launch", "python")]
         script = Path(words[0]).stem
         extra = {
