@@ -162,9 +162,10 @@ def batches(
     train = dataset.config.train
     if isinstance(dataset.target, StreamedDomain):
         seed = int(np.random.default_rng([dataset.config.seed, _DATA_STREAM, start_step]).integers(2**31))
-        dataset = replace(dataset, target=dataset.target.for_process(process_index, num_processes, seed))
+        target = dataset.target.for_process(process_index, num_processes, seed)
+        dataset = replace(dataset, target=target)
         if start_step:
-            logger.warning("%s is streamed: its images come in another order than without a stop.", dataset.target.name)
+            logger.warning("%s is streamed: its images come in another order than without a stop.", target.name)
     sampler = PositionSampler(
         train.batch_size,
         train.micro_batches,
