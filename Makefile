@@ -18,6 +18,7 @@ test: install
 
 # The demo in a real browser: needs chromium, and an environment of its own because gradio wants an older Pillow.
 browser: $(VENV)-browser/.installed
+	@command -v chromium > /dev/null || { echo "make browser needs chromium (Debian: apt-get install chromium)"; exit 2; }
 	$(VENV)-browser/bin/python -m pytest tests/hub/test_demo_in_browser.py
 
 benchmark: install

@@ -128,7 +128,7 @@ def push_folder(
     """
     refuse_secrets(folder)
     api = api or HfApi()
-    again = again or f"hf upload {repo_id} {folder}"
+    again = again or f"hf upload {repo_id} {folder}" + (f" --repo-type {repo_type}" if repo_type != "model" else "")
     if api.token is None and get_token() is None:
         raise PushFailed(f"no token of the Hub was found: run `hf auth login`, or set HF_TOKEN. Then: {again}")
     title = f"Model of t2sda_hf, content {content_hash(folder)}"

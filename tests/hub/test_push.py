@@ -250,3 +250,14 @@ def test_a_push_without_a_token_is_said_before_the_training(monkeypatch: pytest.
 def test_terms_of_unknown_domains_are_refused() -> None:
     with pytest.raises(ValueError, match=r"push_to_hub.terms.*elsewhere"):
         tiny_config("--push_to_hub.terms={elsewhere: mine}")
+
+
+def test_training_asks_before_it_starts_whether_it_could_publish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    words = ["--config", "configs/demo.yaml", "--output_dir", str(tmp_path / "out"), "--push_to_hub.repo_id", "streets"]
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert load_script("train_uda").main(words) == 2
+    assert "has no owner: write it as user/streets" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
