@@ -4,9 +4,9 @@
         --output_dir outputs/translators/streets --steps 2000 --crop 96 128
 
 Two generators and two patch discriminators learn from unpaired crops; no label is read, of either domain. Losses: a
-least-squares adversary, 10 x the L1 distance after there and back, and 5 x the L1 distance of an image that already
-has the wanted look. Unlike the original there is no pool of old images, generators start at "no change", and the
-learning rate decays linearly over the second half.
+least-squares adversary, and 10 x the L1 distance after there and back. No identity loss, which holds colours where they
+are. Unlike the original there is no pool of old images, generators start at "no change", and the learning rate decays
+linearly over the second half.
 
 Writes into output_dir: config.json and model.safetensors (source to target; what translate.trained.model reads),
 backward/ (target to source), training.json (domains, settings, losses), preview.png. Domains are names, parquet files
@@ -36,7 +36,7 @@ from t2sda_hf.data.transforms import pad_image, random_window
 from t2sda_hf.training.masking import run_masked
 from t2sda_hf.translate.generator import TranslationGenerator, save_translator
 
-CYCLE_WEIGHT, IDENTITY_WEIGHT = 10.0, 5.0
+CYCLE_WEIGHT = 10.0
 LOGGED_EVERY = 50
 
 
@@ -85,8 +85,6 @@ class Translators(nn.Module):
             "to_source": to_source,
             "source_again": self.back(to_target),
             "target_again": self.forth(to_source),
-            "target_kept": self.forth(target),
-            "source_kept": self.back(source),
         }
 
 
@@ -103,8 +101,7 @@ def generator_loss(made: dict[str, Tensor], source: Tensor, target: Tensor, judg
     """What the generators minimise; `judged` are the discriminators on what was made."""
     adversary = sum(F.mse_loss(score, torch.ones_like(score)) for score in judged)
     cycle = F.l1_loss(made["source_again"], source) + F.l1_loss(made["target_again"], target)
-    identity = F.l1_loss(made["source_kept"], source) + F.l1_loss(made["target_kept"], target)
-    return adversary + CYCLE_WEIGHT * cycle + IDENTITY_WEIGHT * identity
+    return adversary + CYCLE_WEIGHT * cycle
 
 
 def discriminator_loss(real: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_scripts import load_script
@@ -198,6 +199,39 @@ def test_train_translator_preview_and_export_fit_together(tmp_path, capsys):
     expected = load_translator(str(out), OURS)(whole).clamp(0, 1)[0].permute(1, 2, 0) * 255
     assert np.abs(translated.image(1) - expected.numpy()).max() <= 0.51
     assert show.main([*shared, "--engine", "trained", "--export", str(folder)]) == 2
+
+
+class Blocks:
+    """Pictures of eight by eight coloured squares, of a tint."""
+
+    def __init__(self, name: str, tint: tuple[float, float, float]) -> None:
+        self.name, self.tint = name, np.array(tint)
+
+    def __len__(self) -> int:
+        return 32
+
+    def resized_image(self, index: int) -> np.ndarray:
+        squares = np.random.default_rng([len(self.name), index]).integers(60, 255, (8, 8, 3))
+        return (squares.repeat(8, 0).repeat(8, 1) * self.tint).astype(np.uint8)
+
+
+def test_a_trained_translator_gives_the_source_the_tint_of_the_target(tmp_path):
+    train = load_script("train_translator")
+    source, target = Blocks("source", (1, 1, 1)), Blocks("the target", (0.7, 0.5, 0.5))
+    arguments = ["--source", "-", "--target", "-", "--output_dir", str(tmp_path / "out"), "--crop", "32", "32"]
+    arguments += ["--steps", "120", "--batch_size", "2", "--width", "4", "--blocks", "1", "--lr", "2e-3"]
+    train.train(train.parse_arguments(arguments), Accelerator(cpu=True), source, target)
+
+    def pictures(domain: Blocks) -> Tensor:
+        stacked = np.stack([domain.resized_image(index) for index in range(16)])
+        return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255
+
+    translated = load_translator(str(tmp_path / "out"), OURS)(pictures(source)).clamp(0, 1)
+    means = [images.mean((0, 2, 3)) for images in (pictures(source), translated, pictures(target))]
+    assert (means[1] - means[2]).abs().sum() < 0.5 * (means[0] - means[2]).abs().sum(), means
+    # The squares are still there: what is bright in a picture stays brighter than what is dark.
+    grey = [images.mean(1).flatten(1) for images in (pictures(source), translated)]
+    assert min(torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(*grey, strict=True)) > 0.8
 
 
 @pytest.mark.parametrize(
