@@ -1,0 +1,444 @@
+"""What an update costs, found without making it: operations, memory, and time by roofline.
+
+The real objective runs on random images, but its networks are stand-ins. Behind each the real network runs on torch's
+fake tensors, which have shapes and no content. Every operation and every tensor is counted on the way. So the passes,
+the terms of weight 0, HRDA's crops or checkpointing cost here what the objective makes of them; no formula is kept
+beside it that could say something else.
+"""
+
+import itertools
+import resource
+import statistics
+import sys
+import time
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+from torch import Generator, Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from transformers.utils import ModelOutput
+
+from ..batch import UdaBatch
+from ..config import RunConfig
+from ..methods import METHODS, Parts
+from ..methods.parts import ClassMemory
+from ..models import T2SDAConfig, T2SDAForSemanticSegmentation
+from ..teacher import make_teacher, update_teacher
+from ..translate import TranslationEngine, build_engine
+from .build import build_student
+from .checkpoint import Progress, allocate_state
+from .loop import Run, update, weighted_sum
+from .optim import make_optimizer
+from .seeding import seed_step
+from .tracking import Tracker
+
+
+@dataclass
+class Cost:
+    """What was counted. An operation is one kernel; views and shape questions are none.
+
+    Attributes:
+        flops: of every operation; matrix products, convolutions and attention only, 2 for a multiply-add.
+        bytes: read and written by every operation, if nothing stays in a cache.
+        halves: whether the operation is in bfloat16.
+        live, peak: bytes of tensors, now and at most.
+        lasting: bytes between updates: weights of all networks, and the optimiser's.
+        passes: forwards of images by network and part: "student encoder", "teacher head", ...
+    """
+
+    flops: list[float] = field(default_factory=list)
+    bytes: list[float] = field(default_factory=list)
+    halves: list[bool] = field(default_factory=list)
+    live: int = 0
+    peak: int = 0
+    lasting: int = 0
+    passes: Counter[str] = field(default_factory=Counter)
+    _known: dict[int, Any] = field(default_factory=dict)
+
+    def hold(self, tensor: Tensor, counts: bool = True) -> None:
+        """Count the memory of a tensor until it is freed; once, whatever views there are of it."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes() if counts else 0
+        if key in self._known:
+            return
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+        def freed(_: object) -> None:
+            self.live -= size
+            del self._known[key]
+
+        self._known[key] = weakref.ref(storage, freed)
+
+    def seconds(self, device: "Device", precision: str) -> float:
+        """Roofline: every operation takes as long as its products or its memory traffic, whichever is longer."""
+        full = device.tf32 if precision != "float32" else device.float32
+        peaks = np.where(self.halves, device.bf16, full)
+        return float(np.maximum(np.array(self.flops) / peaks, np.array(self.bytes) / device.bandwidth).sum())
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peaks in operations and bytes per second, dense; memory in bytes."""
+
+    name: str
+    float32: float
+    tf32: float  # what there is for it, where there is no TF32
+    bf16: float
+    bandwidth: float
+    memory: float
+
+
+def _gpu(name: str, float32: float, tf32: float, bf16: float, bandwidth: float, memory: float) -> Device:
+    return Device(name, float32 * 1e12, tf32 * 1e12, bf16 * 1e12, bandwidth * 1e9, memory * 1e9)
+
+
+# The makers' data sheets, without sparsity: TFLOP/s in float32, TF32 and bfloat16, GB/s, GB. No bfloat16 on V100 and
+# T4: float32 stands there.
+GPUS = (
+    _gpu("H100 SXM 80 GB", 67, 494, 989, 3350, 80),
+    _gpu("A100 SXM 80 GB", 19.5, 156, 312, 2039, 80),
+    _gpu("A100 PCIe 40 GB", 19.5, 156, 312, 1555, 40),
+    _gpu("L40S 48 GB", 91.6, 183, 362, 864, 48),
+    _gpu("RTX 4090 24 GB", 82.6, 82.6, 165, 1008, 24),
+    _gpu("RTX 3090 24 GB", 35.6, 35.6, 71, 936, 24),
+    _gpu("L4 24 GB", 30.3, 60, 121, 300, 24),
+    _gpu("V100 SXM 32 GB", 15.7, 15.7, 15.7, 900, 32),
+    _gpu("T4 16 GB", 8.1, 8.1, 8.1, 320, 16),
+)
+
+
+def this_machine() -> Device:
+    """The CPU, by what a matrix product of 1024 x 1024 and a copy of 64 MB reach here: the best of five."""
+
+    def best(function: Any) -> float:
+        times = []
+        for _ in range(5):
+            began = time.process_time()
+            function()
+            times.append(time.process_time() - began)
+        return min(times) / torch.get_num_threads()  # CPU time, which neighbours on the machine do not lengthen
+
+    square, half = torch.rand(1024, 1024), torch.rand(256, 256).bfloat16()
+    whole, copy = torch.rand(2**24), torch.empty(2**24)
+    float32 = 2 * 1024**3 / best(lambda: square @ square)
+    name = f"this machine, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    bandwidth = 2 * whole.nbytes / best(lambda: copy.copy_(whole))
+    memory = psutil.virtual_memory().total
+    return Device(name, float32, float32, 2 * 256**3 / best(lambda: half @ half), bandwidth, memory)
+
+
+class Counting(TorchDispatchMode):
+    """Puts every operation and every new tensor on the account of `cost`."""
+
+    def __init__(self, cost: Cost) -> None:
+        super().__init__()
+        self.cost = cost
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if not made:
+            return result
+        for tensor in made:
+            self.cost.hold(tensor)
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        shared = {tensor.untyped_storage()._cdata for tensor in given}
+        writes = func._schema.is_mutable
+        if given and not writes and all(tensor.untyped_storage()._cdata in shared for tensor in made):
+            return result  # a view
+        touched = {id(tensor): tensor for tensor in [*given, *made]}.values()
+        self.cost.flops.append(products(func, args, made))
+        self.cost.bytes.append(sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in touched))
+        self.cost.halves.append(made[0].dtype == torch.bfloat16)
+        return result
+
+
+def products(func: Any, args: Sequence[Any], made: Sequence[Tensor]) -> float:
+    """Floating point operations of one call: 2 · multiply-adds of products, convolutions and attention, 0 for others.
+
+    A backward of attention counts twice its forward, as for all others, although it makes the scores once more.
+
+    Args:
+        func: an overload of torch.ops.aten.
+        args: of the call.
+        made: the tensors it returned.
+    """
+    name = func.overloadpacket.__name__
+    if name in ("mm", "bmm"):
+        return 2.0 * made[0].numel() * args[0].shape[-1]
+    if name in ("addmm", "baddbmm"):
+        return 2.0 * made[0].numel() * args[1].shape[-1]
+    if name == "convolution":  # the weight is (out, in / groups, kernel, kernel)
+        return 2.0 * made[0].numel() * prod(args[1].shape[1:])
+    if name == "convolution_backward":  # by gradient, input, weight; the last argument says which gradients are made
+        return 2.0 * args[0].numel() * prod(args[2].shape[1:]) * sum(args[-1][:2])
+    if name.startswith("_scaled_dot_product"):
+        backward = name.endswith("backward")
+        query, key = args[1:3] if backward else args[:2]
+        return (8.0 if backward else 4.0) * query.numel() * key.shape[-2]
+    return 0.0
+
+
+def count_update(cfg: RunConfig) -> Cost:
+    """The cost of one update in the middle of a run of `cfg`, of one process, on a CPU.
+
+    Images are random, and so are the pseudo-labels. Images that are translated by networks (style, trained) are taken
+    as they are, without the cost of it.
+    """
+    cost, fake = Cost(), FakeTensorMode()
+    with torch.device("meta"):
+        meta = _student(cfg)
+    imagenet = make_teacher(meta.encoder).eval() if _looks_at_imagenet(cfg) else None
+    frozen = make_teacher(meta)
+    with fake, Counting(cost):
+        student, teacher = _fake(meta).train(), _fake(frozen)
+        optimizer = make_optimizer(student.encoder, student, cfg.optim)
+        allocate_state(optimizer)
+        if imagenet is not None:
+            imagenet = _fake(imagenet)
+    cost.lasting = cost.live
+    parts = Parts(
+        student=StandIn(student, "student", fake, cost, cfg),
+        teacher=StandIn(teacher, "teacher", fake, cost, cfg),
+        imagenet=None if imagenet is None else StandIn(imagenet, "imagenet", fake, cost, cfg),
+        translate=_engine(cfg),
+        memory=ClassMemory(len(cfg.classes), cfg.projector.dim),
+    )
+    cost.flops, cost.bytes, cost.halves = [], [], []
+    with torch.random.fork_rng(devices=[]), Counting(cost):
+        for micro in range(cfg.train.micro_batches):
+            generator = seed_step(cfg.seed, cfg.pull.start_step, micro)
+            batch = random_batch(cfg).on(torch.device("cpu"))
+            for terms in METHODS[cfg.method](batch, parts, cfg, cfg.pull.start_step, generator, _unchanged):
+                weighted_sum(terms, cfg.loss_weights).backward()
+    with fake, Counting(cost):
+        for parameter in student.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        update_teacher(teacher, student, cfg.uda.ema_momentum)
+    return cost
+
+
+def random_batch(cfg: RunConfig, seed: int = 0) -> UdaBatch:
+    """A micro-batch as the loader makes it for `cfg`, of noise and of blocks of 16 pixels of one class each."""
+    random, num = Generator().manual_seed(seed), cfg.train.batch_size
+    height, width = cfg.data.crop_size
+    outer = cfg.data.outer_crop_size if cfg.uses_outer_crop else cfg.data.crop_size
+
+    def images(rows: int, columns: int) -> Tensor:
+        return torch.randint(0, 256, (num, 3, rows, columns), dtype=torch.uint8, generator=random)
+
+    blocks = torch.randint(0, len(cfg.classes), (num, -(-height // 16), -(-width // 16)), generator=random)
+    labels = blocks.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, :height, :width].byte()
+    adapts = cfg.method == "t2sda"
+    return UdaBatch(
+        source_images=images(height, width),
+        source_labels=labels.contiguous(),
+        target_images=images(height, width) if adapts else None,
+        outer_source=images(*outer) if adapts and cfg.translates else None,
+        style_reference=images(*outer) if adapts and cfg.translates else None,
+        inner_corner=torch.zeros(num, 2, dtype=torch.int64) if adapts and cfg.translates else None,
+    )
+
+
+def measure_updates(cfg: RunConfig, updates: int, folder: Path) -> tuple[int, float]:
+    """Make real updates of a run of `cfg` on random images, from random weights, on the CPU.
+
+    Args:
+        cfg: the run.
+        updates: how many, at least 2; the first is not timed.
+        folder: an empty one, for the log.
+
+    Returns:
+        Largest resident memory of this process in bytes, less what it had once a small network was trained: what
+        remains then is not of this run, but code and buffers that torch loads once. It is only right in a process
+        that has not needed as much before. And the median CPU seconds of an update.
+    """
+    for head in ("daformer", "all_mlp", "deeplabv2"):
+        network = T2SDAForSemanticSegmentation(T2SDAConfig.from_size("mit_b0", head=head))
+        output = network(torch.rand(1, 3, 64, 64), project=True)
+        (output.logits.sum() + output.embeddings.sum()).backward()
+        del network, output
+    before = psutil.Process().memory_info().rss
+
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if cfg.train.precision == "bf16" else "no")
+    student, imagenet = _student(cfg).train(), None
+    if _looks_at_imagenet(cfg):
+        imagenet = accelerator.prepare_model(make_teacher(student.encoder).eval(), evaluation_mode=True)
+    parts = Parts(
+        student=accelerator.prepare_model(student, evaluation_mode=True),
+        teacher=accelerator.prepare_model(make_teacher(student), evaluation_mode=True),
+        imagenet=imagenet,
+        translate=_engine(cfg),
+        memory=ClassMemory(len(cfg.classes), cfg.projector.dim),
+    )
+    optimizer = make_optimizer(student.encoder, student, cfg.optim)
+    batches = itertools.repeat(random_batch(cfg))
+    run = Run(cfg, folder, accelerator, parts, METHODS[cfg.method], batches, optimizer, lambda _: {}, lambda *_: None)
+    times = []
+    with Tracker(accelerator, folder, updates, Progress(), cfg.method, show=False) as tracker:
+        for step in range(cfg.pull.start_step, cfg.pull.start_step + updates):
+            began = time.process_time()
+            update(run, step, tracker)
+            times.append(time.process_time() - began)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak - before, statistics.median(times[1:])
+
+
+class StandIn(nn.Module):
+    """A network for the objective: real outputs of the right shape, noise; the cost of the network on the account.
+
+    Args:
+        network: with fake parameters.
+        name: for `Cost.passes`.
+        fake: the mode of its parameters.
+        cost: the account.
+        cfg: the run.
+    """
+
+    def __init__(self, network: nn.Module, name: str, fake: FakeTensorMode, cost: Cost, cfg: RunConfig) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(()))  # so that a loss has something to be differentiated by
+        self._held = (network, fake, cost)  # in a tuple, so that none of it becomes part of this module
+        self._bf16 = cfg.train.precision == "bf16"
+        for part, module in network.named_children():
+            title = {"segformer": "encoder", "resnet": "encoder", "decode_head": "head"}.get(part, part)
+            module.register_forward_pre_hook(self._counted(f"{name} {title}"))
+        if name == "imagenet":
+            network.register_forward_pre_hook(self._counted(f"{name} encoder"))
+
+    def _counted(self, title: str) -> Any:
+        def count(module: nn.Module, given: tuple[Any, ...]) -> None:
+            images = given[0] if isinstance(given[0], Tensor) else given[0][0]
+            self._held[2].passes[title] += len(images)
+
+        return count
+
+    @property
+    def encoder(self) -> nn.Module:
+        return self._held[0].encoder  # type: ignore[return-value]
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
+        network, _, cost = self._held
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in network.parameters())
+        with self.faked():
+            shaped = torch.empty(pixel_values.shape)
+            cost.hold(shaped, counts=False)  # the real one is on the account
+            with Counting(cost):
+                with torch.autocast("cpu", torch.bfloat16) if self._bf16 else nullcontext():
+                    output: ModelOutput = network(shaped, **kwargs)
+                leaves = {name: value for name, value in output.items() if isinstance(value, Tensor)}
+                deep = output.get("hidden_states")
+                leaves |= {f"level {index}": level for index, level in enumerate(deep or ())}
+                leaves = {name: value.float() for name, value in leaves.items()}  # as accelerate does after autocast
+            edges = [get_gradient_edge(value) for value in leaves.values()] if learns else []
+        with _disable_current_modes():
+            real = [self._real(value) for value in leaves.values()]
+        del shaped
+        if learns:
+            real = list(_Behind.apply(self.anchor, self, edges, pixel_values, *real))
+        named = dict(zip(leaves, real, strict=True))
+        for name in ("logits", "embeddings", "detail_logits", "last_hidden_state"):
+            if name in output:
+                output[name] = named[name]
+        if deep is not None:
+            output["hidden_states"] = tuple(named[f"level {index}"] for index in range(len(deep)))
+        return output
+
+    @contextmanager
+    def faked(self) -> Iterator[None]:
+        with _disable_current_modes(), self._held[1]:
+            yield
+
+    def _real(self, value: Tensor) -> Tensor:
+        """Noise in the shape and memory format of a fake tensor, which stays on the account as long as this lives."""
+        noise = torch.empty_strided(value.shape, value.stride()).normal_()
+        storage, kept = noise.untyped_storage(), value.detach()
+        self._held[2].hold(noise, counts=False)
+        weakref.finalize(storage, lambda: kept)
+        return noise
+
+
+class _Behind(torch.autograd.Function):
+    """Backward of a stand-in: that of the network behind it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, stand_in: StandIn, edges: list[GradientEdge], pixel_values: Tensor, *real: Tensor
+    ) -> tuple[Tensor, ...]:
+        # The first convolution keeps the images for its gradient.
+        ctx.stand_in, ctx.edges, ctx.pixel_values = stand_in, edges, pixel_values
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(*real)
+        return real
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
+        stand_in: StandIn = ctx.stand_in
+        cost = stand_in._held[2]
+        with stand_in.faked():
+            used = [
+                (e, torch.empty_strided(g.shape, g.stride()))
+                for e, g in zip(ctx.edges, gradients, strict=True)
+                if g is not None
+            ]
+            for _, gradient in used:
+                cost.hold(gradient, counts=False)
+            with Counting(cost):
+                torch.autograd.backward([edge for edge, _ in used], [gradient for _, gradient in used])
+        ctx.edges = ctx.pixel_values = None
+        return (None,) * (4 + len(gradients))
+
+
+def _fake(network: nn.Module) -> Any:
+    """The network with parameters and buffers of the running FakeTensorMode, on the CPU."""
+    for module in network.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                fresh = torch.empty(value.shape, dtype=value.dtype)
+                module._parameters[name] = nn.Parameter(fresh, requires_grad=value.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    return network
+
+
+def _student(cfg: RunConfig) -> T2SDAForSemanticSegmentation:
+    """The run's student from random weights: what it costs does not depend on them."""
+    # The feature distance needs pretrained weights, and something must be learned, or the config is refused.
+    weights = replace(cfg.loss_weights, feature_distance=0.0, source=1.0)
+    return build_student(replace(cfg, model=replace(cfg.model, pretrained=None), loss_weights=weights))
+
+
+def _looks_at_imagenet(cfg: RunConfig) -> bool:
+    return cfg.method != "source_only" and cfg.loss_weights.feature_distance > 0
+
+
+def _engine(cfg: RunConfig) -> TranslationEngine:
+    return _as_they_are if cfg.translate.engine in ("style", "trained") else build_engine(cfg.translate)
+
+
+def _as_they_are(source_images: Tensor, style_images: Tensor | None, generator: Generator) -> Tensor:
+    return source_images
+
+
+def _unchanged(statistics: Tensor) -> Tensor:
+    return statistics
