@@ -3,6 +3,7 @@
 import csv
 import difflib
 import io
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -136,15 +137,17 @@ def _key(file: Path, root: Path, suffix: str) -> str:
 def _listed(path: Path, labelled: bool) -> list[Pair]:
     """Lines "image label" or, for an unlabelled domain, "image": comma in .csv, tab in .tsv, tab or blanks in .txt."""
     text = path.read_text(encoding="utf-8-sig")
-    lines = [line for line in text.splitlines() if line.strip()]
     if path.suffix.lower() == ".txt":
-        fields = [line.split("\t") if "\t" in line else line.split() for line in lines]
+        lines = enumerate(text.splitlines(), 1)
+        numbered = [(number, line.split("\t") if "\t" in line else line.split()) for number, line in lines]
     else:
-        fields = list(csv.reader(lines, delimiter="," if path.suffix.lower() == ".csv" else "\t"))
-    if fields and [field.strip().lower() for field in fields[0]] in (["image", "label"], ["image"]):
-        fields = fields[1:]
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter="," if path.suffix.lower() == ".csv" else "\t")
+        numbered = [(reader.line_num, fields) for fields in reader]
+    numbered = [(number, fields) for number, fields in numbered if any(field.strip() for field in fields)]
+    if numbered and [field.strip().lower() for field in numbered[0][1]] in (["image", "label"], ["image"]):
+        numbered = numbered[1:]
     root, pairs = path.parent.resolve(), []
-    for number, line in enumerate(fields, len(lines) - len(fields) + 1):
+    for number, line in numbered:
         names = [field.strip() for field in line]
         if len(names) > 2 or len(names) < 1 + labelled or not all(names):
             raise ValueError(
@@ -153,7 +156,7 @@ def _listed(path: Path, labelled: bool) -> list[Pair]:
             )
         files = [path.parent / name for name in names]
         for name, file in zip(names, files, strict=True):
-            if not file.resolve().is_relative_to(root):
+            if not Path(os.path.realpath(file)).is_relative_to(root):  # which a circle of links does not stop
                 raise ValueError(
                     f"{path}, line {number}: {name!r} lies outside the list's folder. Names are relative to the list; "
                     "put it into the folder that holds everything."

@@ -495,6 +495,9 @@ def bad_domains(root):
     (root / "half.tsv").write_text("image\tlabel\nimages/sub/b.png\n")
     (root / "link").symlink_to("link")
     (root / "looped.csv").write_text("link/b.png,masks/sub/b.png\n")
+    write(root.parent / "outside.png", IMAGE)
+    (root / "inside.png").symlink_to(root.parent / "outside.png")
+    (root / "linked.csv").write_text("inside.png,masks/sub/b.png\n")
     (root / "empty.csv").write_text("")
     (root / "file.pdf").write_bytes(b"%PDF")
     write(root / "few" / "sub" / "b.png", png(IDS))
@@ -519,6 +522,8 @@ def bad_domains(root):
         ),
         "list leaves its folder": ({"path": str(root / "up.csv")}, "line 1: '../x.png' lies outside the list's folder"),
         "absolute in list": ({"path": str(root / "absolute.csv")}, "lies outside the list's folder"),
+        "link in list": ({"path": str(root / "linked.csv")}, "line 1: 'inside.png' lies outside the list's folder"),
+        "circle of links in list": ({"path": str(root / "looped.csv")}, "line 1: there is no file 'link/b.png'"),
         "list names a missing file": (
             {"path": str(root / "gone.csv")},
             "line 1: there is no file 'masks/sub/gone.png'",
@@ -569,6 +574,8 @@ BAD_DOMAINS = [
     "other names",
     "list leaves its folder",
     "absolute in list",
+    "link in list",
+    "circle of links in list",
     "list names a missing file",
     "blanks in a list",
     "list without labels",
@@ -630,16 +637,24 @@ GOOD_NAMES = [
 
 
 def test_unusual_names_are_files_like_others(tmp_path):
+    root = tmp_path / "data"
     for seed, name in enumerate(GOOD_NAMES):
         image, ids = arrays(seed)
-        write(tmp_path / "i" / f"{name}.png", png(image))
-        write(tmp_path / "m" / f"{name}.png", png(ids))
-    config = DomainConfig(path=str(tmp_path / "i"), label_path=str(tmp_path / "m"), class_names=CLASSES)
-    domain = load_domain(config, CLASSES)
-    for index, name in enumerate(sorted(GOOD_NAMES, key="{}.png".format)):
-        image, ids = arrays(GOOD_NAMES.index(name))
-        assert np.array_equal(domain.image(index), image)
-        assert np.array_equal(domain.labels(index), ids)
+        write(root / "i" / f"{name}.png", png(image))
+        write(root / "m" / f"{name}.png", png(ids))
+    in_order = sorted(GOOD_NAMES, key="{}.png".format)
+    with (root / "pairs.csv").open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([f"i/{name}.png", f"m/{name}.png"] for name in in_order)
+    for form in (
+        {"path": str(root / "i"), "label_path": str(root / "m")},
+        {"path": str(root / "pairs.csv")},
+    ):
+        domain = load_domain(DomainConfig(**form, class_names=CLASSES), CLASSES)
+        assert len(domain) == len(GOOD_NAMES)
+        for index, name in enumerate(in_order):
+            image, ids = arrays(GOOD_NAMES.index(name))
+            assert np.array_equal(domain.image(index), image)
+            assert np.array_equal(domain.labels(index), ids)
 
 
 def test_a_metadata_file_cannot_reach_outside(tmp_path):
