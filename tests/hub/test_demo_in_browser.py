@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, RepoCard
 from PIL import Image
 from server import TOKEN, Hub
 from test_push import load_script
@@ -116,9 +116,16 @@ def test_the_page_of_the_metric_computes(tmp_path: Path) -> None:
     assert "overall_accuracy" in seen.text
 
 
-def test_settings_of_a_space_are_json(tmp_path: Path) -> None:
-    settings = {"title": "Streets", "models": {"model": "me/streets"}, "colors": {"road": [1, 2, 3]}}
+def test_settings_and_metadata_of_a_space(tmp_path: Path) -> None:
+    settings = {"title": 'Streets: "dusk"', "models": {"model": "me/streets"}, "colors": {"road": [1, 2, 3]}}
     load_script("demo").write_space(tmp_path / "space", settings, [], "6.31.0")
     assert json.loads((tmp_path / "space" / "settings.json").read_text()) == settings
+    made = RepoCard.load(tmp_path / "space" / "README.md").data.to_dict()
+    shipped = RepoCard.load(ROOT / "model_cards" / NAME / "README.md").data.to_dict()
+    assert (made["title"], made["models"]) == (settings["title"], ["me/streets"])
+    hub_colors = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
+    for metadata in (made, shipped):
+        assert {metadata["colorFrom"], metadata["colorTo"]} <= hub_colors
+        assert (metadata["sdk"], metadata["sdk_version"], metadata["app_file"]) == ("gradio", "6.31.0", "app.py")
     with pytest.raises(ValueError, match="exists and is not empty"):
         load_script("demo").write_space(tmp_path / "space", settings, [], "6.31.0")
