@@ -121,8 +121,10 @@ def in_new_process(name: str, *arguments: str, processes: int = 1) -> Any:
     """What `--measure name` prints in one or two processes of their own: nothing is left over from other rows."""
     own = [os.fspath(Path(__file__).resolve()), "--measure", name, *arguments]
     launch = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--cpu"]
-    command = [sys.executable, *(launch + ["--multi_gpu"] * (processes > 1)), *own]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+    # "multi_gpu" is accelerate's word for several processes, on a CPU too; --cpu would start one.
+    launch += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--cpu"]
+    command = [sys.executable, *launch, *own]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     said = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(said.splitlines()[-1])
@@ -473,12 +475,19 @@ def inference_rows(options: Options) -> Iterator[Row]:
 
     # Memory first, before the allocator keeps what it once had; the smaller one before the larger.
     memory = [extra_memory(class_by_class), extra_memory(full)]
-    times = interleaved([class_by_class, full], options.rounds)
-    yield Row.ratio("labels of 1024x2048, B0, over transformers' SegFormer and full upsampling", *times, "0.45")
+
+    @torch.no_grad()
+    def encoder() -> None:  # transformers' own, in both
+        ours.encoder(pixels, output_hidden_states=True)
+
+    own, others, floor = interleaved([class_by_class, full, encoder], options.rounds)
+    yield Row.ratio("labels of 1024x2048, B0, over transformers' SegFormer and full upsampling", own, others, "0.45")
+    yield Row.ratio("the same: the encoder alone, which both run, over transformers' whole", floor, others, "-")
     sizes = " / ".join(f"{size:.0f}" for size in memory)
     yield Row(f"the same: extra memory ({sizes} MB)", f"{memory[0] / memory[1]:.2f}", "0.45")
     with torch.no_grad():
-        logits = F.interpolate(ours(pixels).logits, size=(1024, 2048), mode="bilinear", align_corners=False)
+        logits = ours(pixels).logits.contiguous()  # as transformers' are; another format rounds otherwise
+        logits = F.interpolate(logits, size=(1024, 2048), mode="bilinear", align_corners=False)
     same = bool((logits.argmax(1) == class_by_class()).all())
     yield Row("the same: argmax of the fully upsampled logits", "identical" if same else "differs", "identical")
     agreeing = (full() == class_by_class()).double().mean().item()
@@ -493,8 +502,15 @@ def ema_rows(options: Options) -> Iterator[Row]:
         for own, given in zip(other.parameters(), student.parameters(), strict=True):
             own.data[:] = 0.999 * own.data[:] + (1 - 0.999) * given.data[:]
 
-    times = interleaved([lambda: update_teacher(teacher, student, 0.999), loop], max(options.rounds, 21))
-    yield Row.ratio("EMA of B0, head and projector over a loop over parameters", *times, "1/6")
+    def copies() -> None:  # the memory traffic alone, a third less of it
+        for own, given in zip(other.parameters(), student.parameters(), strict=True):
+            own.data.copy_(given.data)
+
+    ours, plain, floor = interleaved(
+        [lambda: update_teacher(teacher, student, 0.999), loop, copies], max(options.rounds, 21)
+    )
+    yield Row.ratio("EMA of B0, head and projector over a loop over parameters", ours, plain, "1/6")
+    yield Row.ratio("the same over copying the parameters", ours, floor, "-")
 
 
 def data_rows(options: Options) -> Iterator[Row]:
