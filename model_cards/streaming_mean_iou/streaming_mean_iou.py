@@ -74,15 +74,15 @@ def _count_bytes(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """
     counts = np.zeros(65_536, dtype=np.int64)
     for start in range(0, labels.size, _CHUNK):
-        pairs = labels[start : start + _CHUNK].astype(np.uint16)
-        pairs <<= 8
-        pairs |= predictions[start : start + _CHUNK]
-        ends = np.flatnonzero(pairs[1:] != pairs[:-1])
-        if 4 * ends.size > pairs.size:
-            counts += np.bincount(pairs, minlength=counts.size)
+        rows, columns = labels[start : start + _CHUNK], predictions[start : start + _CHUNK]
+        is_end = np.ones(rows.size, dtype=bool)
+        np.not_equal(rows[1:], rows[:-1], out=is_end[:-1])
+        is_end[:-1] |= columns[1:] != columns[:-1]
+        ends = np.flatnonzero(is_end)
+        if 4 * ends.size > rows.size:
+            counts += np.bincount(rows.astype(np.uint16) << 8 | columns, minlength=counts.size)
         else:
-            ends = np.append(ends, pairs.size - 1)
-            np.add.at(counts, pairs[ends], np.diff(ends, prepend=-1))
+            np.add.at(counts, rows[ends].astype(np.uint16) << 8 | columns[ends], np.diff(ends, prepend=-1))
     return counts.reshape(256, 256)
 
 
