@@ -68,7 +68,10 @@ def read_image(cell: Cell | None, where: str, max_pixels: int) -> np.ndarray:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        picture = _opened(file_bytes(cell, where), where, max_pixels)
+        data = file_bytes(cell, where)
+        picture = _opened(data, where, max_pixels)
+        if _is_plain_bmp(picture, data):
+            return cv2.cvtColor(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
         if picture.mode.startswith(("I", "F")):
             raise ValueError(
                 f"{where} has more than 8 bits per pixel ({picture.mode}). How to bring it to 8 is for you to say: "
@@ -209,6 +212,13 @@ def _first_line(error: BaseException) -> str:
     )
 
 
+def _is_plain_bmp(picture: Image.Image, data: bytes) -> bool:
+    """A whole BMP of 3 uncompressed bytes a pixel, as "raw" prepares: OpenCV reads it four times as fast."""
+    length = picture.height * ((3 * picture.width + 3) // 4 * 4)  # lines are filled up to 4 bytes
+    plain = picture.format == "BMP" and data[28:34] == b"\x18\0\0\0\0\0"
+    return plain and len(data) >= int.from_bytes(data[10:14], "little") + length
+
+
 def _is_deep_color_png(data: bytes) -> bool:
     """A PNG with 16 bits in each of 3 or 4 channels; Pillow would keep the upper halves only."""
     return data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:26] in (b"\x10\x02", b"\x10\x06")
@@ -250,6 +260,8 @@ def _checked(raw: np.ndarray, known: np.ndarray, where: str) -> np.ndarray:
     """`raw` as uint8 if every id is defined or 255."""
     good = known.astype(np.uint8)
     good[IGNORE_INDEX] = 1
+    if raw.dtype == np.uint8 and not cv2.countNonZero(cv2.LUT(raw, 1 - good)):
+        return raw
     inside = (raw >= 0) & (raw <= 255) if raw.dtype.itemsize > 1 else True
     ids = raw.astype(np.uint8, copy=False)
     fine = (cv2.LUT(ids, good) == 1) & inside

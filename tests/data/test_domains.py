@@ -364,6 +364,8 @@ def good_images():
         "grey and alpha": (png(alpha.convert("LA")), rgb_of(alpha.convert("LA").convert("L"))),
         "RGBA": (png(alpha), arrays()[0]),
         "BMP": (png(image, format="BMP"), arrays()[0]),
+        "BMP with filled up lines": (png(image.crop((0, 0, 7, 5)), format="BMP"), arrays()[0][:5, :7]),
+        "grey BMP": (png(grey, format="BMP"), rgb_of(grey)),
         "TIFF": (png(image, format="TIFF"), arrays()[0]),
         "WebP": (png(image, format="WEBP", lossless=True), arrays()[0]),
         "interlaced 1x1": (png(np.array([[[1, 2, 3]]], np.uint8)), np.array([[[1, 2, 3]]], np.uint8)),
