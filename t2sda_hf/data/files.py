@@ -70,8 +70,9 @@ def read_image(cell: Cell | None, where: str, max_pixels: int) -> np.ndarray:
         warnings.simplefilter("ignore")
         data = file_bytes(cell, where)
         picture = _opened(data, where, max_pixels)
-        if _is_plain_bmp(picture, data):
-            return cv2.cvtColor(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+        plain = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if _is_plain_bmp(picture, data) else None
+        if plain is not None:
+            return cv2.cvtColor(plain, cv2.COLOR_BGR2RGB)
         if picture.mode.startswith(("I", "F")):
             raise ValueError(
                 f"{where} has more than 8 bits per pixel ({picture.mode}). How to bring it to 8 is for you to say: "
