@@ -181,6 +181,8 @@ def run_all(
     started = time.perf_counter()
     columns: dict[str, dict[str, Any]] = {}
     if accelerator.is_main_process:
+        for method in starts:  # first: by these a folder is known as one to go on in, however early the run ends
+            (folder / method).mkdir(exist_ok=True)
         write_data_record(folder, **data_record(cfg, domains, described))
     for method, start in starts.items():
         stop.check()

@@ -199,6 +199,20 @@ def test_a_signal_is_noted_once_and_the_handlers_come_back(number: signal.Signal
     assert signal.getsignal(number) is before
 
 
+def test_a_run_that_is_stopped_before_its_first_step_goes_on(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = StopRequest.check
+
+    def stopped_early(self: StopRequest) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        check(self)
+
+    short = ("--train.max_steps", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "check", stopped_early)
+        assert run("out", *short) == 143
+    assert run("out", *short, "--resume", "auto") == 0
+
+
 def test_a_signal_in_the_evaluation_saves_the_step_before_it(run, tmp_path: Path, domains, monkeypatch) -> None:
     """Step 5 is evaluated and not saved by the clock of save_every 3."""
     whole = Interruptible.labels
