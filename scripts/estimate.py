@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from t2sda_hf.config import RunConfig, load_config
 from t2sda_hf.training.estimate import GPUS, Cost, Device, count_update, measure_updates, this_machine
+from t2sda_hf.training.masking import run_masked
 from t2sda_hf.training.resume import config_of, methods_of
 
 
@@ -94,4 +95,4 @@ def _time(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_masked(lambda: main(sys.argv[1:])))
