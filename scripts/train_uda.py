@@ -223,7 +223,7 @@ def run_all(
         print(f"\n{cfg.method} gains {summary['gain']:+.2f} mIoU over {cfg.baseline} (seed {cfg.seed}).")
     if f"{cfg.method} (selected)" in columns:
         kept = columns[f"{cfg.method} (selected)"]
-        print(f"Selected without target labels by {cfg.select}: the student after {kept['step']} updates.")
+        print(f"Selected without target labels by {kept['proxy']}: the student after {kept['step']} updates.")
     print(f"Figures in {folder / 'summary.json'}, everything on one page: {write_page(folder)}")
 
 

@@ -92,7 +92,7 @@ def save_confusion(path: Path, matrices: Mapping[str, np.ndarray], classes: Sequ
 
 
 def save_class_shares(path: Path, shares: Mapping[str, Sequence[float]], classes: Sequence[str]) -> None:
-    """Bars of shares per class, on a logarithmic axis because rare classes are what matters.
+    """Bars of shares per class, on a logarithmic axis because rare classes are what matters; from 0.01% up.
 
     Args:
         path: PNG to write.
@@ -105,6 +105,8 @@ def save_class_shares(path: Path, shares: Mapping[str, Sequence[float]], classes
         at = np.arange(len(classes)) + (place - (len(shares) - 1) / 2) * width
         axis.bar(at, 100 * np.asarray(values, dtype=float), width, label=title)
     axis.set_yscale("log")
+    axis.set_ylim(0.01, 100)  # the sampling of rare classes leaves common ones 1e-10 and less
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.set_ylabel("%")
     axis.set_xticks(range(len(classes)), classes, rotation=60, ha="right", fontsize=9)
     axis.grid(axis="y", alpha=0.3)

@@ -56,11 +56,11 @@ def write_page(folder: str | Path) -> Path:
         table=_class_table(main, baseline, classes),
         subsets=_subset_table(results, classes),
         changes=_changes(main, baseline, classes),
-        teacher_at=dict(main.miou.get("teacher", [])),
+        quality=_pseudo_label_quality(main),
+        threshold=_get(main.config, "uda.pseudo_threshold"),
         teacher_iou_at={
             step: sorted(scores.items(), key=lambda item: -item[1]) for step, scores in main.iou.get("teacher", [])
         },
-        proxies_at=_by_step(main.proxies),
         panels=[(step, relpath(path, run.path)) for step, path in main.panels],
         charts=charts,
         configs={method.name: yaml.safe_dump(dict(method.config), sort_keys=False) for method in run.methods},
@@ -247,12 +247,14 @@ def _short(folder: str | Path, folders: Sequence[str | Path]) -> str:
     return Path(folder).name if names.count(Path(folder).name) == 1 else str(folder)
 
 
-def _by_step(proxies: Mapping[str, Sequence[tuple[int, float]]]) -> dict[int, dict[str, float]]:
+def _pseudo_label_quality(main: MethodFolder) -> dict[int, dict[str, float]]:
+    """Step -> what is known of the pseudo-labels then: scores of the teacher on the test images, and proxies."""
     found: dict[int, dict[str, float]] = {}
-    for name, points in proxies.items():
+    series = {"miou": main.miou.get("teacher", []), "accuracy": main.accuracy.get("teacher", [])} | main.proxies
+    for name, points in series.items():
         for step, value in points:
             found.setdefault(step, {})[name] = value
-    return found
+    return dict(sorted(found.items()))
 
 
 def _get(config: Mapping[str, Any], key: str) -> Any:

@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 from ..labels import IGNORE_INDEX, palette
 
 RIGHT, WRONG, IGNORED = (225, 225, 225), (200, 30, 30), (0, 0, 0)  # colours of an error map
-CELL = 3.2  # inches
+CELL = 2.7  # inches
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def save_grid(path: Path, columns: Sequence[Column], classes: Sequence[str], tit
         handles += [Patch(facecolor=_unit(RIGHT), label="right"), Patch(color=_unit(WRONG), label="wrong")]
     in_row = max(1, min(len(handles), int(1.3 * len(columns)) + 1))
     legend = 0.1 + 0.22 * -(-len(handles) // in_row)
-    total = CELL * height / width * num_rows + legend + 0.3 + 0.3 * bool(title)
+    has_scale = any(column.kind == "confidence" for column in columns)
+    total = CELL * height / width * num_rows + legend + 0.3 + 0.3 * bool(title) + 0.35 * has_scale
     figure, axes = plt.subplots(num_rows, len(columns), figsize=(CELL * len(columns), total), squeeze=False)
     for place, column in enumerate(columns):
         for row, picture in enumerate(column.pictures):
@@ -77,7 +78,9 @@ def save_grid(path: Path, columns: Sequence[Column], classes: Sequence[str], tit
             axis.set_axis_off()
             if column.kind == "confidence":
                 shade = axis.imshow(picture, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
-                figure.colorbar(shade, cax=axis.inset_axes((1.01, 0, 0.03, 1)))
+                if row == num_rows - 1:
+                    below = axis.inset_axes((0, -0.1, 1, 0.05))
+                    figure.colorbar(shade, cax=below, orientation="horizontal", ticks=[0, 0.5, 1])
             else:
                 axis.imshow(_rgb(picture, column.kind, classes), interpolation="nearest")
         axes[0, place].set_title(column.title, fontsize=11)
@@ -86,7 +89,7 @@ def save_grid(path: Path, columns: Sequence[Column], classes: Sequence[str], tit
     if handles:
         figure.legend(handles=handles, loc="lower center", ncol=in_row, fontsize=9, frameon=False)
     figure.tight_layout(rect=(0, legend / total, 1, 1), pad=0.3)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=130)
     plt.close(figure)
 
 

@@ -39,7 +39,8 @@ class MethodFolder:
         losses: term -> (step, mean since the line before).
         trust: weight of the pseudo-labels over time.
         miou: "student", "teacher", "student_source", "teacher_source" -> (step, mIoU in %), the final one included.
-        iou: "student" or "teacher" -> (step, class name -> IoU in %).
+        accuracy: the same for the share of pixels that are right.
+        iou: the same for the IoU in % of every class by name.
         proxies: name -> (step, value).
         results: metrics.json; {} if the method did not finish.
         panels: (step, picture) of pseudo-labels over time.
@@ -52,6 +53,7 @@ class MethodFolder:
     losses: dict[str, Series]
     trust: Series
     miou: dict[str, Series]
+    accuracy: dict[str, Series]
     iou: dict[str, list[tuple[int, dict[str, float]]]]
     proxies: dict[str, Series]
     results: Mapping[str, Any]
@@ -131,7 +133,7 @@ def write_data_record(
 def _read_method(path: Path) -> MethodFolder:
     config = yaml.safe_load((path / "resolved_config.yaml").read_text(encoding="utf-8")) or {}
     losses: dict[str, Series] = {}
-    miou: dict[str, Series] = {}
+    over_time: dict[str, dict[str, Series]] = {"miou": {}, "pixel_accuracy": {}}
     proxies: dict[str, Series] = {}
     iou: dict[str, list[tuple[int, dict[str, float]]]] = {}
     trust: Series = []
@@ -149,8 +151,8 @@ def _read_method(path: Path) -> MethodFolder:
                 losses.setdefault(key, []).append((step, value))
             elif kind == "proxy":
                 proxies.setdefault(name, []).append((step, value))
-            elif name == "miou":
-                miou.setdefault(kind, []).append((step, value))
+            elif name in over_time:
+                over_time[name].setdefault(kind, []).append((step, value))
             elif name.startswith("iou/"):
                 per_class.setdefault(kind, {})[name.removeprefix("iou/")] = value
         for kind, scores in per_class.items():
@@ -159,12 +161,18 @@ def _read_method(path: Path) -> MethodFolder:
     last = config.get("train", {}).get("max_steps", 0)
     for kind in ("student", "teacher", "student_source", "teacher_source"):
         if kind in results and results[kind]["miou"] is not None:
-            miou[kind] = [point for point in miou.get(kind, []) if point[0] != last] + [(last, results[kind]["miou"])]
+            for name, series in over_time.items():
+                series[kind] = _without(series.get(kind, []), last) + [(last, results[kind][name])]
             final = {name: score for name, score in results[kind]["iou"].items() if score is not None}
-            iou[kind] = [point for point in iou.get(kind, []) if point[0] != last] + [(last, final)]
+            iou[kind] = _without(iou.get(kind, []), last) + [(last, final)]
     pictures = sorted((path / "panels").glob("step_*.png"))
     panels = [(int(re.findall(r"\d+", picture.stem)[-1]), picture) for picture in pictures]
-    return MethodFolder(path.name, path, config, losses, trust, miou, iou, proxies, results, panels, skipped)
+    miou, accuracy = over_time["miou"], over_time["pixel_accuracy"]
+    return MethodFolder(path.name, path, config, losses, trust, miou, accuracy, iou, proxies, results, panels, skipped)
+
+
+def _without(points: list[tuple[int, Any]], step: int) -> list[tuple[int, Any]]:
+    return [point for point in points if point[0] != step]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

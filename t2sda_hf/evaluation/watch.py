@@ -16,8 +16,10 @@ Distance of shares is total variation, half the sum of absolute differences.
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,14 +120,28 @@ def selects(folder: Path, select: str, proxies: Mapping[str, float]) -> bool:
 
     Args:
         folder: of the method.
-        select: "last", which keeps none, or "proxy:<name>".
+        select: "last", which keeps none, or "proxy:<name>". What was kept by another proxy does not count.
         proxies: of these weights, from `Watch.read`. Without the one that is asked for they are not kept.
     """
-    value = proxies.get(select.removeprefix("proxy:"))
-    if value is None:
-        return False
-    kept = folder / SELECTED / SELECTED_FILE
-    return not kept.is_file() or value > json.loads(kept.read_text(encoding="utf-8"))["value"]
+    name = select.removeprefix("proxy:")
+    kept = read_selected(folder)
+    return name in proxies and (kept is None or kept["proxy"] != name or proxies[name] > kept["value"])
+
+
+def read_selected(folder: Path) -> dict[str, Any] | None:
+    """proxy, value and step of the weights kept in `folder`/selected; None if there are none."""
+    path = folder / SELECTED / SELECTED_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def drop_selected_after(folder: Path, step: int) -> None:
+    """Take away weights that were kept after more than `step` updates: a run that goes on from there meets them again.
+
+    If nothing was changed it meets the same ones, bit by bit, and keeps them again.
+    """
+    kept = read_selected(folder)
+    if kept is not None and kept["step"] > step:
+        shutil.rmtree(folder / SELECTED)
 
 
 def describe_selected(select: str, proxies: Mapping[str, float], done: int) -> str:

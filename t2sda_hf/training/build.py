@@ -23,7 +23,7 @@ from ..data.pairs import PairDataset, batches
 from ..data.rare_class_sampling import rare_classes
 from ..data.transforms import Size
 from ..evaluation.evaluator import LabelledDomain, evaluate_model, evenly_spread
-from ..evaluation.watch import SELECTED, SELECTED_FILE, Watch
+from ..evaluation.watch import SELECTED, Watch, drop_selected_after, read_selected
 from ..methods import METHODS, Parts
 from ..methods.parts import ClassMemory
 from ..models import T2SDAConfig, T2SDAForSemanticSegmentation, T2SDAImageProcessor, load_pretrained_encoder
@@ -178,7 +178,7 @@ def records(cfg: RunConfig, domains: Domains, accelerator: Accelerator) -> dict[
 def data_record(cfg: RunConfig, domains: Domains, described: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What the run reads, for `write_data_record`; `described` is from `records`."""
     record = described[cfg.method]
-    known = {"source": record["source_data"], "target": record["target_data"], "test": None}
+    known = {"source": record["source_data"], "target": record["target_data"], "test": fingerprint(domains.test)}
     sampling = None
     if cfg.rcs.enabled:
         sampling = rare_classes(domains.source_counts, cfg.rcs.temperature, cfg.rcs.min_pixels).probabilities.tolist()
@@ -312,6 +312,8 @@ def run_method(
     accelerator.wait_for_everyone()
     optimizer = make_optimizer(student.encoder, student, cfg.optim)
     progress = load_run(start.checkpoint, parts, optimizer, accelerator)
+    if accelerator.is_main_process:
+        drop_selected_after(folder, progress.step)
     loader = batches(dataset, accelerator.process_index, accelerator.num_processes, progress.step)
     loader.worker_init_fn = leave_signals_to_parent
     method = METHODS[cfg.method]
@@ -334,13 +336,12 @@ def run_method(
     train(run, progress)
 
     results = {"student": evaluate(parts.student)} | others()
-    if cfg.select != "last" and decided_by_main((folder / SELECTED).is_dir, accelerator):
+    kept = decided_by_main(lambda: read_selected(folder), accelerator)  # the folder may lie on its disk alone
+    if cfg.select != "last" and kept is not None:
         selected = deepcopy(initial).to(accelerator.device)
-        if accelerator.is_main_process:  # the folder may lie on its disk alone
+        if accelerator.is_main_process:
             selected.load_state_dict(T2SDAForSemanticSegmentation.from_pretrained(folder / SELECTED).state_dict())
         broadcast_from_main([*selected.parameters(), *selected.buffers()], accelerator)
-        written = folder / SELECTED / SELECTED_FILE
-        kept = decided_by_main(lambda: json.loads(written.read_text(encoding="utf-8")), accelerator)
         results["selected"] = evaluate(accelerator.prepare_model(selected, evaluation_mode=True)) | kept
     if accelerator.is_main_process:
         write_text(folder / "metrics.json", json.dumps(results, indent=2))

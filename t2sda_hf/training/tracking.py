@@ -113,10 +113,10 @@ class Tracker:
         self._write(done, scalars)
 
     def observed(self, done: int, results: dict[str, dict[str, Any]], proxies: dict[str, float]) -> None:
-        """Record an evaluation: mIoU and per-class IoU of each result, in %, and the proxies of the updates before."""
+        """Record an evaluation: mIoU, pixel accuracy and IoU per class of each result, in %, and the proxies before it."""
         scores = {f"proxy/{name}": value for name, value in proxies.items()}
         for name, result in results.items():
-            scores[f"{name}/miou"] = result["miou"]
+            scores |= {f"{name}/{score}": result[score] for score in ("miou", "pixel_accuracy")}
             scores |= {f"{name}/iou/{key}": iou for key, iou in result["iou"].items()}
             self._bar.write(f"step {done}: {name} mIoU {result['miou']:.2f} on {result['domain']}")
         self._write(done, {key: value for key, value in scores.items() if value is not None})

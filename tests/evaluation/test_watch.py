@@ -15,7 +15,9 @@ from t2sda_hf.evaluation.watch import (
     SELECTED_FILE,
     Watch,
     describe_selected,
+    drop_selected_after,
     panel_due,
+    read_selected,
     save_panel_of_step,
     selects,
 )
@@ -134,6 +136,17 @@ def test_the_best_weights_by_a_proxy_are_kept_and_ties_keep_the_earlier(tmp_path
         "value": 0.7,
         "step": 1,
     }
+
+
+def test_what_another_proxy_kept_or_a_later_step_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / SELECTED).mkdir()
+    (tmp_path / SELECTED / SELECTED_FILE).write_text(describe_selected("proxy:prior", {"prior": 0.9}, 6))
+    assert selects(tmp_path, "proxy:agreement", {"agreement": 0.1, "prior": 0.1})
+    drop_selected_after(tmp_path, 6)
+    assert read_selected(tmp_path) == {"proxy": "prior", "value": 0.9, "step": 6}
+    drop_selected_after(tmp_path, 5)
+    assert read_selected(tmp_path) is None
+    drop_selected_after(tmp_path, 5)
 
 
 def test_nothing_is_kept_without_the_proxy_or_when_the_last_weights_are_wanted(tmp_path: Path) -> None:
