@@ -162,9 +162,9 @@ def _read_method(path: Path) -> MethodFolder:
     for kind in ("student", "teacher", "student_source", "teacher_source"):
         if kind in results and results[kind]["miou"] is not None:
             for name, series in over_time.items():
-                series[kind] = _without(series.get(kind, []), last) + [(last, results[kind][name])]
+                series[kind] = [*_without(series.get(kind, []), last), (last, results[kind][name])]
             final = {name: score for name, score in results[kind]["iou"].items() if score is not None}
-            iou[kind] = _without(iou.get(kind, []), last) + [(last, final)]
+            iou[kind] = [*_without(iou.get(kind, []), last), (last, final)]
     pictures = sorted((path / "panels").glob("step_*.png"))
     panels = [(int(re.findall(r"\d+", picture.stem)[-1]), picture) for picture in pictures]
     miou, accuracy = over_time["miou"], over_time["pixel_accuracy"]

@@ -113,7 +113,7 @@ class Tracker:
         self._write(done, scalars)
 
     def observed(self, done: int, results: dict[str, dict[str, Any]], proxies: dict[str, float]) -> None:
-        """Record an evaluation: mIoU, pixel accuracy and IoU per class of each result, in %, and the proxies before it."""
+        """Record an evaluation: mIoU, pixel accuracy and per-class IoU of each result, in %, and the proxies."""
         scores = {f"proxy/{name}": value for name, value in proxies.items()}
         for name, result in results.items():
             scores |= {f"{name}/{score}": result[score] for score in ("miou", "pixel_accuracy")}
