@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,8 @@ from ..data.pairs import PairDataset, batches
 from ..data.rare_class_sampling import rare_classes
 from ..data.transforms import Size
 from ..evaluation.evaluator import LabelledDomain, evaluate_model, evenly_spread
+from ..evaluation.figures import save_confusion
+from ..evaluation.report import save_panel
 from ..evaluation.watch import SELECTED, Watch, drop_selected_after, read_selected
 from ..methods import METHODS, Parts
 from ..methods.parts import ClassMemory
@@ -272,11 +274,14 @@ def run_method(
     # Several processes finish an evaluation together, or one would wait for the other.
     test = domains.test if accelerator.num_processes > 1 else Interruptible(domains.test, stop)
 
+    def eager() -> AbstractContextManager[Any]:
+        # As written: images of another size, once in thousands of steps, are not worth another compilation.
+        return torch.compiler.set_stance("force_eager") if cfg.train.compile != "none" else nullcontext()
+
     def evaluate(
         model: nn.Module, domain: LabelledDomain = test, image_size: Size | None = image_size
     ) -> dict[str, Any]:
-        # As written: images of another size, once in thousands of steps, are not worth another compilation.
-        with torch.compiler.set_stance("force_eager") if cfg.train.compile != "none" else nullcontext():
+        with eager():
             return evaluate_model(
                 whole(model),
                 domain,
@@ -300,6 +305,16 @@ def run_method(
             if teacher is not None:
                 results["teacher_source"] = evaluate(teacher, seen_before, source_size)
         return results
+
+    def pictures(network: nn.Module, results: dict[str, dict[str, Any]]) -> dict[str, Path]:
+        if not cfg.train.log_with:  # the page of the run has its own
+            return {}
+        panels = {name: folder / "panels" / f"{name}.png" for name in ("predictions", "confusion")}
+        panels["predictions"].parent.mkdir(exist_ok=True)
+        with eager():
+            save_panel(panels["predictions"], domains.test, {cfg.method: network.eval()}, image_size, cfg.classes)
+        save_confusion(panels["confusion"], {cfg.method: np.array(results["student"]["confusion"])}, cfg.classes)
+        return panels
 
     def save(network: nn.Module, target: Path) -> None:
         accelerator.unwrap_model(network).save_pretrained(target)
@@ -330,12 +345,11 @@ def run_method(
         stop,
         watch,
         others,
+        pictures,
         record,
         whole,
     )
-    train(run, progress)
-
-    results = {"student": evaluate(parts.student)} | others()
+    results = train(run, progress)
     kept = decided_by_main(lambda: read_selected(folder), accelerator)  # the folder may lie on its disk alone
     if cfg.select != "last" and kept is not None:
         selected = deepcopy(initial).to(accelerator.device)

@@ -56,14 +56,19 @@ class Run:
     stop: StopRequest = field(default_factory=StopRequest)
     watch: Watch | None = None  # proxies, pictures of pseudo-labels; see `observe`
     others: Callable[[], dict[str, dict[str, Any]]] = dict  # results of whatever else is evaluated beside the student
+    # Drawn at the end for the trackers, of the student and its results, on the main process: name -> PNG.
+    pictures: Callable[[nn.Module, dict[str, dict[str, Any]]], dict[str, Path]] = lambda network, results: {}
     record: Mapping[str, Any] = field(default_factory=dict)  # what the weights depend on, kept in every checkpoint
     whole: Callable[[nn.Module], nn.Module] = lambda network: network  # a copy of a sharded network. Collective
 
 
-def train(run: Run, start: Progress | None = None) -> None:
-    """Run the updates from `start` to max_steps. Collective: every process calls it.
+def train(run: Run, start: Progress | None = None) -> dict[str, dict[str, Any]]:
+    """Run the updates from `start` to max_steps, and evaluate the last weights. Collective: every process calls it.
 
     Leaves the newest `keep_checkpoints` checkpoints, the last one after the last update, and student/.
+
+    Returns:
+        The results of the last evaluation: "student", and those of `run.others`.
 
     Raises:
         Stopped: after a signal, with a checkpoint of the last finished update.
@@ -106,14 +111,18 @@ def train(run: Run, start: Progress | None = None) -> None:
                 picture(run, done, tracker)
             if stop:
                 raise Stopped(stop)
-        observe(run, limit.max_steps, tracker, {})  # of the last weights the evaluation comes after the training
+        exported = run.whole(student)
 
-    exported = run.whole(student)
+        def export() -> None:
+            write_folder(run.folder / "student", lambda folder: run.save(exported, folder), manifest=False)
 
-    def export() -> None:
-        write_folder(run.folder / "student", lambda folder: run.save(exported, folder), manifest=False)
-
-    decided_by_main(export, run.accelerator, CheckpointError)
+        decided_by_main(export, run.accelerator, CheckpointError)
+        results = {"student": run.evaluate(student)} | run.others()
+        observe(run, limit.max_steps, tracker, results)
+        if run.accelerator.is_main_process:
+            for name, path in run.pictures(exported, results).items():
+                tracker.picture(limit.max_steps, name, path)
+    return results
 
 
 def update(run: Run, step: int, tracker: Tracker) -> float:
