@@ -6,8 +6,10 @@ Reads what training wrote (train.evaluate_every must be several times smaller th
 
 within   Spearman correlation of the proxy with the student's mIoU over the evaluations of one run, mean over runs
 regret   points of mIoU lost by taking the weights with the best proxy instead of the best weights: mean, worst run
-across   the same two for choosing one of the runs by the proxies of their last weights
-last     the row of the number of updates: always taking the last weights. A proxy that does not beat it is no help
+across   the same two for choosing one of the runs by the proxies of their last weights, with a 95% interval that takes
+         runs as independent (two seeds of one config are less than that)
+last     the row of the number of updates: always taking the last weights, and one of the runs at random. A proxy that
+         does not beat it is no help
 """
 
 import argparse
@@ -58,7 +60,10 @@ def _cells(score: ProxyScore) -> list[str]:
         score.across,
         score.regret_across,
     ]
-    return [*("-" if np.isnan(number) else f"{number:.2f}" for number in numbers), str(score.n)]
+    cells = ["-" if np.isnan(number) else f"{number:.2f}" for number in numbers]
+    if not np.isnan(score.across_low):
+        cells[4] += f" [{score.across_low:.2f}, {score.across_high:.2f}]"
+    return [*cells, str(score.n)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import spearmanr, t
+from scipy.stats import norm, spearmanr, t
 
 from ..evaluation.run_folder import MethodFolder
 
@@ -56,13 +56,17 @@ class ProxyScore:
         within: Spearman correlation over the evaluations of a run, one per run where it is defined.
         regret_within: best mIoU of the run minus that of the weights the proxy chooses, one per run.
         across: Spearman correlation over the last weights of all runs; NaN for fewer than three.
-        regret_across: best final mIoU of all runs minus that of the run the proxy chooses.
+        across_low, across_high: its 95% interval (Fieller's variance of Fisher's z), as if runs were independent.
+        regret_across: best final mIoU of all runs minus that of the run the proxy chooses; the mean over those it
+            cannot tell apart. Of "step" it is what one taken at random of the longest runs loses.
         n: runs that have it.
     """
 
     within: tuple[float, ...]
     regret_within: tuple[float, ...]
     across: float
+    across_low: float
+    across_high: float
     regret_across: float
     n: int
 
@@ -102,15 +106,25 @@ def rank_proxies(runs: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, Pro
             within += [correlation] if np.isfinite(correlation) else []
             regrets.append(max(p["miou"] for p in run) - max(points, key=lambda p: p[name])["miou"])
         last = [points[-1] for points in having]
-        chosen = max(last, key=lambda point: point[name])
+        chosen = [p["miou"] for p in last if p[name] == max(point[name] for point in last)]
+        across = _spearman([p[name] for p in last], [p["miou"] for p in last])
         scores[name] = ProxyScore(
             tuple(within),
             tuple(regrets),
-            _spearman([p[name] for p in last], [p["miou"] for p in last]),
-            max(p["miou"] for p in last) - chosen["miou"],
+            across,
+            *_interval(across, len(last)),
+            max(p["miou"] for p in last) - float(np.mean(chosen)),
             len(having),
         )
     return scores
+
+
+def _interval(correlation: float, n: int) -> tuple[float, float]:
+    """95% of a Spearman correlation over n > 3 pairs."""
+    if n < 4 or abs(correlation) == 1:
+        return float("nan"), float("nan")
+    half = float(norm.ppf(0.975)) * (1.06 / (n - 3)) ** 0.5
+    return float(np.tanh(np.arctanh(correlation) - half)), float(np.tanh(np.arctanh(correlation) + half))
 
 
 def _spearman(values: Sequence[float], others: Sequence[float]) -> float:

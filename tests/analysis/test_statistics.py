@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import math
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,18 @@ def test_a_proxy_is_ranked_within_runs_and_across_them() -> None:
     assert good.across == pytest.approx(1 - 6 * (1 + 1 + 4) / (3 * 8))
     assert good.regret_across == 30  # it takes the third
     assert good.n == 3
+    assert last.regret_across == 36 - (30 + 36) / 2  # one at random of those that trained longest
+
+
+def test_the_interval_of_a_correlation_by_hand() -> None:
+    """Ranks 2 1 4 3 5 against 1 to 5: 1 - 6·4/120 = 0.8, atanh 1.0986; half an interval 1.96 √(1.06/2) = 1.4269."""
+    runs = [[{"step": 9.0, "miou": float(miou), "p": place}] for place, miou in enumerate((2, 1, 4, 3, 5))]
+    found = rank_proxies(runs)["p"]
+    assert found.across == pytest.approx(0.8)
+    assert (found.across_low, found.across_high) == (
+        pytest.approx(math.tanh(1.0986 - 1.4269), abs=1e-4),
+        pytest.approx(math.tanh(1.0986 + 1.4269), abs=1e-4),
+    )
 
 
 def test_a_run_that_lacks_a_proxy_does_not_count_for_it() -> None:
