@@ -35,7 +35,7 @@ from t2sda_hf.analysis.plots import save_bars, save_relation, save_scatter
 from t2sda_hf.analysis.unlabelled import measure
 from t2sda_hf.config import DomainConfig
 from t2sda_hf.data.domains import Domain, load_domain
-from t2sda_hf.evaluation.evaluator import Part, evaluate_model, evenly_spread
+from t2sda_hf.evaluation.evaluator import Part, evaluate_model, evenly_spread, readable_part
 from t2sda_hf.evaluation.inference import load_model, predict_labels, saved_image_size, to_pixel_values
 from t2sda_hf.evaluation.models import titled
 from t2sda_hf.evaluation.pictures import Column, save_grid
@@ -87,22 +87,32 @@ def run(args: argparse.Namespace) -> None:
     except ValueError as error:
         advice = " To look at a domain that has no labels: --no_labels." if "has no column" in str(error) else ""
         raise ValueError(f"{error}{advice}") from error
-    with_labels(args, models, sizes, classes, domain)
+    first = range(min(args.limit, len(domain)))
+    with_labels(args, models, sizes, classes, readable(Part(domain, first, domain.name)))
 
 
-def with_labels(args: argparse.Namespace, models: dict, sizes: dict, classes: tuple[str, ...], domain: Domain) -> None:
+def readable(images: Part) -> Part:
+    """Leave out what cannot be read, and list and count it."""
+    part, unreadable = readable_part(images)
+    if unreadable:
+        print(f"{len(unreadable)} of {len(images)} images of {images.name} could not be read:", file=sys.stderr)
+        print("\n".join(unreadable), file=sys.stderr)
+    return part
+
+
+def with_labels(args: argparse.Namespace, models: dict, sizes: dict, classes: tuple[str, ...], domain: Part) -> None:
     source = None
     if args.source:
         config = DomainConfig(path=args.source, split=args.source_split, label_space=args.source_label_space)
         whole = load_domain(config, classes)
         chosen = np.random.default_rng(0).permutation(len(whole))[: args.limit].tolist()  # method 6.4: seed 0
-        source = Part(whole, sorted(chosen), whole.name)
+        source = readable(Part(whole, sorted(chosen), whole.name))
     parts = [part for part in args.parts if source is not None or part not in ("similarity", "tsne")]
     of_target: dict[str, Centres] = {}
     similarity, iou, ccd, pdd = {}, {}, {}, {}
 
-    def stream(title: str, of: Domain | Part):
-        return labelled_features(models[title], of, sizes[title], args.feature, args.limit)
+    def stream(title: str, of: Part):
+        return labelled_features(models[title], of, sizes[title], args.feature)
 
     for title, model in models.items():
         if {"similarity", "distances"} & set(parts):
@@ -112,7 +122,7 @@ def with_labels(args: argparse.Namespace, models: dict, sizes: dict, classes: tu
             pdd[title] = pixel_discrimination_distance(stream(title, domain), of_target[title])
         if "similarity" in parts:
             similarity[title] = cross_domain_similarity(centres(stream(title, source), len(classes)), of_target[title])
-            scores = evaluate_model(model, domain, image_size=sizes[title], classes=classes, limit=args.limit)["iou"]
+            scores = evaluate_model(model, domain, image_size=sizes[title], classes=classes)["iou"]
             iou[title] = np.array([np.nan if scores[name] is None else scores[name] for name in classes])
         if "tsne" in parts:
             samples = [sample_pixels(stream(title, of), len(classes), args.per_class) for of in (source, domain)]

@@ -111,7 +111,11 @@ def run(args: argparse.Namespace) -> None:
         for title, name, load in models:
             model, classes = load()
             subsets = subsets_of(args.subset, classes)
-            domain = load_domain(config, classes)
+            try:
+                domain = load_domain(config, classes)
+            except ValueError as error:
+                advice = " Without labels there is no score; scripts/analyze.py --no_labels says what can be said."
+                raise ValueError(f"{error}{advice * ('has no column' in str(error))}") from error
             scored: LabelledDomain = domain
             if args.every > 1:
                 scored = Part(domain, range(0, len(domain), args.every), f"{domain.name}, every {args.every}th image")

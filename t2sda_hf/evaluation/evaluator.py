@@ -60,6 +60,28 @@ def evenly_spread(domain: LabelledDomain, num_images: int, remark: str = "") -> 
     return Part(domain, indices, f"{domain.name}{remark}")
 
 
+def readable_part(domain: LabelledDomain) -> tuple[Part, list[str]]:
+    """Those images of a domain that can be read together with their labels, and in words what is wrong with the others.
+
+    It reads all of them, so that everything after it sees the same images.
+
+    Raises:
+        ValueError: if none can be read.
+    """
+    indices, unreadable = [], []
+    for index in range(len(domain)):
+        try:
+            domain.image(index), domain.labels(index)
+        except (ValueError, OSError) as error:
+            unreadable.append(str(error))
+        else:
+            indices.append(index)
+    if not indices:
+        first = unreadable[0] if unreadable else "there are none."
+        raise ValueError(f"none of the {len(domain)} images of {domain.name} can be read. The first: {first}")
+    return Part(domain, indices, domain.name), unreadable
+
+
 def evaluate_model(
     model: nn.Module,
     domain: LabelledDomain,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from t2sda_hf.evaluation.confusion import confusion_matrix
-from t2sda_hf.evaluation.evaluator import evaluate_model
+from t2sda_hf.evaluation.evaluator import evaluate_model, readable_part
 from t2sda_hf.evaluation.inference import predict_labels, to_pixel_values
 from t2sda_hf.evaluation.table import format_table
 
@@ -188,6 +188,45 @@ def test_image_and_labels_of_different_sizes_are_an_error():
 def test_nothing_to_evaluate_is_an_error(arguments):
     with pytest.raises(ValueError, match="nothing to evaluate: random has"):
         run(**arguments)
+
+
+class Damaged(RandomDomain):
+    """The second image is cut, the labels of the third are gone."""
+
+    def image(self, index):
+        if index == 1:
+            raise ValueError("row 1 is cut")
+        return super().image(index)
+
+    def labels(self, index):
+        if index == 2:
+            raise OSError("row 2 is gone")
+        return super().labels(index)
+
+
+def test_what_cannot_be_read_is_listed_and_the_rest_scored():
+    with pytest.raises(ValueError, match="row 1 is cut"):
+        run(domain=Damaged())
+    model = QuarterResolution()
+    result = run(model, Damaged(), skip_unreadable=True)
+    assert result["unreadable"] == ["row 1 is cut", "row 2 is gone"]
+    assert result["num_images"] == len(Damaged()) - 2
+    part, unreadable = readable_part(Damaged())
+    assert unreadable == result["unreadable"]
+    assert part.indices == [index for index in range(len(Damaged())) if index not in (1, 2)]
+    assert run(model, part)["confusion"] == result["confusion"]
+
+
+def test_nothing_that_can_be_read_is_an_error():
+    class Gone(RandomDomain):
+        def image(self, index):
+            raise OSError("no such file")
+
+    message = f"none of the {len(Gone())} images of .* can be .*no such file"
+    with pytest.raises(ValueError, match=message):
+        readable_part(Gone())
+    with pytest.raises(ValueError, match=message):
+        run(domain=Gone(), skip_unreadable=True)
 
 
 def test_progress_is_shown_on_request(capsys):
