@@ -217,7 +217,10 @@ def run_all(
     students = [name for name in columns if not name.endswith(")")]
     # Loaded from the folders just written: what the picture shows is what others will load.
     models = {name: T2SDAForSemanticSegmentation.from_pretrained(folder / name / "student").eval() for name in students}
-    save_panel(folder / "panel.png", domains.test, models, domains.test.network_size(), cfg.classes)
+    shown = domains.test, models, domains.test.network_size(), cfg.classes
+    save_panel(folder / "panel.png", *shown)
+    if cfg.push_to_hub.picture == "predictions":
+        save_panel(folder / "predictions.png", *shown, 4, True)
     print(f"\nIoU on {domains.test.name}, {columns[cfg.method]['num_images']} images, in %\n{format_table(columns)}")
     if "gain" in summary:
         print(f"\n{cfg.method} gains {summary['gain']:+.2f} mIoU over {cfg.baseline} (seed {cfg.seed}).")

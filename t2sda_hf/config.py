@@ -477,6 +477,7 @@ class PushConfig:
     source_only: str = ""  # <run>/source_only to compare with, if this run has no baseline
     start: str = ""  # what the weights are, if model.pretrained is a folder or file of yours
     note: str = ""  # a sentence for readers of the scores, for example how the settings were chosen
+    picture: Literal["images", "predictions"] = "images"  # on the card; some data sets' images must not be passed on
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.terms) - {"source", "target", "test"})

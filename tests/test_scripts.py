@@ -79,6 +79,7 @@ def test_a_run_end_to_end(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["--config", str(tmp_path / "tiny.yaml"), "--output_dir", str(out), "--baseline", "source_only"]
     arguments += ["--seed", "3", "--train.log_with", "[tensorboard]", "--train.save_every", "2"]
+    arguments += ["--push_to_hub.picture", "predictions"]
     printed = launch(1, "scripts/train_uda.py", *arguments)
 
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
@@ -90,8 +91,9 @@ def test_a_run_end_to_end(tmp_path: Path) -> None:
     assert f"{summary['t2sda']['miou']:.2f}" in printed
     assert "| mIoU" in printed
 
-    with Image.open(out / "panel.png") as panel:
+    with Image.open(out / "panel.png") as panel, Image.open(out / "predictions.png") as predictions:
         assert min(panel.size) > 200
+        assert predictions.width == pytest.approx(panel.width * 2 / 5, rel=0.1)  # no images, truth and errors
     for name in ("source_only", "t2sda"):
         assert list((out / name).glob("**/events.out.tfevents*")), "no TensorBoard events"
         assert load_config(str(out / name / "resolved_config.yaml")).seed == 3

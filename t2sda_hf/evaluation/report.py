@@ -19,6 +19,7 @@ def save_panel(
     image_size: Size | None,
     classes: Sequence[str],
     num_images: int = 4,
+    predictions_only: bool = False,
 ) -> None:
     """One row for each of some test images, evenly spread: image, truth, predictions, errors of the last model.
 
@@ -29,6 +30,7 @@ def save_panel(
         image_size: network input (height, width); None keeps the image's.
         classes: names, for colours and legend.
         num_images: rows.
+        predictions_only: leave out what is the data set's own, or shows it: images, truth and errors.
     """
     rows = np.linspace(0, len(domain) - 1, num=min(num_images, len(domain)), dtype=int).tolist()
     images, labels = [domain.image(row) for row in rows], [domain.labels(row) for row in rows]
@@ -45,5 +47,8 @@ def save_panel(
                 "classes",
             )
         )
+    if predictions_only:
+        save_grid(path, columns[2:], classes)
+        return
     wrong = [errors(said, truth) for said, truth in zip(columns[-1].pictures, labels, strict=True)]
     save_grid(path, [*columns, Column(f"errors of {columns[-1].title}", wrong, "error")], classes)

@@ -22,7 +22,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from ..config import RunConfig
+from ..config import RunConfig, load_config
 from .card import (
     check_start,
     domain_facts,
@@ -91,7 +91,8 @@ def stage_run(run_folder: Path, repo_id: str, folder: Path, given: Mapping[str, 
     """
     source = method_folder(run_folder)
     facts = gather_facts(source, repo_id, given)
-    panel = source.parent / "panel.png"
+    cfg = load_config(source / "resolved_config.yaml")
+    panel = source.parent / ("panel.png" if cfg.push_to_hub.picture == "images" else "predictions.png")
     if not panel.is_file():
         raise ValueError(f"{panel} is missing: a card needs one picture of results.")
     shutil.copytree(source / "student", folder)
@@ -262,8 +263,9 @@ def save_curve(scalars: Path, path: Path, final: Mapping[str, float], steps: int
     handles, names = handles + more[0], names + more[1]
     for one in (axis, right):
         one.spines[["top"]].set_visible(False)
-    figure.legend(handles, names, loc="outside upper center", ncol=len(names), frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 0.92))
+    in_row = min(len(names), 4)
+    figure.legend(handles, names, loc="outside upper center", ncol=in_row, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.08 * -(-len(names) // in_row)))
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)
 

@@ -11,6 +11,7 @@ from conftest import write_run
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from t2sda_hf.config import dump_config, load_config
 from t2sda_hf.hub.card import gather_facts, load_facts, record_run, render_card, save_facts
 from t2sda_hf.hub.push import stage_run
 
@@ -117,6 +118,16 @@ def test_a_missing_fact_stops_the_card(run: Path, tmp_path: Path, file: str, mes
     (run / file).unlink()
     with pytest.raises(ValueError, match=message):
         stage_run(run, "me/streets", tmp_path / "out")
+
+
+def test_images_that_must_not_be_passed_on_are_not(run: Path, tmp_path: Path) -> None:
+    config = run / "t2sda" / "resolved_config.yaml"
+    config.write_text(dump_config(load_config(config, ["--push_to_hub.picture=predictions"])), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"predictions\.png is missing"):
+        stage_run(run, "me/streets", tmp_path / "none")
+    Image.new("RGB", (40, 20), "black").save(run / "predictions.png")
+    stage_run(run, "me/streets", tmp_path / "out")
+    assert (tmp_path / "out" / "panel.png").read_bytes() == (run / "predictions.png").read_bytes()
 
 
 def test_a_missing_fact_can_be_given(run: Path) -> None:
@@ -231,7 +242,7 @@ def test_places_on_a_disk_do_not_reach_the_card(tmp_path: Path) -> None:
 
 
 def test_cards_of_shipped_models_are_renderings_of_their_facts() -> None:
-    assert "demo" in [folder.name for folder in SHIPPED]
+    assert {folder.name for folder in SHIPPED} == {"demo", "camvid"}
     for folder in SHIPPED:
         facts = load_facts(folder / "facts.json")
         assert (folder / "README.md").read_text(encoding="utf-8") == str(render_card(facts))
