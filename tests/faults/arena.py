@@ -254,6 +254,8 @@ def at_write(number: int, do: Callable[[], None], where: str) -> Plant:
 def _only_paths(hook: Callable[[str, tuple], None]) -> Callable[[str, tuple], None]:
     def wrapped(event: str, arguments: tuple) -> None:
         if (event == "open" or event in WRITES) and arguments and isinstance(arguments[0], str | os.PathLike):
+            if event == "os.mkdir" and os.path.isdir(arguments[0]):
+                return  # writes nothing: "exists" is the answer on a full disk, too
             hook(event, arguments)
 
     return wrapped
