@@ -73,7 +73,7 @@ def t2sda_losses(
     weights, aug = cfg.loss_weights, cfg.augment
     pulls = weights.pull > 0 and step >= cfg.pull.start_step
 
-    # The teacher looks first: labels for the target, keys from both domains (batch norm sees one domain at a time).
+    # The teacher looks at the target first: labels, and keys of it.
     if weights.target or weights.masked_consistency or pulls:
         with torch.no_grad():
             logits_t, keys = look(teacher, x_s, x_t, pulls, cfg.pull.teacher_forward == "joint")
@@ -112,10 +112,12 @@ def t2sda_losses(
 
     # L_pull: the same scene in target style must embed like its class does in the source.
     if pulls:
+        if "source" not in keys:  # batch norm sees one domain at a time; not before, maps of keys are large
+            with torch.no_grad():
+                keys["source"] = embed(teacher, x_s, "source", cfg)
         images = {"source": x_s, "ptarget": x_st, "target": x_t}
-        known = dict(zip(("source", "target"), keys, strict=True))
         yield pull_term(
-            images, known, y_s, y_t, confidence, inside, importance, parts, cfg, generator, sum_over_processes
+            images, keys, y_s, y_t, confidence, inside, importance, parts, cfg, generator, sum_over_processes
         )
 
 
@@ -270,16 +272,14 @@ def untracked(student: torch.nn.Module, cfg: RunConfig) -> Iterator[None]:
 
 def look(
     teacher: torch.nn.Module, x_s: Tensor, x_t: Tensor, pulls: bool, joint: bool
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The teacher's target logits (B,K,h,w), and its keys of source and target (B,D,h,w); no keys without a pull."""
-    if not pulls:
-        return teacher(normalize(x_t)).logits, ()
-    if joint:
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The teacher's target logits (B,K,h,w); for a pull its keys (B,D,h,w) of the target, if joint the source's too."""
+    if pulls and joint:
         both = teacher(normalize(torch.cat([x_s, x_t])), project=True)
         keys_s, keys_t = both.embeddings.split([len(x_s), len(x_t)])
-        return both.logits[len(x_s) :], (keys_s, keys_t)
-    target = teacher(normalize(x_t), project=True)
-    return target.logits, (teacher(normalize(x_s), project=True, segment=False).embeddings, target.embeddings)
+        return both.logits[len(x_s) :], {"source": keys_s, "target": keys_t}
+    target = teacher(normalize(x_t), project=pulls)
+    return target.logits, {"target": target.embeddings} if pulls else {}
 
 
 def pseudo_target(batch: UdaBatch, parts: Parts, cfg: RunConfig, generator: Generator) -> Tensor:

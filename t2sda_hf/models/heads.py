@@ -37,18 +37,22 @@ def conv1x1_of_concatenation(
 
     total = convolve(features[0], weights[0], bias)
     for level, weight in zip(features[1:], weights[1:], strict=True):
-        total = total + upsample(convolve(level, weight), total.shape[-2:])
+        total.add_(upsample(convolve(level, weight), total.shape[-2:]))  # a new sum would cost more than the addition
     return total
 
 
-def conv_block(in_channels: int, out_channels: int, kernel: int, dilation: int = 1, groups: int = 1) -> nn.Sequential:
-    """Convolution without bias that keeps the size, batch norm, ReLU."""
+def conv_block(
+    in_channels: int, out_channels: int, kernel: int, dilation: int = 1, groups: int = 1, relu: bool = True
+) -> nn.Sequential:
+    """Convolution without bias that keeps the size, batch norm, and ReLU unless the caller has one for several."""
     padding = dilation * (kernel // 2)
-    return nn.Sequential(
+    block = nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel, padding=padding, dilation=dilation, groups=groups, bias=False),
         nn.BatchNorm2d(out_channels),
-        nn.ReLU(),
     )
+    if relu:
+        block.append(nn.ReLU(inplace=True))  # backward of the norm needs its input, not its output
+    return block
 
 
 class LevelProjection(nn.Module):
@@ -81,7 +85,7 @@ class AllMLPHead(nn.Module):
         self.linear_c = nn.ModuleList(LevelProjection(size, channels) for size in hidden_sizes)
         self.linear_fuse = nn.Conv2d(channels * len(hidden_sizes), channels, 1, bias=False)
         self.batch_norm = nn.BatchNorm2d(channels)
-        self.activation = nn.ReLU()
+        self.activation = nn.ReLU(inplace=True)
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(channels, num_labels, 1)
 
@@ -131,14 +135,15 @@ class DAFormerHead(nn.Module):
         self.levels = nn.ModuleList(nn.Linear(size, channels) for size in hidden_sizes)
         fused = channels * len(hidden_sizes)
         self.branches = nn.ModuleList(
-            conv_block(fused, channels, kernel=1)
+            conv_block(fused, channels, kernel=1, relu=False)
             if dilation == 1
             else nn.Sequential(
                 conv_block(fused, fused, kernel=3, dilation=dilation, groups=fused),
-                conv_block(fused, channels, kernel=1),
+                conv_block(fused, channels, kernel=1, relu=False),
             )
             for dilation in dilations
         )
+        self.activation = nn.ReLU(inplace=True)  # of all branches at once: autograd keeps one copy of them, not two
         self.bottleneck = conv_block(channels * len(dilations), channels, kernel=3)
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(channels, num_labels, 1)
@@ -151,7 +156,7 @@ class DAFormerHead(nn.Module):
             for linear, level in zip(self.levels, features, strict=True)
         ]
         fused = torch.cat([upsample(level, size) for level in projected], dim=1).contiguous()
-        return self.bottleneck(torch.cat([branch(fused) for branch in self.branches], dim=1))
+        return self.bottleneck(self.activation(torch.cat([branch(fused) for branch in self.branches], dim=1)))
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Maps (B,C_i,h_i,w_i), finest first -> logits (B,num_labels,h_0,w_0)."""

@@ -162,6 +162,11 @@ class T2SDAForSemanticSegmentation(PreTrainedModel):
                 f"tensors of the {model.config.head} head, without {name_some(head_missing)}. Give the head it was "
                 f"trained with (head=...), or build the model from its config and call load_pretrained_encoder."
             )
+        # A tensor of a file starts at any address, and some processors' matrix products round by it. In memory of their
+        # own the weights give the saved model's outputs bit by bit, and the file may change.
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device.type == "cpu":
+                tensor.data = tensor.data.clone()
         return (model, info) if with_info else model
 
     def forward(

@@ -83,22 +83,22 @@ def with_low_amplitude(source_images: Tensor, amplitude: Tensor) -> Tensor:
     present = source_low.abs()
     # A frequency the source does not have has phase 0, as numpy's angle(0).
     phase = torch.where(present > 0, source_low / present.clamp(min=torch.finfo(present.dtype).tiny), 1.0)
-    change = phase * (amplitude.to(present) - present)
+    change = phase * (amplitude.to(present) - present) / (height * width)
     # Columns v < 0 mirror those with v > 0: they are counted by doubling the real part.
     change[..., 1:] *= 2
     rows_in_space = (down.conj().T @ change).flatten(0, -2)  # (B·3·H, c+1)
-    # Re(a·conj(b)); in place, because new memory of an image's size costs more than these products.
-    correction = (rows_in_space.real @ across.real).addmm_(rows_in_space.imag, across.imag)
-    return correction.div_(height * width).view(source_images.shape).add_(source_images)
+    parts = torch.cat([rows_in_space.real, rows_in_space.imag], dim=1)
+    # x + Re(a·conj(b)), in one product that reads and writes the image once: memory is what this costs.
+    return torch.addmm(source_images.reshape(-1, width), parts, across).view(source_images.shape)
 
 
 def _rows_and_columns(images: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """E_h (2r+1,H) and E_w (c+1,W)."""
+    """E_h (2r+1,H), complex, and E_w (2c+2,W), real: its c+1 real parts, then its imaginary ones."""
     height, width = images.shape[-2:]
     dtype = torch.complex128 if images.dtype == torch.float64 else torch.complex64
     return (
         _fourier_rows(height, -rows, rows, images.device, dtype),
-        _fourier_rows(width, 0, columns, images.device, dtype),
+        _real_fourier_rows(width, columns, images.device, dtype),
     )
 
 
@@ -113,7 +113,15 @@ def _fourier_rows(length: int, first: int, last: int, device: torch.device, dtyp
     return torch.polar(torch.ones_like(angles), angles).to(device=device, dtype=dtype)
 
 
+@lru_cache(maxsize=8)
+def _real_fourier_rows(length: int, last: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The rows 0..last of `_fourier_rows`, real parts above imaginary ones."""
+    rows = _fourier_rows(length, 0, last, device, dtype)
+    return torch.cat([rows.real, rows.imag])
+
+
 def _low_block(images: Tensor, basis: tuple[Tensor, Tensor]) -> Tensor:
-    """Spectrum on the chosen frequencies, (B,3,H,W) -> (B,3,2r+1,c+1). Real products first: the images are real."""
+    """Spectrum on the chosen frequencies, (B,3,H,W) -> (B,3,2r+1,c+1). Real product first: the images are real."""
     down, across = basis
-    return down @ torch.complex(images @ across.real.T, images @ across.imag.T)
+    real, imaginary = (across @ images.reshape(-1, images.shape[-1]).T).view(-1, *images.shape[:-1]).chunk(2)
+    return (torch.complex(real, imaginary) @ down.T).permute(1, 2, 3, 0)  # (c+1,B,3,2r+1)

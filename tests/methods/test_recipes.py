@@ -183,7 +183,7 @@ def test_keys_and_anchor_of_the_cnn_are_the_last_stage_at_stride_8():
         for terms in t2sda_losses(batch, parts, cfg, 0, Generator().manual_seed(0), alone)
         for name, value in terms.items()
     }
-    assert shapes == [(2, 8, 4, 8), (2, 8, 4, 8), (2, 32, 4, 8)]
+    assert shapes == [(2, 8, 4, 8), (2, 32, 4, 8), (2, 8, 4, 8)]  # target keys, anchor, source keys
     assert values["feature_distance"] > 0  # blocks of 8 pixels are whole cells at stride 8
     assert values["pull"] > 0
 
