@@ -324,9 +324,12 @@ def dacs_of_daformer(cfg: RunConfig) -> Callable[[], object]:
     return lambda: network.train_step(given, optimizer)
 
 
-def pull_rows(options: Options) -> Iterator[Row]:
-    """The pull loss alone, with its sampling, forward and backward, on two source and two target maps of 128 x 128."""
-    num_classes, dim, side, num_queries, num_negatives = 19, 256, 128, 128, 1024
+QUERIES, NEGATIVES, DIM, SIDE = 128, 1024, 256, 128  # of the pull loss: n, m, D, and the side of its maps
+
+
+def pull_pass() -> tuple[Callable[[], None], int]:
+    """Pull loss with its sampling, forward and backward, on two source and two target maps; the number of queries."""
+    num_classes, dim, side = 19, DIM, SIDE
     random = torch.Generator().manual_seed(0)
     labels = street_labels(2, side, side, num_classes)
     queries, source, target = (
@@ -335,31 +338,35 @@ def pull_rows(options: Options) -> Iterator[Row]:
     )
     queries.requires_grad_(True)
     counts = labels.flatten().bincount(minlength=num_classes)
-    wanted = num_queries_per_class(counts.double(), num_classes, num_queries, "cbqs")
+    wanted = num_queries_per_class(counts.double(), num_classes, QUERIES, "cbqs")
     prototypes, weights = torch.randn(num_classes, dim, generator=random), torch.full((num_classes,), 1 / num_classes)
     unreliable = torch.rand(2, side, side, generator=random) < 0.5
 
     def forward_backward() -> None:
-        samples = sample_pull(labels, labels.flip(0), unreliable, wanted, num_negatives, random)
+        samples = sample_pull(labels, labels.flip(0), unreliable, wanted, NEGATIVES, random)
         loss = pull_loss(queries, source, target, prototypes, samples, weights, temperature=0.2)
         queries.grad = None
         loss.backward()
 
-    rows, features = torch.randn(sum(wanted), dim), torch.randn(num_negatives, dim)
+    return forward_backward, sum(wanted)
+
+
+def pull_rows(options: Options) -> Iterator[Row]:
+    forward_backward, num_queries = pull_pass()
+    rows, features = torch.randn(num_queries, DIM), torch.randn(NEGATIVES, DIM)
 
     def two_products() -> None:
         _ = (rows @ features.T) @ features
 
     def gradient_of_zeros() -> None:  # what autograd hands back is as large as the maps
-        torch.zeros(2, side, side, dim)
+        torch.zeros(2, SIDE, SIDE, DIM)
 
     times, floor, zeros = interleaved([forward_backward, two_products, gradient_of_zeros], options.rounds)
-    queries.grad = None
-    title = f"pull loss forward + backward (n={num_queries}, m={num_negatives}, d={dim}, {sum(wanted)} queries)"
+    title = f"pull loss forward + backward (n={QUERIES}, m={NEGATIVES}, d={DIM}, {num_queries} queries)"
     yield Row.ratio(f"{title} over its two matrix products", times, floor, "2.5")
     both = [a + b for a, b in zip(floor, zeros, strict=True)]
     yield Row.ratio("the same over the two products and the zeros of the dense gradient", times, both, "-")
-    yield Row(f"{title}: extra memory, MB", f"{extra_memory(forward_backward):.0f}", "50")
+    yield Row(f"{title}: extra memory, MB", f"{in_new_process('memory', 'pull'):.0f}", "50")
 
 
 def fda_rows(options: Options) -> Iterator[Row]:
@@ -400,11 +407,17 @@ def fda_rows(options: Options) -> Iterator[Row]:
         yield Row(f"FDA, b={side}: largest difference to the numpy formula, on 0..255", f"{error:.1e}", "1e-3")
 
 
-def metric_rows(options: Options) -> Iterator[Row]:
-    """mIoU of one 1024x2048 map of 19 classes."""
+def two_maps() -> tuple[np.ndarray, np.ndarray]:
+    """(1,1024,2048) uint8: predictions and labels of a drawn street."""
     labels = np.array(streets("target", "validation", 1, height=1024, width=2048)[0]["label"])[None]
     predictions = np.roll(labels, (3, 5), (1, 2))  # wrong along the borders of things
     labels[:, :40] = 255
+    return predictions, labels
+
+
+def metric_rows(options: Options) -> Iterator[Row]:
+    """mIoU of one 1024x2048 map of 19 classes."""
+    predictions, labels = two_maps()
     found: dict[str, float] = {}
 
     def ours() -> None:
@@ -444,7 +457,6 @@ def metric_rows(options: Options) -> Iterator[Row]:
         others["DAFormer's intersect_and_union"] = ("-", peer)
     else:
         others["DAFormer's intersect_and_union"] = ("-", "--peer-path")
-    memory = extra_memory(ours)
     runnable = [function for _, function in others.values() if callable(function)]
     times = interleaved([ours, *runnable], options.rounds)
     if max(abs(value - found["ours"]) for value in found.values()) > 1e-5:
@@ -453,11 +465,11 @@ def metric_rows(options: Options) -> Iterator[Row]:
     for name, (goal, function) in others.items():
         title = f"mIoU of a 1024x2048 map over {name}"
         yield Row.ratio(title, times[0], next(measured), goal) if callable(function) else Row(title, function, goal)
-    yield Row("mIoU of a 1024x2048 map: extra memory, MB", f"{memory:.1f}", "5")
+    yield Row("mIoU of a 1024x2048 map: extra memory, MB", f"{in_new_process('memory', 'metric'):.1f}", "5")
 
 
-def inference_rows(options: Options) -> Iterator[Row]:
-    """Labels of one 1024x2048 image, MiT-B0, 19 classes: against transformers' SegFormer and its full upsampling."""
+def label_makers() -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor], Any, torch.Tensor]:
+    """Labels of one 1024x2048 image, MiT-B0, 19 classes: ours, transformers'; our model; its pixels."""
     config = T2SDAConfig.from_size("mit_b0", head="all_mlp", num_labels=19)
     theirs = SegformerForSemanticSegmentation(
         SegformerConfig(depths=config.depths, hidden_sizes=config.hidden_sizes, num_labels=19)
@@ -475,8 +487,11 @@ def inference_rows(options: Options) -> Iterator[Row]:
     def class_by_class() -> torch.Tensor:
         return predict_labels(ours, pixels, (1024, 2048))
 
-    # Memory first, before the allocator keeps what it once had; the smaller one before the larger.
-    memory = [extra_memory(class_by_class), extra_memory(full)]
+    return class_by_class, full, ours, pixels
+
+
+def inference_rows(options: Options) -> Iterator[Row]:
+    class_by_class, full, ours, pixels = label_makers()
 
     @torch.no_grad()
     def encoder() -> None:  # transformers' own, in both
@@ -485,6 +500,7 @@ def inference_rows(options: Options) -> Iterator[Row]:
     own, others, floor = interleaved([class_by_class, full, encoder], options.rounds)
     yield Row.ratio("labels of 1024x2048, B0, over transformers' SegFormer and full upsampling", own, others, "0.45")
     yield Row.ratio("the same: the encoder alone, which both run, over transformers' whole", floor, others, "-")
+    memory = [in_new_process("memory", kind) for kind in ("labels", "labels of transformers")]
     sizes = " / ".join(f"{size:.0f}" for size in memory)
     yield Row(f"the same: extra memory ({sizes} MB)", f"{memory[0] / memory[1]:.2f}", "0.45")
     with torch.no_grad():
@@ -546,15 +562,24 @@ def memory_rows(options: Options) -> Iterator[Row]:
     yield Row(f"{title} over one backward of the summed losses", f"{apart / joined:.2f}", "0.45")
 
 
-def measure_memory(kind: str) -> None:
+def step_of_b5(kind: str) -> Callable[[], object]:
     cfg = small_run("mit_b5", "daformer", 512, batch_size=1)
     objective = METHODS["t2sda"]
 
     def joined(*arguments: Any) -> Iterator[dict[str, torch.Tensor]]:
         yield {name: value for terms in objective(*arguments) for name, value in terms.items()}
 
-    step = make_step(cfg, Accelerator(cpu=True), joined if kind == "joined" else objective)
-    print(json.dumps(extra_memory(step)))
+    return make_step(cfg, Accelerator(cpu=True), joined if kind == "joined" else objective)
+
+
+def measure_memory(kind: str) -> None:
+    if kind == "metric":
+        maps = two_maps()
+        print(json.dumps(extra_memory(lambda: scores(confusion_matrix(*maps, 19)))))
+    elif kind.startswith("labels"):
+        print(json.dumps(extra_memory(label_makers()[kind != "labels"])))
+    else:
+        print(json.dumps(extra_memory(pull_pass()[0] if kind == "pull" else step_of_b5(kind))))
 
 
 def processes_rows(options: Options) -> Iterator[Row]:

@@ -12,7 +12,7 @@ import torch
 
 # Pixels at a time: the working memory stays in the cache, about 2 MB for any image size.
 _CHUNK = 65_536
-_CHUNK_OF_BYTES = 131_072
+_CHUNK_OF_BYTES = 262_144
 
 
 def confusion_matrix(predictions: Any, labels: Any, num_classes: int, ignore_index: int = 255) -> np.ndarray:

@@ -63,7 +63,7 @@ def low_amplitude(images: Tensor, beta: float, window: Literal["square", "rect"]
         rows, columns = math.floor(height * beta), math.floor(width * beta)
     # At half the sampling rate a frequency and its negative are the same; a side never swaps beyond it.
     rows, columns = min(rows, (height - 1) // 2), min(columns, (width - 1) // 2)
-    return _low_block(images, _rows_and_columns(images, rows, columns)).abs()
+    return _low_block(images, _rows_and_columns(images, rows, columns)).abs().permute(1, 2, 3, 0)
 
 
 @torch.no_grad()
@@ -81,15 +81,17 @@ def with_low_amplitude(source_images: Tensor, amplitude: Tensor) -> Tensor:
     down, across = basis = _rows_and_columns(source_images, amplitude.shape[-2] // 2, amplitude.shape[-1] - 1)
     source_low = _low_block(source_images, basis)
     present = source_low.abs()
+    wanted = amplitude.to(present).permute(3, 0, 1, 2)
     # A frequency the source does not have has phase 0, as numpy's angle(0).
     phase = torch.where(present > 0, source_low / present.clamp(min=torch.finfo(present.dtype).tiny), 1.0)
-    change = phase * (amplitude.to(present) - present) / (height * width)
+    change = phase * (wanted - present)
     # Columns v < 0 mirror those with v > 0: they are counted by doubling the real part.
-    change[..., 1:] *= 2
-    rows_in_space = (down.conj().T @ change).flatten(0, -2)  # (B·3·H, c+1)
-    parts = torch.cat([rows_in_space.real, rows_in_space.imag], dim=1)
-    # x + Re(a·conj(b)), in one product that reads and writes the image once: memory is what this costs.
-    return torch.addmm(source_images.reshape(-1, width), parts, across).view(source_images.shape)
+    change[1:] *= 2
+    rows_in_space = (change @ down.conj()).flatten(1)  # (c+1, B·3·H)
+    parts = torch.cat([rows_in_space.real, rows_in_space.imag])
+    # x + Re(a·conj(b)) / HW, in one product that reads and writes the image once: memory is what this costs.
+    image_rows = source_images.reshape(-1, width)
+    return torch.addmm(image_rows, parts.T, across, alpha=1 / (height * width)).view(source_images.shape)
 
 
 def _rows_and_columns(images: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -121,7 +123,7 @@ def _real_fourier_rows(length: int, last: int, device: torch.device, dtype: torc
 
 
 def _low_block(images: Tensor, basis: tuple[Tensor, Tensor]) -> Tensor:
-    """Spectrum on the chosen frequencies, (B,3,H,W) -> (B,3,2r+1,c+1). Real product first: the images are real."""
+    """Spectrum on the chosen frequencies, (B,3,H,W) -> (c+1,B,3,2r+1). Real product first: the images are real."""
     down, across = basis
     real, imaginary = (across @ images.reshape(-1, images.shape[-1]).T).view(-1, *images.shape[:-1]).chunk(2)
-    return (torch.complex(real, imaginary) @ down.T).permute(1, 2, 3, 0)  # (c+1,B,3,2r+1)
+    return torch.complex(real, imaginary) @ down.T
