@@ -73,7 +73,7 @@ def t2sda_losses(
     weights, aug = cfg.loss_weights, cfg.augment
     pulls = weights.pull > 0 and step >= cfg.pull.start_step
 
-    # The teacher looks at the target first: labels, and keys of it.
+    # The teacher looks at the target first: labels, and keys of it (jointly: of both domains).
     if weights.target or weights.masked_consistency or pulls:
         with torch.no_grad():
             logits_t, keys = look(teacher, x_s, x_t, pulls, cfg.pull.teacher_forward == "joint")

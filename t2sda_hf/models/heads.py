@@ -96,7 +96,7 @@ class AllMLPHead(nn.Module):
         parts = fuse.chunk(len(levels), dim=1)[::-1]
         weights = [part @ level.weight for part, level in zip(parts, levels, strict=True)]
         # Not `fuse @ bias`: MKL's matrix-vector product rounds differently when a tensor starts at an odd address, as
-        # those of a loaded file do, and a reloaded model would not be bit-equal to the saved one.
+        # those of a mapped file do; `from_pretrained` copies them, other ways of loading may not.
         bias = (fuse * torch.cat([level.bias for level in levels[::-1]])).sum(1)
         return self.activation(self.batch_norm(conv1x1_of_concatenation(features, weights, bias)))
 

@@ -125,5 +125,5 @@ def _real_fourier_rows(length: int, last: int, device: torch.device, dtype: torc
 def _low_block(images: Tensor, basis: tuple[Tensor, Tensor]) -> Tensor:
     """Spectrum on the chosen frequencies, (B,3,H,W) -> (c+1,B,3,2r+1). Real product first: the images are real."""
     down, across = basis
-    real, imaginary = (across @ images.reshape(-1, images.shape[-1]).T).view(-1, *images.shape[:-1]).chunk(2)
+    real, imaginary = (across @ images.reshape(-1, images.shape[-1]).T).view(len(across), *images.shape[:-1]).chunk(2)
     return torch.complex(real, imaginary) @ down.T
