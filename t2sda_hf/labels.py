@@ -6,8 +6,10 @@ Everything is matched by class *name*: a data set gives names to its ids, a run 
 
 import difflib
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 IGNORE_INDEX = 255
 VOID = "void"  # the name of ids that carry no class; they become IGNORE_INDEX
@@ -121,7 +123,7 @@ SPACE_COLORS: dict[str, dict[tuple[int, int, int], str]] = dict.fromkeys(
 )
 
 
-def id_map(names: Sequence[str], classes: Sequence[str], renames: Mapping[str, str]) -> np.ndarray:
+def id_map(names: Sequence[str], classes: Sequence[str], renames: Mapping[str, str]) -> "np.ndarray":
     """Look-up table from the ids of a data set to the class ids of a run.
 
     Args:
@@ -136,6 +138,8 @@ def id_map(names: Sequence[str], classes: Sequence[str], renames: Mapping[str, s
     Raises:
         ValueError: for a rename from or to an unknown name (with the nearest known one), or if no class is shared.
     """
+    import numpy as np  # here, because the command line reads the names without it
+
     for given, known, where in [(k, names, "the data set") for k in renames] + [
         (v, classes, "the run's classes") for v in renames.values()
     ]:
@@ -156,13 +160,14 @@ def id_map(names: Sequence[str], classes: Sequence[str], renames: Mapping[str, s
     return table
 
 
-def palette(classes: Sequence[str]) -> np.ndarray:
+def palette(classes: Sequence[str]) -> "np.ndarray":
     """Display colours of `classes`: Cityscapes' own where the name is known, otherwise evenly spread hues.
 
     Returns:
         (K, 3) uint8 RGB.
     """
     import matplotlib
+    import numpy as np
 
     hues = matplotlib.colormaps["hsv"]
     colors = [

@@ -19,8 +19,8 @@ from .streets import streets
 
 # Domains that need no path: name -> a function of the domain's config.
 DRAWN: dict[str, Callable[[DomainConfig], Dataset]] = {
-    "streets-source": lambda config: streets("source", config.split, config.num_images, config.drawing_seed),
-    "streets-target": lambda config: streets("target", config.split, config.num_images, config.drawing_seed),
+    "streets-source": lambda config: streets("source", config.split, config.num_images),
+    "streets-target": lambda config: streets("target", config.split, config.num_images),
 }
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")

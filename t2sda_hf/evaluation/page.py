@@ -9,6 +9,7 @@ import jinja2
 import numpy as np
 import yaml
 
+from ..config import changes, flatten
 from .figures import hex_colors, save_class_shares, save_confusion, save_curves, save_losses
 from .run_folder import BASELINE, MethodFolder, RunFolder, read_run
 from .table import CLASS_SETS, class_sets_of, spread, subset_miou
@@ -221,24 +222,14 @@ def _subset_table(results: Mapping[str, Any], classes: Sequence[str]) -> dict[st
 
 
 def _differences(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Dotted key -> run -> value, for the keys in which runs differ."""
-    flat = {name: _flat(config) for name, config in configs.items()}
+    """Dotted key -> run -> value, for the keys in which runs differ and that change what a run gives."""
+    flat = {name: flatten(config) for name, config in configs.items()}
     keys = dict.fromkeys(key for config in flat.values() for key in config)
     return {
         key: {name: config.get(key, "-") for name, config in flat.items()}
         for key in keys
-        if key != "output_dir" and len({str(config.get(key)) for config in flat.values()}) > 1
+        if changes(key) != "nothing" and len({str(config.get(key)) for config in flat.values()}) > 1
     }
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def _short(folder: str | Path, folders: Sequence[str | Path]) -> str:
@@ -258,7 +249,7 @@ def _pseudo_label_quality(main: MethodFolder) -> dict[int, dict[str, float]]:
 
 
 def _get(config: Mapping[str, Any], key: str) -> Any:
-    return _flat(config).get(key, "?")
+    return flatten(config).get(key, "?")
 
 
 def _normalised(counts: Sequence[int]) -> list[float]:

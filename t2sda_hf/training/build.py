@@ -104,7 +104,6 @@ def build_student(cfg: RunConfig) -> T2SDAForSemanticSegmentation:
         head_dilations=cfg.model.head_dilations,
         classifier_dropout_prob=cfg.model.head_dropout,
         drop_path_rate=cfg.model.drop_path_rate,
-        encoder_ln_eps_fix=cfg.model.encoder_ln_eps_fix,
         projector_kernel=cfg.projector.kernel,
         projector_hidden=cfg.projector.hidden,
         projector_dim=cfg.projector.dim,

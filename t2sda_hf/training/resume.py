@@ -17,7 +17,7 @@ import yaml
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
-from ..config import RunConfig, dump_config
+from ..config import GONE, RunConfig, changes, dump_config, flatten
 from ..data.domains import Domain
 from ..methods import Parts
 from ..models import T2SDAForSemanticSegmentation
@@ -39,21 +39,6 @@ from .masking import mask
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-# What has no influence on what is learned. The paths of the domains are here because their content is compared.
-_TRAIN: tuple[str, ...] = (
-    "log_every",
-    "log_with",
-    "evaluate_every",
-    "save_every",
-    "keep_checkpoints",
-    "num_threads",
-    "timeout_seconds",
-)
-_TRAIN += ("non_finite", "max_skipped_steps")
-_PLACES = tuple(f"{domain}.{key}" for domain in ("source", "target") for key in ("path", "label_path", "valid_mask"))
-_FREE: tuple[str, ...] = ("output_dir", "baseline", "resume", "allow_changes", "test", "evaluation", "data.num_workers")
-_FREE += ("select",)
-_FREE += ("model.activation_checkpointing", *_PLACES, *(f"train.{name}" for name in _TRAIN))
 _LOOKED_AT = 16  # images of a domain that are read for its fingerprint
 
 
@@ -253,8 +238,8 @@ def _check_given(given: Path, output_dir: Path, methods: Sequence[str]) -> dict[
 
 def _compare(state: dict[str, Any], record: dict[str, Any], path: Path, allowed: Sequence[str]) -> None:
     """Say what differs from the run that wrote a checkpoint; refuse what would change the result."""
-    then, now = _flat(state["config"]), _flat(record["config"])
-    defaults = _flat(yaml.safe_load(dump_config(RunConfig())))
+    then, now = flatten(state["config"]), GONE | flatten(record["config"])
+    defaults = GONE | flatten(yaml.safe_load(dump_config(RunConfig())))
     changed: dict[str, tuple[Any, Any]] = {}
     for key in sorted(then.keys() | now.keys()):
         pair = (
@@ -272,7 +257,7 @@ def _compare(state: dict[str, Any], record: dict[str, Any], path: Path, allowed:
     refused = []
     for key, (old, new) in changed.items():
         text = f"{key}: {old!r} before, {new!r} now"
-        if _under(key, _FREE) or _under(key, allowed):
+        if changes(key) != "learning" or _under(key, allowed):
             logger.warning("resuming with another %s", text)
         else:
             refused.append(text)
@@ -286,13 +271,3 @@ def _compare(state: dict[str, Any], record: dict[str, Any], path: Path, allowed:
 
 def _under(key: str, names: Sequence[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat

@@ -29,6 +29,7 @@ Style = Callable[[Tensor, Generator], Tensor]  # (1,3,H,W) in [0,1] -> the same
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SEVERITIES = 5
 LARGEST_SEED = 2**31 - 1
+RANDOM_SHARE = 0.5  # of a drawn style; the rest is the image's own (DG code)
 KEPT_AMPLITUDES = 4096  # 3 MB at β 0.01 and 512 x 512
 
 
@@ -140,7 +141,7 @@ def _adain(config: TranslateConfig) -> Style:
 
 def _randomization(config: TranslateConfig) -> Style:
     network = StyleRandomizer.load(_weights("randomization", config.style.randomization, RANDOMIZATION_FILES))
-    share = config.style.random_share
+    share = RANDOM_SHARE
 
     def style(image: Tensor, generator: Generator) -> Tensor:
         stylised: Tensor = network.to(image.device)(image, share, generator)

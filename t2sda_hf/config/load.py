@@ -1,0 +1,212 @@
+"""From YAML files, recipes and flags to a `RunConfig`, and back. Whatever is wrong is one sentence."""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from .keys import in_words
+from .run import RunConfig, keys
+
+# The recipes of configs/: beside the package in a checkout, inside it in a wheel.
+RECIPES = next(
+    folder
+    for folder in (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "configs")
+    if folder.is_dir()
+)
+_NO_RUNS = ("ablations", "accelerate", "base")  # folders of RECIPES whose files are no runs
+# Keys of earlier releases with the one value that still means what the code does.
+GONE: dict[str, float] = {f"{domain}.drawing_seed": 0 for domain in ("source", "target", "test")}
+GONE |= {"translate.style.random_share": 0.5, "model.encoder_ln_eps_fix": True}
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe or a YAML file of differences and apply command line overrides (`--optim.lr 1e-4`, `--seed=3`).
+
+    Both use the same keys, nested or dotted, and values in YAML's form (`--data.crop_size "[64, 128]"`). A file may
+    name another one to start from (`base: demo`), which must not have a base itself.
+
+    Args:
+        path: of a YAML file, or the name of a recipe (see `recipe_names`); None is a run of defaults.
+        overrides: words of a command line. Later ones win.
+
+    Raises:
+        ValueError: for a missing file, an unknown key (naming the nearest known one), a wrong type or a value out
+            of range. The message names the key, the rule and the value.
+    """
+    tree: dict[str, Any] = asdict(RunConfig())  # a section that is given in part keeps the rest of its default
+    said_in: dict[str, str] = {}  # key -> where its value was given
+    if path is not None:
+        for file, content in _with_base(path):
+            _merge(tree, content, "", str(file), said_in)
+    arguments = list(overrides)
+    while arguments:
+        key, equals, value = arguments.pop(0).partition("=")
+        if not key.startswith("--") or not (equals or arguments):
+            raise ValueError(
+                f"expected --key value on the command line, got {key!r}{'' if equals else ' and no value'}."
+            )
+        text = value if equals else arguments.pop(0)
+        _merge(tree, {key[2:]: _parse_yaml(text, key)}, "", "the command line", said_in)
+    try:
+        return _adapter().validate_python(tree)
+    except ValidationError as error:
+        raise ValueError(_sentence(error.errors()[0], tree, said_in)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The whole resolved run as YAML that `load_config` reads back to an equal RunConfig."""
+    return yaml.safe_dump(_plain(asdict(config)))
+
+
+def recipe_names() -> list[str]:
+    """The names that `load_config` knows: files of configs/ without their ending."""
+    found = (path.relative_to(RECIPES) for path in sorted(RECIPES.rglob("*.yaml")))
+    return [path.with_suffix("").as_posix() for path in found if path.parts[0] not in _NO_RUNS]
+
+
+def find_recipe(name: str | Path, folder: str = "", known: Sequence[str] | None = None) -> Path:
+    """The file that is meant by a path, or by a name in `folder` of the recipes. A file that exists wins.
+
+    Raises:
+        ValueError: if it is neither, naming the nearest of `known` (default: the recipes).
+    """
+    shipped = RECIPES / folder / f"{name}.yaml"
+    if Path(name).is_file():
+        return Path(name)
+    if shipped.is_file():
+        return shipped
+    known = recipe_names() if known is None else known
+    near = difflib.get_close_matches(str(name).removeprefix("configs/").removesuffix(".yaml"), known, 1, 0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        f"config file {str(name)!r} does not exist. Give the path of a YAML file, or a name: {', '.join(known)}.{hint}"
+    )
+
+
+@cache
+def _adapter() -> TypeAdapter[RunConfig]:
+    return TypeAdapter(RunConfig)
+
+
+def json_schema() -> dict[str, Any]:
+    """What an editor needs to complete and check a YAML file of a run. Keys may be nested, or dotted at the top."""
+    schema = _adapter().json_schema()
+    schema = json.loads(json.dumps(schema))  # tuples as lists
+    schema["properties"] = {"base": {"type": "string", "description": "recipe or file to start from"}} | schema[
+        "properties"
+    ]
+    schema["patternProperties"] = {rf"^{section}\.": {} for section in schema["properties"]}
+    return schema
+
+
+def _plain(value: Any) -> Any:
+    """What YAML writes without tags: tuples as lists."""
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _with_base(path: str | Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The content of a file, after that of its base if it names one."""
+    file = find_recipe(path)
+    content = _read(file)
+    base = content.pop("base", None)
+    if base is None:
+        return [(file, content)]
+    if not isinstance(base, str):
+        raise ValueError(f"base in {file} must be text, the name of a recipe or a path, got {base!r}.")
+    beside = file.parent / base
+    below = find_recipe(beside if beside.is_file() else base)
+    inherited = _read(below)
+    if "base" in inherited:
+        raise ValueError(
+            f"base in {file} is {base!r}, which has a base itself. Name {inherited['base']!r}, or copy it."
+        )
+    return [(below, inherited), (file, content)]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if content is not None and not isinstance(content, dict):
+        raise ValueError(f"{path} must map keys to values, got a {type(content).__name__}.")
+    return content or {}
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not valid YAML: {error}") from error
+
+
+def _merge(tree: dict[str, Any], values: Mapping[str, Any], prefix: str, where: str, said_in: dict[str, str]) -> None:
+    """Put `values` (nested or dotted keys) into the nested `tree`, refusing what RunConfig does not have."""
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if key in GONE:
+            if value != GONE[key]:
+                raise ValueError(f"{key} in {where} is no key any more: it is always {GONE[key]!r}, got {value!r}.")
+            continue
+        kind: Any = RunConfig
+        node = tree
+        *sections, leaf = key.split(".")
+        for position, part in enumerate([*sections, leaf]):
+            types = {item.name: item.type for item in fields(kind)} if is_dataclass(kind) else {}
+            if part not in types:
+                while isinstance(value, dict) and value:  # "traget: {path: x}" is about traget.path
+                    inner, value = next(iter(value.items()))
+                    key += f".{inner}"
+                raise ValueError(unknown_key(key, where))
+            kind = types[part]
+            if position < len(sections):
+                node = node[part]
+        if is_dataclass(kind):
+            if not isinstance(value, dict):
+                inside = ", ".join(known for known in keys() if known.startswith(f"{key}."))
+                raise ValueError(
+                    f"{key} in {where} is a section, got the value {value!r}. Set one of its keys: {inside}."
+                )
+            _merge(tree, value, f"{key}.", where, said_in)
+        else:
+            if isinstance(value, bool) and str(value).lower() in get_args(kind):
+                value = str(value).lower()  # a choice between the words "true" and "false" and others
+            node[leaf], said_in[key] = value, where
+
+
+def _sentence(error: Mapping[str, Any], tree: Mapping[str, Any], said_in: Mapping[str, str]) -> str:
+    """One sentence for what pydantic found first."""
+    place = ".".join(map(str, error["loc"]))
+    if error["type"] == "value_error":  # of a `check`, whose text is ours; a domain does not know which one it is
+        named = str(error["ctx"]["error"])
+        return f"{place}.{named}" if place in ("source", "target", "test") else named
+    key = max((known for known in keys() if f"{place}.".startswith(f"{known}.")), key=len)
+    value: Any = tree
+    for part in key.split("."):
+        value = value[part]
+    return f"{key} in {said_in.get(key, 'the defaults')} must be {in_words(keys()[key].type)}, got {value!r}."
+
+
+def unknown_key(key: str, where: str) -> str:
+    """The sentence for a key that no run has, with the nearest one that it has."""
+    known = list(keys())
+    leaf = key.rsplit(".", 1)[-1]
+    # The right name under the wrong section is nearer than another name that merely looks alike.
+    same = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
+    near = difflib.get_close_matches(key, same, 1, 0.0) or difflib.get_close_matches(key, known, 1, 0.75)
+    if not near:
+        near = [k for k in known if difflib.get_close_matches(leaf, [k.rsplit(".", 1)[-1]], 1, 0.7)]
+    inside = [k for k in known if k.startswith(f"{key.split('.')[0]}.")]
+    if near:
+        hint = f"Did you mean {near[0]!r}?"
+    elif inside:
+        hint = f"Keys there are {', '.join(inside)}."
+    else:
+        hint = f"Sections are {', '.join(sorted({k.split('.')[0] for k in known}))}."
+    return f"unknown key {key!r} in {where}. {hint}"

@@ -1,0 +1,772 @@
+"""The run as a tree of frozen dataclasses: every key with its default, its meaning, its source and what it changes.
+
+A default serves any data, or is a value of the paper that no data set owns. What only Cityscapes needs, or only one
+network, stands in the recipes of configs/. [P] marks a value that the paper states, [D] one of the public DAFormer code
+that it builds on, [O] a choice that the paper leaves open, with its entry in the register of open points.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Literal
+
+from ..labels import CITYSCAPES_CLASSES, LABEL_SPACES
+from .keys import Changes, Flag, Key, Number, Section, Size, Whole, key, require, walk
+
+
+@dataclass(frozen=True)
+class DomainConfig(Section):
+    """Where the images of one domain come from and how their labels are read."""
+
+    path: str = key(
+        "",
+        "a parquet file or folder, a folder of images (with label_path, or as imagefolder with metadata), a list of "
+        "pairs (.txt, .csv, .tsv), a video (target), a data set of the Hub, the root of a layout, or drawn streets: "
+        "streets-source, streets-target",
+        changes="placement",
+    )
+    split: str = key("train", "split of the data set that is read")
+    layout: str = key("", "path is an unpacked official download of this name; `t2sda prepare --help` lists them")
+    label_path: str = key(
+        "",
+        "folder of label maps for a folder of images: same relative names, any extension",
+        changes="placement",
+    )
+    image_suffix: str = key("", "ending of image names, before the extension, that does not count in the matching")
+    label_suffix: str = key("", "the same of the names of label maps")
+    image_column: str = key("image", "column of the images in a data set")
+    label_column: str = key("label", "column of the label maps in a data set")
+    streaming: Flag = key(
+        False,
+        "parquet or a data set of the Hub without having all of it first: the first num_images are fetched; of a "
+        "target without num_images, images as they come, after a resume in another order",
+    )
+    shuffle_buffer: Whole = key(128, "images of a stream that are held to shuffle them", at_least=1)
+    frame_step: Whole = key(1, "of a video, every so many frames", at_least=1)
+    label_space: str = key("cityscapes", f"what ids in label maps mean: {', '.join(LABEL_SPACES)}")
+    class_names: tuple[str, ...] = key((), "instead of a label_space the names themselves, position = id")
+    label_ids: dict[Whole, str] = key({}, "or {id: name}, where ids have gaps")
+    label_colors: dict[str, str] = key({}, 'or {"R,G,B" or "#RRGGBB": name}, for coloured label maps')
+    ignore_id: Whole | None = key(None, "an id in label maps that has no class; 255 is always one")
+    label_map: dict[str, str] = key({}, "{class name of the data set: class name of the run}, where names differ")
+    crop_box: tuple[Whole, Whole, Whole, Whole] | None = key(
+        None, "(top, left, height, width) in pixels of the file that are used at all; null uses all"
+    )
+    resize: Size | None = key(None, "(height, width) in pixels before cropping; null keeps the size")
+    resize_mode: Literal["keep_ratio", "exact"] = key(
+        "keep_ratio", 'how resize is reached; keep_ratio makes of "1280x720" really 1280x704 for GTA5', "D"
+    )
+    valid_mask: str = key(
+        "",
+        "a picture of any size: where it is black, a target is never trusted and a label is ignored",
+        changes="placement",
+    )
+    max_pixels: Whole = key(
+        2**25, "larger files are refused before they are decoded; 8192x4096 is allowed", at_least=1, at_most=178_956_970
+    )
+    num_images: Whole | None = key(None, "the first so many images; null takes all", at_least=1)
+
+    def check(self) -> None:
+        given = [name for name in ("class_names", "label_ids", "label_colors") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} contradict each other: each says what labels mean. Keep one.")
+        if not given and self.label_space not in LABEL_SPACES:
+            raise ValueError(
+                f"label_space must be one of {', '.join(sorted(LABEL_SPACES))}, got {self.label_space!r}. "
+                "For your own ids list their names in class_names, label_ids or label_colors instead."
+            )
+        for label_id in [*self.label_ids, *([] if self.ignore_id is None else [self.ignore_id])]:
+            require(0 <= label_id <= 255, "label_ids and ignore_id", "ids in 0..255", label_id)
+        if self.resize is not None:
+            require(min(self.resize) >= 1, "resize", "two positive numbers (height, width)", self.resize)
+        if self.crop_box is not None:
+            good = min(self.crop_box) >= 0 and min(self.crop_box[2:]) >= 1
+            require(good, "crop_box", "(top, left, height, width) with a positive height and width", self.crop_box)
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """The network: a Mix Transformer (MiT) or a ResNet as encoder, and a head."""
+
+    section = "model"
+    size: str = key("mit_b5", "mit_b0 ... mit_b5, resnet50c or resnet101c", "P")
+    pretrained: str | None = key(
+        "nvidia/mit-b5",
+        "encoder weights: Hub id or folder of any SegFormer, of a ResNet v1c also a file; null starts at random",
+    )
+    head: Literal["daformer", "all_mlp", "deeplabv2"] = key("daformer", "what makes classes of features", "P")
+    head_dilations: tuple[Whole, ...] | None = key(
+        None, "of the head's branches; null is 1, 6, 12, 18 for daformer and 6, 12 for deeplabv2", "D"
+    )
+    decoder_hidden_size: Whole | None = key(
+        None, "channels of the head; null is 256, but 768 for all_mlp on mit_b2 to mit_b5", "D"
+    )
+    head_dropout: Number = key(0.1, "share of channels that the head drops in training", "D")
+    drop_path_rate: Number = key(0.1, "probability with which the last block of the encoder is skipped", "D")
+    activation_checkpointing: Flag = key(
+        False, "keep less for backward and compute it once more: less memory, more time", changes="nothing"
+    )
+    depths: tuple[Whole, ...] | None = key(None, "blocks of the four stages, for an encoder of your own size")
+    hidden_sizes: tuple[Whole, ...] | None = key(None, "channels of the four stages, for the same")
+    num_attention_heads: tuple[Whole, ...] | None = key(None, "attention heads of the four stages, for the same")
+
+    @property
+    def logits_stride(self) -> int:
+        """Pixels of the network's input per cell of its logits."""
+        return 4 if self.head != "deeplabv2" else 8 if self.size.startswith("resnet") else 32
+
+
+@dataclass(frozen=True)
+class HrdaConfig(Section):
+    """HRDA: the whole crop at half size (the context) and a part of it at full size (the detail)."""
+
+    section = "hrda"
+    enabled: Flag = key(False, "train and predict at two resolutions", "D")
+    crop_size: Size = key((512, 512), "(height, width) of the detail, in pixels of data.crop_size", "D")
+    detail_weight: Number = key(
+        0.1, "λ_d: losses are (1-λ_d) of the fused logits' and λ_d of the detail's", "D", at_least=0, at_most=1
+    )
+    crops_at_once: Whole | None = key(
+        None,
+        "how many crops a forward takes where crops cover an image, 9 per image of 1024x1024; null is all",
+        changes="nothing",
+        at_least=1,
+    )
+
+    def check(self) -> None:
+        require(min(self.crop_size) >= 32, "hrda.crop_size", "at least 32 x 32", self.crop_size)
+
+
+@dataclass(frozen=True)
+class ProjectorConfig(Section):
+    """The projector g: two convolutions that turn features into the embeddings that are pulled."""
+
+    section = "projector"
+    in_index: tuple[Whole, ...] | None = key(
+        None,
+        "encoder levels, resized to the finest and concatenated; null is all of a MiT, the last of a ResNet",
+        "O A3",
+    )
+    kernel: Whole = key(1, "side of its convolutions, 1 or 3", "O A2")
+    hidden: Whole = key(256, "channels between its convolutions", "O A2", at_least=1)
+    dim: Whole = key(256, "channels of the embeddings", "O A2", at_least=1)
+    final_relu: Flag = key(True, 'whether the second block ends in a ReLU: "two Conv-BN-ReLU blocks"', "P")
+
+    def check(self) -> None:
+        require(self.kernel in (1, 3), "projector.kernel", "1 or 3", self.kernel)
+        levels = self.in_index
+        require(
+            levels is None or (levels != () and levels == tuple(sorted(set(levels) & {0, 1, 2, 3}))),
+            "projector.in_index",
+            "some of the encoder's levels 0 to 3, ascending: the pull compares what the projector makes of them. "
+            "null takes the encoder's usual ones; for a run without a pull set loss_weights.pull to 0",
+            levels,
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """Crops, and how they are loaded."""
+
+    section = "data"
+    crop_size: Size = key((512, 512), "(height, width) of the crops that the student sees", "P")
+    outer_crop: Literal["auto", "true", "false"] = key(
+        "auto", "whether crops come out of a larger window; auto: only when the run translates", "O A10"
+    )
+    outer_crop_size: Size = key((512, 1024), "(height, width) of the window in which FDA works", "P")
+    cat_max_ratio: Number = key(
+        0.75, "largest share of a source crop that one class may cover", "D", above=0, at_most=1
+    )
+    flip: Flag = key(True, "mirror with probability 1/2, source and target on their own", "D")
+    num_workers: Whole = key(
+        0, "processes that load ahead; 0 loads in the training process", changes="nothing", at_least=0
+    )
+
+    def check(self) -> None:
+        require(min(self.crop_size) >= 32, "data.crop_size", "at least 32 x 32", self.crop_size)
+        require(
+            all(side % 32 == 0 for side in self.crop_size),
+            "data.crop_size",
+            "multiples of 32 (the encoder's coarsest stride)",
+            self.crop_size,
+        )
+        require(
+            all(outer >= inner for outer, inner in zip(self.outer_crop_size, self.crop_size, strict=True))
+            or self.outer_crop == "false",
+            "data.outer_crop_size",
+            f"at least data.crop_size {self.crop_size}",
+            self.outer_crop_size,
+        )
+
+
+@dataclass(frozen=True)
+class RareClassSamplingConfig(Section):
+    """Source images are drawn by class, rare classes more often."""
+
+    section = "rcs"
+    enabled: Flag = key(True, "draw a class first and then an image that shows it; false draws images evenly", "D")
+    temperature: Number = key(0.01, "small draws rare classes nearly always, large draws classes evenly", "D", above=0)
+    min_pixels: Whole = key(
+        3000, "pixels of a class that an image must show, at the label's own resolution", "D", at_least=0
+    )
+    min_crop_ratio: Number = key(
+        0.5, "a crop must show more than min_pixels times this of the class; ten tries are made", "D"
+    )
+
+
+@dataclass(frozen=True)
+class UdaConfig(Section):
+    """Mean-teacher self-training."""
+
+    section = "uda"
+    source_ce_on: Literal["source", "ptarget"] = key(
+        "source", 'what L_source sees (Tables 7, 11: "CE on p. target")', "O A7"
+    )
+    ema_momentum: Number = key(0.999, "share of the old teacher that an update keeps", "P", at_least=0, at_most=1)
+    pseudo_threshold: Number = key(
+        0.968, "confidence from which a pseudo-label counts as sure", "P", at_least=0, at_most=1
+    )
+    weight_scope: Literal["batch", "image"] = key(
+        "batch", "the share of sure pixels weighs pseudo-labels: one share for the batch, or one per image", "O A6"
+    )
+    ignore_top: Whole = key(
+        0, "rows at the top of the target crop whose pseudo-labels are not trusted; Cityscapes: 15", at_least=0
+    )
+    ignore_bottom: Whole = key(
+        0, "the same at the bottom; Cityscapes: 120, where the car shows its own bonnet", at_least=0
+    )
+    ignore_left: Whole = key(
+        0, "columns at the left of the target image, after resizing, wherever the crop lies", at_least=0
+    )
+    ignore_right: Whole = key(0, "the same at the right", at_least=0)
+
+
+@dataclass(frozen=True)
+class MixConfig(Section):
+    """ClassMix: source classes are pasted into target images."""
+
+    section = "mix"
+    classes_from: Literal["batch", "image"] = key(
+        "batch", "where the pasted classes are drawn: DACS draws per image, DAFormer's release from the batch", "D"
+    )
+    source: Literal["source", "pseudo_target"] = key("source", "which version of the source is pasted", "O A7")
+
+
+@dataclass(frozen=True)
+class AugmentConfig(Section):
+    """Strong augmentation of the mixed image."""
+
+    section = "augment"
+    jitter_probability: Number = key(0.8, "of colour jitter", "D", at_least=0, at_most=1)
+    jitter_strength: Number = key(
+        0.2, "largest relative change of brightness, contrast, saturation, and of the hue", "D", at_least=0, at_most=1
+    )
+    blur_probability: Number = key(0.5, "of a Gaussian blur", "D", at_least=0, at_most=1)
+
+
+@dataclass(frozen=True)
+class PatchMaskConfig(Section):
+    """MIC: squares of the target image are hidden from the student. Weight: loss_weights.masked_consistency."""
+
+    section = "patch_mask"
+    block_size: Whole = key(64, "side of a square in pixels, for crops of 1024; 32 for 512", "D", at_least=1)
+    ratio: Number = key(0.7, "share of the squares that is hidden", "D", at_least=0, at_most=1)
+
+
+@dataclass(frozen=True)
+class FdaConfig(Section):
+    """Fourier domain adaptation: low frequencies of the amplitude are taken from the target."""
+
+    section = "translate.fda"
+    beta: Number = key(
+        0.01, "half side of the swapped square, as a share of the shorter image side", "O A1", at_least=0, at_most=0.5
+    )
+    window: Literal["square", "rect"] = key(
+        "square", "the swapped frequencies: as many in both directions, or in proportion to the sides", "O A12"
+    )
+    clip: Flag = key(False, "clip the result to [0, 1]; FDA's code does not")
+
+
+@dataclass(frozen=True)
+class ColorJitterConfig(Section):
+    """Colour jitter instead of a style: "the same with SimCLR"."""
+
+    section = "translate.color_jitter"
+    probability: Number = key(0.8, "that an image is changed", "O A13", at_least=0, at_most=1)
+    strength: Number = key(1.0, "1 is SimCLR's", "P", at_least=0, at_most=1)
+
+
+@dataclass(frozen=True)
+class GaussianBlurConfig(Section):
+    """Blur instead of a style: "the same with SimCLR"."""
+
+    section = "translate.gaussian_blur"
+    probability: Number = key(0.5, "that an image is blurred", "O A13", at_least=0, at_most=1)
+    sigma: tuple[Number, Number] = key((0.1, 2.0), "lowest and highest deviation, in pixels", "P")
+
+    def check(self) -> None:
+        require(0 < self.sigma[0] <= self.sigma[1], "translate.gaussian_blur.sigma", "0 < low <= high", self.sigma)
+
+
+STYLES = ("fda", "randomization", "adain", "weather", "cartoon")
+
+
+@dataclass(frozen=True)
+class StyleConfig(Section):
+    """Domain generalisation draws one of five styles per image. Those without their files are left out."""
+
+    section = "translate.style"
+    styles: tuple[str, ...] = key(STYLES, f"some of {', '.join(STYLES)}", "P")
+    images: str = key("", "folder of style images (paintings), for fda and adain")
+    adain: str = key("", "folder or Hub repository with vgg_normalised and decoder, .safetensors or .pth")
+    randomization: str = key(
+        "", "the same with checkpoint_transformer, checkpoint_stylepredictor, checkpoint_embeddings"
+    )
+
+    def check(self) -> None:
+        known = bool(self.styles) and set(self.styles) <= set(STYLES) and len(set(self.styles)) == len(self.styles)
+        require(known, "translate.style.styles", f"some of {', '.join(STYLES)}, each once", self.styles)
+
+
+@dataclass(frozen=True)
+class TrainedConfig(Section):
+    """A translator that was trained beforehand: a network, or a folder of the images it made."""
+
+    section = "translate.trained"
+    model: str = key(
+        "", "folder or Hub repository with config.json and model.safetensors; `t2sda translator` trains it"
+    )
+    architecture: str = key(
+        "t2sda_hf.translate.generator:TranslationGenerator", "class of its nn.Module, as module:name"
+    )
+    folder: str = key("", "folder with one translated image per source image, and manifest.json")
+
+
+NEEDS_TARGET = ("fda", "trained")  # engines that look, or whose training looked, at target images
+
+
+@dataclass(frozen=True)
+class TranslateConfig(Section):
+    """How source images are drawn in the style of the target."""
+
+    section = "translate"
+    engine: Literal["fda", "color_jitter", "gaussian_blur", "style", "trained", "none"] = key(
+        "fda", "what translates (Table 11); style is for runs without a target", "P"
+    )
+    reference: Literal["paired", "random"] = key(
+        "paired", "whose style is taken: that of the target image of the pair, or of another one", "O A9"
+    )
+    hrda_scale: Literal["context", "full"] = key(
+        "context", "with hrda.enabled: translate after halving, or before", "O A23"
+    )
+    fda: FdaConfig = FdaConfig()
+    color_jitter: ColorJitterConfig = ColorJitterConfig()
+    gaussian_blur: GaussianBlurConfig = GaussianBlurConfig()
+    style: StyleConfig = StyleConfig()
+    trained: TrainedConfig = TrainedConfig()
+
+    def check(self) -> None:
+        require(
+            self.engine != "trained" or bool(self.trained.model) != bool(self.trained.folder),
+            "translate.trained",
+            "given with engine trained: either model (a network) or folder (translated images)",
+            self.trained,
+        )
+
+
+Side = Literal["source", "ptarget", "target"]
+
+
+@dataclass(frozen=True)
+class PullConfig(Section):
+    """The pull loss. The letters are the paper's. Its weight is loss_weights.pull."""
+
+    section = "pull"
+    query_domain: Side = key("ptarget", "what is pulled (Table 7); ptarget is the source in target style", "P")
+    key_domain: Side = key("source", "to the prototypes of what", "P")
+    temperature: Number = key(0.2, "τ of the softmax over similarities; small values sharpen", "P", above=0)
+    num_queries: Whole = key(128, "n, queries per class on average", "P", at_least=1)
+    num_negatives: Whole = key(1024, "m, negatives per query", "P", at_least=2)
+    unreliable_ratio: Number = key(
+        0.5, "α, share of target pixels that count as unreliable, the least sure ones", "P", at_least=0, at_most=1
+    )
+    objective: Literal["infonce", "mse"] = key("infonce", "contrast with negatives, or distance alone (Table 10)", "P")
+    query_sampling: Literal["cbqs", "ceqs", "uniform"] = key(
+        "cbqs", "queries per class: by its share, equally many, or pixels at random (Table 8)", "O A17"
+    )
+    negatives: Literal["denps", "pooled"] = key(
+        "denps", "negatives of both domains apart, the target's among unreliable pixels, or of one pool (Table 8)", "P"
+    )
+    share_negatives: Literal["class", "query"] = key(
+        "class", "one draw of negatives for all queries of a class, or one for each query", "O A19"
+    )
+    reduction: Literal["mean_w", "sum_paper", "mean_paper"] = key(
+        "mean_w", "mean over the queries of a class and weighted sum over classes, or as equation 5 is printed", "O A20"
+    )
+    label_downscale: Literal["nearest", "ratio"] = key(
+        "nearest", "how labels come to the features' size; ratio leaves out cells without a class of 75 %", "O A14"
+    )
+    ignore_as_negative: Flag = key(False, "whether ignored pixels may be negatives", "O A15")
+    class_set: tuple[str, ...] = key((), "the C classes of the benchmark, by name; [] is all of the run", "O A16")
+    gamma_scope: Literal["batch", "image"] = key("batch", "region over which α is a quantile", "O A18")
+    target_min_conf: Number = key(
+        0.0,
+        "pseudo-labels that are less sure neither pull nor are pulled to, where the target takes part",
+        "O A24",
+        at_least=0,
+        at_most=1,
+    )
+    sync_stats: Flag = key(True, "prototypes, class shares and confidences are those of all processes together", "O A8")
+    teacher_forward: Literal["separate", "joint"] = key(
+        "separate", "whether the teacher sees source and target in two batches or in one", "O A5"
+    )
+    start_step: Whole = key(0, "updates before the first pull", "O A31")
+    augment: Flag = key(False, "colour-augment the pseudo-target image", "O A33")
+    bn_track_ptarget: Flag = key(
+        True, "whether pseudo-target images count in the running statistics of a ResNet (method 2.2)"
+    )
+    proto_momentum: Number = key(0.0, "memory of prototypes across steps; 0 is none", "O A34", at_least=0, below=1)
+    proto_prenorm: Flag = key(False, "bring keys to unit length before they are averaged", "O A35")
+
+
+@dataclass(frozen=True)
+class DrwConfig(Section):
+    """Dynamic re-weighting of classes by the teacher's confidence on the target."""
+
+    section = "drw"
+    apply_to: Literal["pull", "target", "none"] = key("pull", "which loss is weighed (Table 9)", "P")
+    beta: Number = key(0.5, "β, how strongly unsure classes gain weight (Table 14)", "P", at_least=0)
+    absent_conf: Literal["zero", "one", "mean", "ema"] = key(
+        "zero", "confidence of a class that no pseudo-label of the batch has", "O A21"
+    )
+    use_valid_mask: Flag = key(False, "leave out target pixels whose pseudo-labels are never trusted", "O A22")
+    normalise_over: Literal["all", "queried"] = key(
+        "all", "weights sum to 1 over all classes, or over those with queries", "O A22"
+    )
+
+
+@dataclass(frozen=True)
+class FeatureDistanceConfig(Section):
+    """Distance to the frozen encoder that the student started from. Its weight is loss_weights.feature_distance."""
+
+    section = "feature_distance"
+    classes: tuple[str, ...] = key(
+        (), "classes whose pixels count, DAFormer: things, which ImageNet has; [] is every pixel"
+    )
+    min_ratio: Number = key(0.75, "share of its pixels that must be of one class for a cell to count", "D")
+
+
+@dataclass(frozen=True)
+class LossWeights(Section):
+    """The only place of weights. A weight of 0 costs nothing: its forward passes are not run."""
+
+    section = "loss_weights"
+    source: Number = key(1.0, "cross-entropy on the source", "P", at_least=0)
+    feature_distance: Number = key(
+        0.0, "distance to the pretrained encoder; DAFormer: 0.005, on thing classes of street scenes", at_least=0
+    )
+    target: Number = key(1.0, "cross-entropy on mixed images with pseudo-labels", "P", at_least=0)
+    pull: Number = key(0.1, "λ, the pull loss (Table 12)", "P", at_least=0)
+    masked_consistency: Number = key(0.0, "cross-entropy on masked target images; 1 in MIC", "D", at_least=0)
+
+
+@dataclass(frozen=True)
+class OptimConfig(Section):
+    """AdamW; the rate is linear warm-up times linear decay."""
+
+    section = "optim"
+    lr: Number = key(6e-5, "learning rate of the encoder after the warm-up", "P", above=0)
+    head_lr_multiplier: Number = key(10.0, "head and projector learn so many times as fast", "P")
+    weight_decay: Number = key(0.01, "of AdamW, not on norms and biases", "P")
+    warmup_steps: Whole = key(1500, "updates in which the rate rises", "P", at_least=0)
+    warmup_ratio: Number = key(1e-6, "share of the rate at the first update", "D")
+    power: Number = key(1.0, "of the decay; 1 is linear", "P")
+    max_grad_norm: Number | None = key(None, "longer gradients are shortened to this norm; null clips nothing", "D")
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    """The loop: how long, how large, how precise, and what is kept on the way."""
+
+    section = "train"
+    max_steps: Whole = key(40_000, "updates", "P", at_least=1)
+    batch_size: Whole = key(2, "source images and as many target images, per process and micro-batch", "P", at_least=1)
+    micro_batches: Whole = key(1, "per update and process; prototypes and class weights stay those of each", at_least=1)
+    precision: Literal["tf32", "float32", "bf16"] = key(
+        "tf32", "of matrix products and convolutions; weights and losses are float32", "O A4"
+    )
+    compile: Literal["none", "inductor", "eager"] = key(
+        "none", "backend of torch.compile for encoder, heads and projector; eager only captures graphs"
+    )
+    overfit_batch: Flag = key(False, "for debugging: every update sees the batch of the first")
+    log_every: Whole = key(50, "updates between two lines of losses", changes="nothing", at_least=1)
+    evaluate_every: Whole = key(4_000, "updates between two evaluations", changes="nothing", at_least=1)
+    save_every: Whole = key(4_000, "updates between two checkpoints", changes="nothing", at_least=1)
+    keep_checkpoints: Whole = key(
+        2, "the newest so many are kept, older ones are deleted", changes="nothing", at_least=1
+    )
+    non_finite: Literal["stop", "skip"] = key(
+        "stop", "what to do with an update whose losses or gradients are not finite", changes="nothing"
+    )
+    max_skipped_steps: Whole = key(
+        10, "of the whole run with non_finite skip; one more stops it", changes="nothing", at_least=0
+    )
+    timeout_seconds: Number = key(
+        60.0, "how long a process waits for the others, also while one writes a checkpoint", changes="nothing", above=0
+    )
+    num_threads: Whole | None = key(None, "CPU threads of torch; null leaves torch's choice", changes="nothing")
+    log_with: tuple[str, ...] = key(("tensorboard",), "trackers of accelerate; [] is none", changes="nothing")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(Section):
+    """How a model is scored on the test domain."""
+
+    section = "evaluation"
+    mode: Literal["whole", "slide"] = key("whole", "whole images, or windows that overlap", "D", changes="scoring")
+    window: Size | None = key(None, "(height, width) of a window, for mode slide", changes="scoring")
+    stride: Size | None = key(None, "(height, width) between windows, for mode slide", changes="scoring")
+    limit: Whole | None = key(None, "only the first so many images; null is all", changes="scoring")
+    source_images: Whole = key(
+        32,
+        "score so many images of the source, too, evenly spread; they are seen in training",
+        changes="scoring",
+        at_least=0,
+    )
+
+    def check(self) -> None:
+        if self.mode == "slide" and (self.window is None or self.stride is None):
+            raise ValueError("evaluation.mode slide needs evaluation.window and evaluation.stride (height, width).")
+
+
+@dataclass(frozen=True)
+class PushConfig(Section):
+    """Publish the student when the run is done. There is no key for the token: `hf auth login`, or HF_TOKEN."""
+
+    section = "push_to_hub"
+    repo_id: str = key("", 'user/name; "" publishes nothing', changes="nothing")
+    private: Flag = key(False, "if the repository is made now", changes="nothing")
+    create_pr: Flag = key(False, "offer a pull request instead of writing to the main branch", changes="nothing")
+    license: str = key(
+        "",
+        'of the weights, an id of the Hub; "" is worked out where nothing but drawn streets was used',
+        changes="nothing",
+    )
+    terms: dict[str, str] = key({}, "{source, target, test: under which terms its images come}", changes="nothing")
+    source_only: str = key("", "<run>/source_only to compare with, if this run has no baseline", changes="nothing")
+    start: str = key("", "what the weights are, if model.pretrained is a folder or file of yours", changes="nothing")
+    note: str = key("", "a sentence for readers of the scores: how the settings were chosen", changes="nothing")
+    picture: Literal["images", "predictions"] = key(
+        "images", "what the card shows; the images of some data sets must not be passed on", changes="nothing"
+    )
+
+    def check(self) -> None:
+        unknown = sorted(set(self.terms) - {"source", "target", "test"})
+        require(not unknown, "push_to_hub.terms", "a mapping with the keys source, target and test", unknown)
+
+
+@dataclass(frozen=True)
+class RunConfig(Section):
+    """One run: `method` learns `classes` from `source` and `target`, and is measured on `test`."""
+
+    method: Literal["t2sda", "source_only", "generalization"] = key(
+        "t2sda", "the objective; DACS, DAFormer, HRDA and MIC are t2sda with other weights"
+    )
+    baseline: Literal["none", "source_only"] = key(
+        "none", "train this first from the same initial weights, and compare", changes="nothing"
+    )
+    seed: Whole = key(0, "of everything that is drawn", at_least=0)
+    output_dir: str = key(
+        "outputs/run", "folder that the run writes; an existing one is never overwritten", changes="nothing"
+    )
+    resume: str | None = key(
+        None,
+        "auto: go on with the run in output_dir, if there is one; or the path of a checkpoint",
+        changes="nothing",
+    )
+    select: Literal[
+        "last",
+        "proxy:confidence",
+        "proxy:coverage",
+        "proxy:agreement",
+        "proxy:stability",
+        "proxy:prior",
+        "proxy:source",
+        "proxy:combined",
+    ] = key(
+        "last",
+        "which weights are offered beside the last: those of the evaluation with the best proxy, which needs no label",
+        changes="scoring",
+    )
+    allow_changes: tuple[str, ...] = key(
+        (), "keys that may differ from the resumed run, though they change the result", changes="nothing"
+    )
+    classes: tuple[str, ...] = key(CITYSCAPES_CLASSES, "names of the classes that are learned, position = id", "O A38")
+    source: DomainConfig = DomainConfig()
+    target: DomainConfig = DomainConfig()
+    test: DomainConfig = DomainConfig(split="validation")  # labelled, read by evaluation only
+    model: ModelConfig = ModelConfig()
+    hrda: HrdaConfig = HrdaConfig()
+    projector: ProjectorConfig = ProjectorConfig()
+    data: DataConfig = DataConfig()
+    rcs: RareClassSamplingConfig = RareClassSamplingConfig()
+    uda: UdaConfig = UdaConfig()
+    mix: MixConfig = MixConfig()
+    augment: AugmentConfig = AugmentConfig()
+    patch_mask: PatchMaskConfig = PatchMaskConfig()
+    translate: TranslateConfig = TranslateConfig()
+    pull: PullConfig = PullConfig()
+    drw: DrwConfig = DrwConfig()
+    feature_distance: FeatureDistanceConfig = FeatureDistanceConfig()
+    loss_weights: LossWeights = LossWeights()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    push_to_hub: PushConfig = PushConfig()
+
+    def check(self) -> None:
+        require(len(self.classes) >= 2, "classes", "at least 2 names", self.classes)
+        require(len(set(self.classes)) == len(self.classes), "classes", "without repetition", self.classes)
+        unknown = [name for name in self.pull.class_set if name not in self.classes]
+        require(not unknown, "pull.class_set", f"names of classes {self.classes}", unknown)
+        rows = self.uda.ignore_top + self.uda.ignore_bottom
+        require(
+            rows < self.data.crop_size[0],
+            "uda.ignore_top + uda.ignore_bottom",
+            f"less than the crop's {self.data.crop_size[0]} rows, or no target pixel is left",
+            rows,
+        )
+        require(
+            self.model.pretrained is not None or not self.loss_weights.feature_distance,
+            "loss_weights.feature_distance",
+            "0 when model.pretrained is null: the encoder to stay near would be a random one",
+            self.loss_weights.feature_distance,
+        )
+        require(
+            not (self.model.activation_checkpointing and self.model.size.startswith("resnet")),
+            "model.activation_checkpointing",
+            "false for a ResNet: run twice, its batch norm would count every batch twice",
+            self.model.activation_checkpointing,
+        )
+        self._check_weights()
+        if self.hrda.enabled:
+            self._check_hrda()
+        if self.method == "generalization":
+            self._check_generalization()
+
+    def _check_weights(self) -> None:
+        """Every run learns something, and what is switched on has something to act on."""
+        weights = self.loss_weights
+        used = {"source_only": ("source",), "generalization": ("source", "feature_distance", "pull")}
+        names = used.get(self.method, tuple(vars(weights)))
+        require(
+            any(getattr(weights, name) > 0 for name in names),
+            " or ".join(f"loss_weights.{name}" for name in names),
+            f"positive with method {self.method}, or nothing is learned",
+            tuple(getattr(weights, name) for name in names),
+        )
+        require(
+            self.drw.apply_to != "target" or weights.target > 0,
+            "drw.apply_to",
+            "pull or none when loss_weights.target is 0: there is no target loss to weigh. Or give that a weight",
+            self.drw.apply_to,
+        )
+        require(
+            self.pull.start_step < self.train.max_steps or not weights.pull,
+            "pull.start_step",
+            f"below train.max_steps {self.train.max_steps}. For a run without a pull set loss_weights.pull to 0",
+            self.pull.start_step,
+        )
+
+    def _check_hrda(self) -> None:
+        crop, detail, grid = self.data.crop_size, self.hrda.crop_size, 2 * self.model.logits_stride
+        require(
+            all(side % 64 == 0 for side in crop),
+            "data.crop_size",
+            "multiples of 64 with hrda.enabled (the encoder's coarsest stride, at half size)",
+            crop,
+        )
+        require(
+            all(side % grid == 0 for side in detail),
+            "hrda.crop_size",
+            f"multiples of {grid}, twice the stride of the logits, so that the detail lies on the grid of the context",
+            detail,
+        )
+        require(
+            all(inner <= outer for inner, outer in zip(detail, crop, strict=True)),
+            "hrda.crop_size",
+            f"at most data.crop_size {crop}, of which it is a part",
+            detail,
+        )
+        if self.translate.hrda_scale == "full":
+            return
+        require(
+            not self.translates or all(side % 2 == 0 for side in self.data.outer_crop_size),
+            "data.outer_crop_size",
+            "even with hrda.enabled: it is translated at half size",
+            self.data.outer_crop_size,
+        )
+        for name, given in (("mix.source", self.mix.source), ("uda.source_ce_on", self.uda.source_ce_on)):
+            require(
+                given == "source",
+                name,
+                "'source' with hrda.enabled: images are translated at half size, and mixed and learned from at full "
+                "size. Or set translate.hrda_scale to full",
+                given,
+            )
+
+    def _check_generalization(self) -> None:
+        require(
+            not self.target.path,
+            "target.path",
+            "empty with method generalization: it learns without any target. Set method t2sda to adapt to one",
+            self.target.path,
+        )
+        require(
+            self.translate.engine not in NEEDS_TARGET,
+            "translate.engine",
+            f"none of {', '.join(NEEDS_TARGET)} with method generalization: they know the target. Take style",
+            self.translate.engine,
+        )
+        require(
+            self.drw.apply_to == "none",
+            "drw.apply_to",
+            "none with method generalization: there is no confidence on a target to weigh classes by",
+            self.drw.apply_to,
+        )
+        require(
+            "target" not in (self.pull.query_domain, self.pull.key_domain),
+            "pull.query_domain and pull.key_domain",
+            "source or ptarget with method generalization",
+            (self.pull.query_domain, self.pull.key_domain),
+        )
+
+    @property
+    def translates(self) -> bool:
+        """Whether the objective needs pseudo-target images."""
+        if self.method == "source_only" or self.translate.engine == "none":
+            return False
+        pulls = self.loss_weights.pull > 0 and "ptarget" in (self.pull.query_domain, self.pull.key_domain)
+        if self.method == "generalization":
+            return pulls
+        return pulls or self.mix.source == "pseudo_target" or self.uda.source_ce_on == "ptarget"
+
+    @property
+    def uses_outer_crop(self) -> bool:
+        translates_windows = self.translates and self.method == "t2sda"
+        return translates_windows if self.data.outer_crop == "auto" else self.data.outer_crop == "true"
+
+
+@cache
+def keys() -> dict[str, Key]:
+    """Every key of a run by its dotted name."""
+    of_test = (
+        replace(found, changes="scoring") if found.name.startswith("test.") else found for found in walk(RunConfig())
+    )
+    return {found.name: found for found in of_test}
+
+
+def changes(dotted: str) -> Changes:
+    """What a key of `flatten` changes: also one below a mapping (source.label_map.wall), or one that is gone."""
+    while dotted not in keys() and "." in dotted:
+        dotted = dotted.rpartition(".")[0]
+    return keys()[dotted].changes if dotted in keys() else "learning"
