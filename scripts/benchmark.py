@@ -43,6 +43,7 @@ from t2sda_hf.evaluation.confusion import confusion_matrix, scores
 from t2sda_hf.evaluation.inference import predict_labels
 from t2sda_hf.losses.pull import num_queries_per_class, pull_loss, sample_pull
 from t2sda_hf.losses.segmentation import segmentation_loss
+from t2sda_hf.masking import run_masked
 from t2sda_hf.methods import METHODS, Method, Parts
 from t2sda_hf.methods.parts import ClassMemory
 from t2sda_hf.models import T2SDAConfig, T2SDAForSemanticSegmentation
@@ -50,7 +51,6 @@ from t2sda_hf.teacher import make_teacher, update_teacher
 from t2sda_hf.training.build import build_student
 from t2sda_hf.training.checkpoint import Progress
 from t2sda_hf.training.loop import Run, update
-from t2sda_hf.training.masking import run_masked
 from t2sda_hf.training.optim import make_optimizer
 from t2sda_hf.training.tracking import Tracker
 from t2sda_hf.translate import build_engine

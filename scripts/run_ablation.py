@@ -33,7 +33,7 @@ import yaml
 
 from t2sda_hf.config import RunConfig, load_config
 from t2sda_hf.evaluation.table import CLASS_SETS, spread, subset_miou
-from t2sda_hf.training.masking import run_masked
+from t2sda_hf.masking import run_masked
 
 ROOT = Path(__file__).parents[1]
 TABLES = ROOT / "configs" / "ablations"

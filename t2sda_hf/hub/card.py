@@ -21,7 +21,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from ..config import DomainConfig, RunConfig, load_config
-from ..training.masking import mask
+from ..masking import mask
 
 RUN_FACTS = ("command", "commit", "hardware", "software")
 OTHER_FACTS = ("start", "note")  # what only a person knows, see `gather_facts`

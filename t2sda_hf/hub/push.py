@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 import shlex
 import shutil
 import tempfile
@@ -23,6 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 
 from ..config import RunConfig, load_config
+from ..masking import holds_secret
 from .card import (
     check_start,
     domain_facts,
@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 WAITS = (1, 2, 4, 8, 16)  # seconds before the tries after the first one
 LONGEST_WAIT = 300  # a server that asks for more is asked again by a person
 AGAIN = {404, 408, 409, 412, 429, 500, 502, 503, 504}  # 404: a repository just made is not everywhere yet
-SECRET = re.compile(rb"(?:hf_|api_org_)[A-Za-z0-9]{20,}|gh[opsur]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}")
 # Errors of the network and of the Hub; RuntimeError is what huggingface_hub makes of a failed upload of one file.
 FAILURES = (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError)
 
@@ -207,11 +206,11 @@ def push_command(
 
 
 def refuse_secrets(folder: Path) -> None:
-    """Raise ValueError naming the first file that holds something in the form of an access token, or your own one."""
+    """Raise ValueError naming the first file that holds something in the form of a secret, or one of yours."""
     own = (get_token() or "").encode()
     for path in sorted(folder.rglob("*")):
         content = path.read_bytes() if path.is_file() else b""
-        if SECRET.search(content) or (len(own) >= 8 and own in content):
+        if holds_secret(content) or (len(own) >= 8 and own in content):
             raise ValueError(
                 f"{path.relative_to(folder)} holds what looks like an access token: nothing was sent. Remove it, and "
                 "revoke the token if it is one."
