@@ -1,6 +1,5 @@
 """Publish a finished run: one commit or nothing, the same again when repeated, and no secrets in it."""
 
-import json
 import logging
 import shlex
 import shutil
@@ -12,16 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from ..config import RunConfig, load_config
+from ..evaluation.figures import save_curves
+from ..evaluation.run_folder import read_method
 from ..masking import holds_secret
 from .card import (
     check_start,
@@ -99,10 +95,7 @@ def stage_run(run_folder: Path, repo_id: str, folder: Path, given: Mapping[str, 
     shutil.copy(panel, folder / "panel.png")
     for name in ("resolved_config.yaml", "metrics.json"):
         shutil.copy(source / name, folder / name)
-    final = {
-        name: scores["miou"] for name, scores in (("student", facts.student), ("teacher", facts.teacher)) if scores
-    }
-    save_curve(source / "scalars.jsonl", folder / "curve.png", final, facts.steps)
+    _draw_curve(source, folder / "curve.png")
     save_facts(facts, folder / "facts.json")
     render_card(facts).save(folder / "README.md")
     refuse_secrets(folder)
@@ -226,47 +219,16 @@ def content_hash(folder: Path) -> str:
     return total.hexdigest()[:12]
 
 
-def save_curve(scalars: Path, path: Path, final: Mapping[str, float], steps: int) -> None:
-    """Draw the losses of a run over its steps, and the mIoU on the test domain where it was measured.
-
-    Args:
-        scalars: scalars.jsonl of the run.
-        path: PNG to write.
-        final: mIoU in % of "student" and "teacher" after the last step.
-        steps: that step.
-
-    Raises:
-        ValueError: if there is nothing to draw.
-    """
-    if not scalars.is_file():
-        raise ValueError(f"{scalars} is missing: a card needs the curve of its training.")
-    lines = [json.loads(line) for line in scalars.read_text(encoding="utf-8").splitlines()]
-    losses = ("source", "target", "pull", "masked_consistency", "feature_distance")
-    drawn = [name for name in losses if any(name in line for line in lines)]
-    if not drawn:
-        raise ValueError(f"{scalars} holds no losses: train.log_every is longer than the run.")
-    figure, axis = plt.subplots(figsize=(7, 3))
-    for name in drawn:
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        axis.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 3 else None)
-    axis.set(xlabel="step", ylabel="loss", ylim=(0, None))
-    handles, names = axis.get_legend_handles_labels()
-    right = axis.twinx()
-    for kind, style in (("student", "k--o"), ("teacher", "k:^")):
-        scores = {line["step"]: line[f"{kind}/miou"] for line in lines if f"{kind}/miou" in line}
-        if kind in final:
-            scores[steps] = final[kind]
-            right.plot(list(scores), list(scores.values()), style, markersize=3, label=f"{kind} mIoU")
-    right.set(ylabel="mIoU in %", ylim=(0, 1.05 * right.get_ylim()[1]))
-    more = right.get_legend_handles_labels()
-    handles, names = handles + more[0], names + more[1]
-    for one in (axis, right):
-        one.spines[["top"]].set_visible(False)
-    in_row = min(len(names), 4)
-    figure.legend(handles, names, loc="outside upper center", ncol=in_row, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.08 * -(-len(names) // in_row)))
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    plt.close(figure)
+def _draw_curve(run: Path, path: Path) -> None:
+    """The losses of a method's folder over its steps, and the mIoU on the test domain where it was measured."""
+    method = read_method(run)
+    if not method.losses:
+        raise ValueError(
+            f"{run / 'scalars.jsonl'} is missing, or holds no losses because train.log_every is longer than the run: a "
+            "card needs the curve of its training."
+        )
+    scores = {f"{kind} mIoU": method.miou[kind] for kind in ("student", "teacher") if kind in method.miou}
+    save_curves(path, method.losses, "loss", right=scores, right_label="mIoU in %")
 
 
 def _push_once(
