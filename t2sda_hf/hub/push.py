@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 
 from ..config import RunConfig, load_config
+from ..errors import causes
 from ..evaluation.figures import save_curves
 from ..evaluation.run_folder import read_method
 from ..masking import holds_secret
@@ -275,43 +276,36 @@ def _wait_before_next(error: BaseException, waits: Iterator[int]) -> float | Non
     return wait if wait <= LONGEST_WAIT else None
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    one: BaseException | None = error
-    while one is not None:
-        yield one
-        one = one.__cause__ or one.__context__
-
-
 def _response(error: BaseException) -> httpx2.Response | None:
     """The Hub's answer, also where huggingface_hub wraps the error of one file's upload."""
-    return next((one.response for one in _chain(error) if isinstance(one, HfHubHTTPError)), None)
+    return next((one.response for one in causes(error) if isinstance(one, HfHubHTTPError)), None)
 
 
 def _is_network(error: BaseException) -> bool:
-    return any(isinstance(one, httpx2.TransportError | ConnectionError | TimeoutError) for one in _chain(error))
+    return any(isinstance(one, httpx2.TransportError | ConnectionError | TimeoutError) for one in causes(error))
 
 
 def _is_offline(error: BaseException) -> bool:
-    return any(isinstance(one, httpx2.ConnectError | OfflineModeIsEnabled) for one in _chain(error))
+    return any(isinstance(one, httpx2.ConnectError | OfflineModeIsEnabled) for one in causes(error))
 
 
 def _in_words(error: BaseException, repo_id: str) -> str:
     """One sentence without a trace, an address or a token."""
     response = _response(error)
     if response is None:
-        if any(isinstance(one, OfflineModeIsEnabled) for one in _chain(error)):
+        if any(isinstance(one, OfflineModeIsEnabled) for one in causes(error)):
             return "HF_HUB_OFFLINE is set, so the Hub was not asked: unset it."
         if _is_network(error):
             return f"The Hub cannot be reached ({type(error).__name__}): check the connection and HF_ENDPOINT."
         return f"The push failed: {(str(error).splitlines() or [type(error).__name__])[0].rstrip('.')}."
-    causes = {
+    answers = {
         400: "The Hub does not take the files (400), which happens when a file changed or was damaged on its way.",
         401: "The Hub does not know the token (401): run `hf auth login`, or set HF_TOKEN to a valid one.",
         403: f"The token has no right to write to {repo_id} (403): give it the role 'write', or use another name.",
         404: f"The Hub has no place for {repo_id} (404): the user or organisation must exist.",
         429: "The Hub takes no more requests for now (429).",
     }
-    return causes.get(response.status_code, f"The Hub answered with an error ({response.status_code}).")
+    return answers.get(response.status_code, f"The Hub answered with an error ({response.status_code}).")
 
 
 def _check_repo_id(repo_id: str) -> None:
