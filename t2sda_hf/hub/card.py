@@ -21,6 +21,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from ..config import DomainConfig, RunConfig, load_config
+from ..evaluation.table import escape_cell
 from ..masking import mask
 
 RUN_FACTS = ("command", "commit", "hardware", "software")
@@ -243,6 +244,7 @@ def render_card(facts: CardFacts) -> ModelCard:
         template_path=str(_template()),
         facts=facts,
         method=METHODS[facts.method],
+        escape_cell=escape_cell,
         cell=lambda value: "-" if value is None else f"{value:.2f}",
         gain=lambda new, old: "-" if new is None or old is None else f"{new - old:+.2f}",
     )
