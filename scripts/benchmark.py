@@ -41,6 +41,7 @@ from t2sda_hf.data.preparing import prepare
 from t2sda_hf.data.streets import streets
 from t2sda_hf.evaluation.confusion import confusion_matrix, scores
 from t2sda_hf.evaluation.inference import predict_labels
+from t2sda_hf.hub.card import cpu_name
 from t2sda_hf.losses.pull import num_queries_per_class, pull_loss, sample_pull
 from t2sda_hf.losses.segmentation import segmentation_loss
 from t2sda_hf.masking import run_masked
@@ -617,11 +618,8 @@ ROWS: dict[str, Callable[[Options], Iterator[Row]]] = {
 
 
 def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.machine()
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    return f"{name}, {os.cpu_count()} cores, one thread used; {versions}, numpy {np.__version__}"
+    return f"{cpu_name()}, {os.cpu_count()} cores, one thread used; {versions}, numpy {np.__version__}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

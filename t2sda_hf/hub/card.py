@@ -138,6 +138,14 @@ def record_run(folder: Path, script: str, arguments: Sequence[str], num_processe
     path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
+def cpu_name() -> str:
+    """The model of this machine's processor; its architecture where the system does not say more."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
 def gather_facts(run_folder: Path, repo_id: str, given: Mapping[str, Any] | None = None) -> CardFacts:
     """Read the facts of a finished run.
 
@@ -398,11 +406,7 @@ def _commit() -> str:
 def _hardware(num_processes: int) -> str:
     if torch.cuda.is_available():
         return f"{num_processes} x {torch.cuda.get_device_name()}"
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = models[0] if models else platform.processor() or platform.machine()
-    return f"CPU: {name}, {torch.get_num_threads()} thread(s), {num_processes} process(es)"
+    return f"CPU: {cpu_name()}, {torch.get_num_threads()} thread(s), {num_processes} process(es)"
 
 
 def _template() -> Path:
