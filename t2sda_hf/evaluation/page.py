@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 
 from .figures import hex_colors, save_class_shares, save_confusion, save_curves, save_losses
-from .run_folder import BASELINE, MethodFolder, RunFolder, read_run
+from .run_folder import BASELINE, MethodFolder, RunFolder, flatten, read_run
 from .table import CLASS_SETS, class_sets_of, spread, subset_miou
 
 CURVES = {
@@ -222,23 +222,13 @@ def _subset_table(results: Mapping[str, Any], classes: Sequence[str]) -> dict[st
 
 def _differences(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Dotted key -> run -> value, for the keys in which runs differ."""
-    flat = {name: _flat(config) for name, config in configs.items()}
+    flat = {name: flatten(config) for name, config in configs.items()}
     keys = dict.fromkeys(key for config in flat.values() for key in config)
     return {
         key: {name: config.get(key, "-") for name, config in flat.items()}
         for key in keys
         if key != "output_dir" and len({str(config.get(key)) for config in flat.values()}) > 1
     }
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def _short(folder: str | Path, folders: Sequence[str | Path]) -> str:
@@ -258,7 +248,7 @@ def _pseudo_label_quality(main: MethodFolder) -> dict[int, dict[str, float]]:
 
 
 def _get(config: Mapping[str, Any], key: str) -> Any:
-    return _flat(config).get(key, "?")
+    return flatten(config).get(key, "?")
 
 
 def _normalised(counts: Sequence[int]) -> list[float]:

@@ -141,6 +141,17 @@ def read_method(path: Path) -> MethodFolder:
     return MethodFolder(path.name, path, config, losses, trust, miou, accuracy, iou, proxies, results, panels, skipped)
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config as dotted key -> value; an empty table is a value."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
 def write_data_record(
     folder: Path,
     *,

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from ..config import RunConfig, dump_config
 from ..data.domains import Domain
+from ..evaluation.run_folder import flatten
 from ..masking import mask
 from ..methods import Parts
 from ..models import T2SDAForSemanticSegmentation
@@ -253,8 +254,8 @@ def _check_given(given: Path, output_dir: Path, methods: Sequence[str]) -> dict[
 
 def _compare(state: dict[str, Any], record: dict[str, Any], path: Path, allowed: Sequence[str]) -> None:
     """Say what differs from the run that wrote a checkpoint; refuse what would change the result."""
-    then, now = _flat(state["config"]), _flat(record["config"])
-    defaults = _flat(yaml.safe_load(dump_config(RunConfig())))
+    then, now = flatten(state["config"]), flatten(record["config"])
+    defaults = flatten(yaml.safe_load(dump_config(RunConfig())))
     changed: dict[str, tuple[Any, Any]] = {}
     for key in sorted(then.keys() | now.keys()):
         pair = (
@@ -286,13 +287,3 @@ def _compare(state: dict[str, Any], record: dict[str, Any], path: Path, allowed:
 
 def _under(key: str, names: Sequence[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
