@@ -41,7 +41,7 @@ from t2sda_hf.evaluation.models import titled
 from t2sda_hf.evaluation.pictures import Column, save_grid
 from t2sda_hf.evaluation.report import save_panel
 from t2sda_hf.labels import LABEL_SPACES
-from t2sda_hf.training.masking import run_masked
+from t2sda_hf.masking import run_masked
 
 PARTS = ("similarity", "distances", "tsne", "pictures")
 

@@ -41,8 +41,10 @@ from t2sda_hf.data.preparing import prepare
 from t2sda_hf.data.streets import streets
 from t2sda_hf.evaluation.confusion import confusion_matrix, scores
 from t2sda_hf.evaluation.inference import predict_labels
+from t2sda_hf.hub.card import cpu_name
 from t2sda_hf.losses.pull import num_queries_per_class, pull_loss, sample_pull
 from t2sda_hf.losses.segmentation import segmentation_loss
+from t2sda_hf.masking import run_masked
 from t2sda_hf.methods import METHODS, Method, Parts
 from t2sda_hf.methods.parts import ClassMemory
 from t2sda_hf.models import T2SDAConfig, T2SDAForSemanticSegmentation
@@ -50,7 +52,6 @@ from t2sda_hf.teacher import make_teacher, update_teacher
 from t2sda_hf.training.build import build_student
 from t2sda_hf.training.checkpoint import Progress
 from t2sda_hf.training.loop import Run, update
-from t2sda_hf.training.masking import run_masked
 from t2sda_hf.training.optim import make_optimizer
 from t2sda_hf.training.tracking import Tracker
 from t2sda_hf.translate import build_engine
@@ -617,11 +618,8 @@ ROWS: dict[str, Callable[[Options], Iterator[Row]]] = {
 
 
 def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.machine()
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    return f"{name}, {os.cpu_count()} cores, one thread used; {versions}, numpy {np.__version__}"
+    return f"{cpu_name()}, {os.cpu_count()} cores, one thread used; {versions}, numpy {np.__version__}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from t2sda_hf.config import load_config
 from t2sda_hf.data.checking import DomainFacts, Finding, compare, inspect_domain
 from t2sda_hf.data.domains import Domain, load_domain
 from t2sda_hf.data.sheet import write_report
-from t2sda_hf.training.masking import run_masked
+from t2sda_hf.masking import run_masked
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from t2sda_hf.evaluation.page import write_comparison, write_page
-from t2sda_hf.training.masking import run_masked
+from t2sda_hf.masking import run_masked
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

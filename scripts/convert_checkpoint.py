@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers.utils import logging
 
 from t2sda_hf.labels import CITYSCAPES_CLASSES
+from t2sda_hf.masking import run_masked
 from t2sda_hf.models import T2SDAConfig, T2SDAForSemanticSegmentation, T2SDAImageProcessor
 from t2sda_hf.models.modeling_t2sda import name_some
 from t2sda_hf.models.pretrained import UNREADABLE
 from t2sda_hf.training.checkpoint import CheckpointError, write_folder
-from t2sda_hf.training.masking import run_masked
 
 # A training checkpoint of DAFormer, HRDA or MIC holds three networks; others hold one, without a prefix.
 NETWORKS = {"student": "model.", "teacher": "ema_model.", "ImageNet": "imnet_model."}

@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if not (HERE / "settings.json").is_file():  # in a Space there is this file alone
-        from t2sda_hf.training.masking import run_masked
+        from t2sda_hf.masking import run_masked
 
         sys.exit(run_masked(main))
     sys.exit(main())

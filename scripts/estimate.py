@@ -21,8 +21,8 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from t2sda_hf.config import RunConfig, load_config
+from t2sda_hf.masking import run_masked
 from t2sda_hf.training.estimate import GPUS, Cost, Device, count_update, measure_updates, this_machine
-from t2sda_hf.training.masking import run_masked
 from t2sda_hf.training.resume import config_of, methods_of
 
 

@@ -27,10 +27,10 @@ from t2sda_hf.evaluation.inference import load_model, saved_image_size
 from t2sda_hf.evaluation.models import titled
 from t2sda_hf.evaluation.table import class_sets_of, format_table, summarise
 from t2sda_hf.labels import LABEL_SPACES
+from t2sda_hf.masking import run_masked
 from t2sda_hf.models import T2SDAForSemanticSegmentation
 from t2sda_hf.teacher import with_statistics_of
 from t2sda_hf.training.checkpoint import checkpoints
-from t2sda_hf.training.masking import run_masked
 
 Loaded = tuple[T2SDAForSemanticSegmentation, tuple[str, ...]]
 

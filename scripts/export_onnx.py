@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from t2sda_hf.evaluation.inference import load_model
-from t2sda_hf.training.masking import run_masked
+from t2sda_hf.masking import run_masked
 
 SIZES = ((2, 64, 96), (1, 97, 133), (3, 160, 64))  # (batch, height, width), one divisible by nothing
 TOLERANCE = 1e-4

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from t2sda_hf.evaluation.inference import load_model, predict, saved_image_size, to_pixel_values
 from t2sda_hf.labels import palette
-from t2sda_hf.training.masking import run_masked
+from t2sda_hf.masking import run_masked
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm")

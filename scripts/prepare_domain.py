@@ -15,7 +15,7 @@ from pathlib import Path
 from t2sda_hf.data.layouts import LAYOUTS
 from t2sda_hf.data.preparing import prepare_layout
 from t2sda_hf.labels import LABEL_SPACES
-from t2sda_hf.training.masking import run_masked
+from t2sda_hf.masking import run_masked
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

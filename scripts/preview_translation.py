@@ -25,7 +25,7 @@ from tqdm import tqdm
 from t2sda_hf.config import NEEDS_TARGET, RunConfig, load_config
 from t2sda_hf.data.domains import Domain, load_domain
 from t2sda_hf.data.transforms import resize_image
-from t2sda_hf.training.masking import run_masked
+from t2sda_hf.masking import run_masked
 from t2sda_hf.translate import ENGINES, TranslationEngine, build_engine
 from t2sda_hf.translate.trained import open_translated, write_manifest
 

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from t2sda_hf.hub.card import OTHER_FACTS, RUN_FACTS
 from t2sda_hf.hub.push import PushFailed, push_run, stage_run
-from t2sda_hf.training.masking import run_masked
+from t2sda_hf.masking import run_masked
 
 FACTS = (*RUN_FACTS, *OTHER_FACTS)
 CARD_FILES = ("README.md", "facts.json", "panel.png", "curve.png", "metrics.json", "resolved_config.yaml")

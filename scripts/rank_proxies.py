@@ -23,7 +23,7 @@ import numpy as np
 from t2sda_hf.analysis.statistics import ProxyScore, evaluations, rank_proxies
 from t2sda_hf.evaluation.run_folder import read_run
 from t2sda_hf.evaluation.table import markdown
-from t2sda_hf.training.masking import run_masked
+from t2sda_hf.masking import run_masked
 
 
 def run(args: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from t2sda_hf.analysis.statistics import paired_difference
 from t2sda_hf.config import RunConfig, load_config
 from t2sda_hf.evaluation.table import markdown, spread
-from t2sda_hf.training.masking import run_masked
+from t2sda_hf.masking import run_masked
 from t2sda_hf.training.resume import config_of
 
 TRAIN = Path(__file__).with_name("train_uda.py")

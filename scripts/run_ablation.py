@@ -32,8 +32,8 @@ import psutil
 import yaml
 
 from t2sda_hf.config import RunConfig, load_config
-from t2sda_hf.evaluation.table import CLASS_SETS, spread, subset_miou
-from t2sda_hf.training.masking import run_masked
+from t2sda_hf.evaluation.table import CLASS_SETS, markdown, spread, subset_miou
+from t2sda_hf.masking import run_masked
 
 ROOT = Path(__file__).parents[1]
 TABLES = ROOT / "configs" / "ablations"
@@ -240,7 +240,7 @@ def summary_of(table: Table, seeds: Sequence[int], folder: Path) -> list[dict[st
     return entries
 
 
-def markdown(table: Table, entries: Sequence[Mapping[str, Any]]) -> str:
+def layout(table: Table, entries: Sequence[Mapping[str, Any]]) -> str:
     """The table in the paper's layout; for every score ours, with the number of seeds, and the paper's."""
 
     def ours(entry: Mapping[str, Any]) -> str:
@@ -262,9 +262,7 @@ def markdown(table: Table, entries: Sequence[Mapping[str, Any]]) -> str:
         lines.append(line)
     if table.across:
         lines = [list(column) for column in zip(*lines, strict=True)]
-    head, *body = lines
-    rule = ["---"] * len(head)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body))
+    return markdown(lines[0], lines[1:])
 
 
 def estimate(folder: Path, scale: str) -> tuple[float, int]:
@@ -339,7 +337,7 @@ def write(table: Table, seeds: Sequence[int], folder: Path) -> str:
     """TABLE.md and TABLE.json as far as there are cells; the Markdown."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = summary_of(table, seeds, folder)
-    text = markdown(table, entries)
+    text = layout(table, entries)
     (folder / f"{table.name}.md").write_text(f"{table.question}\n\n{text}\n", encoding="utf-8")
     content = {"table": table.name, "question": table.question, "seeds": list(seeds), "rows": entries}
     (folder / f"{table.name}.json").write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from t2sda_hf.config import DomainConfig
 from t2sda_hf.data.domains import Domain, load_domain
 from t2sda_hf.data.transforms import pad_image, random_window
-from t2sda_hf.training.masking import run_masked
+from t2sda_hf.masking import run_masked
 from t2sda_hf.translate.generator import TranslationGenerator, save_translator
 
 CYCLE_WEIGHT = 10.0

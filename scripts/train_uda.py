@@ -35,6 +35,7 @@ from t2sda_hf.evaluation.run_folder import write_data_record
 from t2sda_hf.evaluation.table import format_table
 from t2sda_hf.hub.card import record_run
 from t2sda_hf.hub.push import check_push, push_after_training
+from t2sda_hf.masking import MaskFilter, mask, run_masked
 from t2sda_hf.training.build import (
     Domains,
     build_student,
@@ -47,7 +48,6 @@ from t2sda_hf.training.build import (
 from t2sda_hf.training.checkpoint import CheckpointError, DamagedCheckpoint, write_text
 from t2sda_hf.training.distributed import decided_by_main, lost_contact, shards
 from t2sda_hf.training.dry_run import rehearse
-from t2sda_hf.training.masking import MaskFilter, mask, run_masked
 from t2sda_hf.training.resume import Start, check_folder, config_of, lock_run, plan
 from t2sda_hf.training.stopping import Stopped, StopRequest
 

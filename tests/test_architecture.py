@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "t2sda_hf"
 # Parts in the order of the table: a part may import those of lower rows, and of its own row only what EQUALS allows.
 LAYERS = [
-    {"labels", "batch", "config"},
+    {"labels", "batch", "config", "errors", "masking"},
     {"models", "translate", "augment", "losses"},
     {"data", "teacher"},
     {"methods"},
@@ -81,6 +82,15 @@ def test_the_model_files_stand_alone() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom):
                 assert node.level < 2, f"{path.name} imports from outside models/"
+
+
+def test_masking_waits_for_no_library() -> None:
+    """A command masks what it prints before it loads anything."""
+    for node in ast.walk(ast.parse((PACKAGE / "masking.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [f"{node.module}"]
+            assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
+            assert isinstance(node, ast.Import) or node.level == 0
 
 
 def test_the_dotted_switches_stay_out_of_the_maths() -> None:

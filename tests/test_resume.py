@@ -16,11 +16,11 @@ from torch import Tensor
 
 from t2sda_hf.config import load_config
 from t2sda_hf.data.pairs import PositionSampler
+from t2sda_hf.masking import mask
 from t2sda_hf.methods import METHODS
 from t2sda_hf.training import loop
 from t2sda_hf.training.build import Interruptible
 from t2sda_hf.training.checkpoint import Progress, checkpoints
-from t2sda_hf.training.masking import mask
 from t2sda_hf.training.stopping import Stopped, StopRequest
 from t2sda_hf.training.tracking import Tracker
 

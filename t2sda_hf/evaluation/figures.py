@@ -18,26 +18,40 @@ Series = Sequence[tuple[int, float]]
 
 
 def save_curves(
-    path: Path, curves: Mapping[str, Series], ylabel: str, levels: Mapping[str, float] | None = None
+    path: Path,
+    curves: Mapping[str, Series],
+    ylabel: str,
+    levels: Mapping[str, float] | None = None,
+    right: Mapping[str, Series] | None = None,
+    right_label: str = "",
 ) -> None:
-    """One chart of several curves over updates. Names ending in "source" are dashed.
+    """One chart of several curves over updates. Names ending in ", source" are dashed.
 
     Args:
         path: PNG to write.
         curves: name -> points.
         ylabel: of the axis.
         levels: name -> height of a horizontal line to compare with.
+        right: name -> points of another scale, in grey, with an axis on the right.
+        right_label: of that axis.
     """
     figure, axis = plt.subplots(figsize=(8, 4.2))
     for name, points in curves.items():
         steps, values = zip(*points, strict=True)
-        axis.plot(steps, values, "--" if name.endswith("source") else "-", marker="o", markersize=3, label=name)
+        axis.plot(steps, values, "--" if name.endswith(", source") else "-", marker="o", markersize=3, label=name)
     for place, (name, level) in enumerate((levels or {}).items()):
-        axis.axhline(level, color=f"{0.35 + 0.3 * place}", linestyle=":", label=name)
+        axis.axhline(level, color=_grey(place), linestyle=":", label=name)
     axis.set_xlabel("updates")
     axis.set_ylabel(ylabel)
     axis.grid(alpha=0.3)
-    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    if right:
+        other = axis.twinx()
+        for place, (name, points) in enumerate(right.items()):
+            steps, values = zip(*points, strict=True)
+            other.plot(steps, values, "--", marker="^", markersize=3, color=_grey(place), label=name)
+        other.set_ylabel(right_label)
+        other.set_ylim(bottom=0)
+    figure.legend(loc="outside right center", frameon=False)
     _save(figure, path)
 
 
@@ -119,12 +133,16 @@ def hex_colors(classes: Sequence[str]) -> list[str]:
     return ["#{:02x}{:02x}{:02x}".format(*color) for color in palette(classes).tolist()]
 
 
+def _grey(place: int) -> str:
+    return f"{0.35 + 0.3 * place}"
+
+
 def _class_ticks(axis: Axes, classes: Sequence[str]) -> None:
     axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
     axis.set_yticks(range(len(classes)), classes, fontsize=8)
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    figure.set_layout_engine("constrained")
+    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})  # equal for equal runs
     plt.close(figure)

@@ -20,6 +20,7 @@ from transformers import ImageProcessingMixin, PreTrainedConfig
 from transformers.utils import logging
 
 from ..data.transforms import Size
+from ..errors import causes
 from ..models import T2SDAConfig, T2SDAForSemanticSegmentation, T2SDAImageProcessor
 
 # The encoder's coarsest stride. On fewer pixels its last levels have nothing left to convolve.
@@ -286,10 +287,7 @@ def _checked_windows(mode: str, window: Size | None, stride: Size | None) -> tup
 def _why_not_loaded(name: str, error: Exception) -> str:
     """One sentence, with the cure."""
     where = f"cannot load a model from {name!r}:"
-    causes: list[BaseException] = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
-        causes.append(cause)
-    answers = [one.response.status_code for one in causes if isinstance(one, HfHubHTTPError)]
+    answers = [one.response.status_code for one in causes(error) if isinstance(one, HfHubHTTPError)]
     if answers and answers[-1] == 403:
         return f"{where} your token may not read it. Ask its owner, or give another token (hf auth login)."
     if answers and answers[-1] in (401, 404):

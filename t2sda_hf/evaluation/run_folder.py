@@ -94,43 +94,13 @@ def read_run(folder: str | Path) -> RunFolder:
             f"{str(folder)!r} is no run folder: no folder in it has a resolved_config.yaml. Give the output_dir of "
             "scripts/train_uda.py."
         )
-    methods = sorted((_read_method(path) for path in paths), key=lambda method: method.name != BASELINE)
+    methods = sorted((read_method(path) for path in paths), key=lambda method: method.name != BASELINE)
     others = (_json(folder / name) for name in (RUN_RECORD, DATA_RECORD, "summary.json"))
     return RunFolder(folder, methods, *others)
 
 
-def write_data_record(
-    folder: Path,
-    *,
-    seed: int,
-    domains: Mapping[str, Mapping[str, Any]],
-    classes: Sequence[str],
-    source_pixels: Sequence[int],
-    sampling: Sequence[float] | None,
-) -> None:
-    """Write data.json: what a run read, and with which versions. run.json, beside it, has the command and the machine.
-
-    Args:
-        folder: of the run.
-        seed: of the run.
-        domains: "source", "target", "test" -> name, num_images and, where known, fingerprint.
-        classes: names.
-        source_pixels: pixels per class in the source's labels.
-        sampling: probability with which a source image is drawn for each class; None if images are drawn evenly.
-    """
-    record = {
-        "seed": seed,
-        "domains": domains,
-        "classes": list(classes),
-        "source_pixels": [int(count) for count in source_pixels],
-        "sampling": None if sampling is None else [float(share) for share in sampling],
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
-        "system": platform.platform(),
-    }
-    (folder / DATA_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_method(path: Path) -> MethodFolder:
+def read_method(path: Path) -> MethodFolder:
+    """Read the folder of one method, finished or not; a file that is not there leaves its part empty."""
     config = yaml.safe_load((path / "resolved_config.yaml").read_text(encoding="utf-8")) or {}
     losses: dict[str, Series] = {}
     over_time: dict[str, dict[str, Series]] = {"miou": {}, "pixel_accuracy": {}}
@@ -169,6 +139,37 @@ def _read_method(path: Path) -> MethodFolder:
     panels = [(int(re.findall(r"\d+", picture.stem)[-1]), picture) for picture in pictures]
     miou, accuracy = over_time["miou"], over_time["pixel_accuracy"]
     return MethodFolder(path.name, path, config, losses, trust, miou, accuracy, iou, proxies, results, panels, skipped)
+
+
+def write_data_record(
+    folder: Path,
+    *,
+    seed: int,
+    domains: Mapping[str, Mapping[str, Any]],
+    classes: Sequence[str],
+    source_pixels: Sequence[int],
+    sampling: Sequence[float] | None,
+) -> None:
+    """Write data.json: what a run read, and with which versions. run.json, beside it, has the command and the machine.
+
+    Args:
+        folder: of the run.
+        seed: of the run.
+        domains: "source", "target", "test" -> name, num_images and, where known, fingerprint.
+        classes: names.
+        source_pixels: pixels per class in the source's labels.
+        sampling: probability with which a source image is drawn for each class; None if images are drawn evenly.
+    """
+    record = {
+        "seed": seed,
+        "domains": domains,
+        "classes": list(classes),
+        "source_pixels": [int(count) for count in source_pixels],
+        "sampling": None if sampling is None else [float(share) for share in sampling],
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        "system": platform.platform(),
+    }
+    (folder / DATA_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _without(points: list[tuple[int, Any]], step: int) -> list[tuple[int, Any]]:

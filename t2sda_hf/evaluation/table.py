@@ -1,5 +1,6 @@
 """Results side by side: models, seeds, and the class sets of the benchmarks."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -108,9 +109,16 @@ def format_table(
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns are aligned as plain text too: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [[escape_cell(cell) for cell in line] for line in (header, *rows)]
+    widths = [max(1, *map(len, column)) for column in zip(*lines, strict=True)]
     rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join(_line(row, widths) for row in [header, rule, *rows])
+    rule = ["-" if cell == ":" else cell for cell in rule]  # a colon alone makes no table
+    return "\n".join(_line(row, widths) for row in [lines[0], rule, *lines[1:]])
+
+
+def escape_cell(text: str) -> str:
+    """A text as it stands in one cell of a Markdown table: no bar of its own ends it, nor does a line break."""
+    return re.sub(r"([\\|])", r"\\\1", " ".join(text.splitlines()))
 
 
 def _cell(score: Mapping[str, float | int | None] | None) -> str:

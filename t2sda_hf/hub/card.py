@@ -21,7 +21,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from ..config import DomainConfig, RunConfig, load_config
-from ..training.masking import mask
+from ..evaluation.table import escape_cell
+from ..masking import mask
 
 RUN_FACTS = ("command", "commit", "hardware", "software")
 OTHER_FACTS = ("start", "note")  # what only a person knows, see `gather_facts`
@@ -137,6 +138,14 @@ def record_run(folder: Path, script: str, arguments: Sequence[str], num_processe
     path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
+def cpu_name() -> str:
+    """The model of this machine's processor; its architecture where the system does not say more."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
 def gather_facts(run_folder: Path, repo_id: str, given: Mapping[str, Any] | None = None) -> CardFacts:
     """Read the facts of a finished run.
 
@@ -243,6 +252,7 @@ def render_card(facts: CardFacts) -> ModelCard:
         template_path=str(_template()),
         facts=facts,
         method=METHODS[facts.method],
+        escape_cell=escape_cell,
         cell=lambda value: "-" if value is None else f"{value:.2f}",
         gain=lambda new, old: "-" if new is None or old is None else f"{new - old:+.2f}",
     )
@@ -396,11 +406,7 @@ def _commit() -> str:
 def _hardware(num_processes: int) -> str:
     if torch.cuda.is_available():
         return f"{num_processes} x {torch.cuda.get_device_name()}"
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = models[0] if models else platform.processor() or platform.machine()
-    return f"CPU: {name}, {torch.get_num_threads()} thread(s), {num_processes} process(es)"
+    return f"CPU: {cpu_name()}, {torch.get_num_threads()} thread(s), {num_processes} process(es)"
 
 
 def _template() -> Path:

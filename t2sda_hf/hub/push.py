@@ -1,8 +1,6 @@
 """Publish a finished run: one commit or nothing, the same again when repeated, and no secrets in it."""
 
-import json
 import logging
-import re
 import shlex
 import shutil
 import tempfile
@@ -13,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from ..config import RunConfig, load_config
+from ..errors import PushFailed, causes
+from ..evaluation.figures import save_curves
+from ..evaluation.run_folder import read_method
+from ..masking import holds_secret
 from .card import (
     check_start,
     domain_facts,
@@ -39,13 +36,8 @@ logger = logging.getLogger(__name__)
 WAITS = (1, 2, 4, 8, 16)  # seconds before the tries after the first one
 LONGEST_WAIT = 300  # a server that asks for more is asked again by a person
 AGAIN = {404, 408, 409, 412, 429, 500, 502, 503, 504}  # 404: a repository just made is not everywhere yet
-SECRET = re.compile(rb"(?:hf_|api_org_)[A-Za-z0-9]{20,}|gh[opsur]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}")
 # Errors of the network and of the Hub; RuntimeError is what huggingface_hub makes of a failed upload of one file.
 FAILURES = (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError)
-
-
-class PushFailed(Exception):
-    """The Hub did not take the files; the message says why and how to push again. The run folder is as it was."""
 
 
 def push_run(
@@ -100,10 +92,7 @@ def stage_run(run_folder: Path, repo_id: str, folder: Path, given: Mapping[str, 
     shutil.copy(panel, folder / "panel.png")
     for name in ("resolved_config.yaml", "metrics.json"):
         shutil.copy(source / name, folder / name)
-    final = {
-        name: scores["miou"] for name, scores in (("student", facts.student), ("teacher", facts.teacher)) if scores
-    }
-    save_curve(source / "scalars.jsonl", folder / "curve.png", final, facts.steps)
+    _draw_curve(source, folder / "curve.png")
     save_facts(facts, folder / "facts.json")
     render_card(facts).save(folder / "README.md")
     refuse_secrets(folder)
@@ -207,11 +196,11 @@ def push_command(
 
 
 def refuse_secrets(folder: Path) -> None:
-    """Raise ValueError naming the first file that holds something in the form of an access token, or your own one."""
+    """Raise ValueError naming the first file that holds something in the form of a secret, or one of yours."""
     own = (get_token() or "").encode()
     for path in sorted(folder.rglob("*")):
         content = path.read_bytes() if path.is_file() else b""
-        if SECRET.search(content) or (len(own) >= 8 and own in content):
+        if holds_secret(content) or (len(own) >= 8 and own in content):
             raise ValueError(
                 f"{path.relative_to(folder)} holds what looks like an access token: nothing was sent. Remove it, and "
                 "revoke the token if it is one."
@@ -227,47 +216,16 @@ def content_hash(folder: Path) -> str:
     return total.hexdigest()[:12]
 
 
-def save_curve(scalars: Path, path: Path, final: Mapping[str, float], steps: int) -> None:
-    """Draw the losses of a run over its steps, and the mIoU on the test domain where it was measured.
-
-    Args:
-        scalars: scalars.jsonl of the run.
-        path: PNG to write.
-        final: mIoU in % of "student" and "teacher" after the last step.
-        steps: that step.
-
-    Raises:
-        ValueError: if there is nothing to draw.
-    """
-    if not scalars.is_file():
-        raise ValueError(f"{scalars} is missing: a card needs the curve of its training.")
-    lines = [json.loads(line) for line in scalars.read_text(encoding="utf-8").splitlines()]
-    losses = ("source", "target", "pull", "masked_consistency", "feature_distance")
-    drawn = [name for name in losses if any(name in line for line in lines)]
-    if not drawn:
-        raise ValueError(f"{scalars} holds no losses: train.log_every is longer than the run.")
-    figure, axis = plt.subplots(figsize=(7, 3))
-    for name in drawn:
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        axis.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 3 else None)
-    axis.set(xlabel="step", ylabel="loss", ylim=(0, None))
-    handles, names = axis.get_legend_handles_labels()
-    right = axis.twinx()
-    for kind, style in (("student", "k--o"), ("teacher", "k:^")):
-        scores = {line["step"]: line[f"{kind}/miou"] for line in lines if f"{kind}/miou" in line}
-        if kind in final:
-            scores[steps] = final[kind]
-            right.plot(list(scores), list(scores.values()), style, markersize=3, label=f"{kind} mIoU")
-    right.set(ylabel="mIoU in %", ylim=(0, 1.05 * right.get_ylim()[1]))
-    more = right.get_legend_handles_labels()
-    handles, names = handles + more[0], names + more[1]
-    for one in (axis, right):
-        one.spines[["top"]].set_visible(False)
-    in_row = min(len(names), 4)
-    figure.legend(handles, names, loc="outside upper center", ncol=in_row, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.08 * -(-len(names) // in_row)))
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    plt.close(figure)
+def _draw_curve(run: Path, path: Path) -> None:
+    """The losses of a method's folder over its steps, and the mIoU on the test domain where it was measured."""
+    method = read_method(run)
+    if not method.losses:
+        raise ValueError(
+            f"{run / 'scalars.jsonl'} is missing, or holds no losses because train.log_every is longer than the run: a "
+            "card needs the curve of its training."
+        )
+    scores = {f"{kind} mIoU": method.miou[kind] for kind in ("student", "teacher") if kind in method.miou}
+    save_curves(path, method.losses, "loss", right=scores, right_label="mIoU in %")
 
 
 def _push_once(
@@ -314,43 +272,36 @@ def _wait_before_next(error: BaseException, waits: Iterator[int]) -> float | Non
     return wait if wait <= LONGEST_WAIT else None
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    one: BaseException | None = error
-    while one is not None:
-        yield one
-        one = one.__cause__ or one.__context__
-
-
 def _response(error: BaseException) -> httpx2.Response | None:
     """The Hub's answer, also where huggingface_hub wraps the error of one file's upload."""
-    return next((one.response for one in _chain(error) if isinstance(one, HfHubHTTPError)), None)
+    return next((one.response for one in causes(error) if isinstance(one, HfHubHTTPError)), None)
 
 
 def _is_network(error: BaseException) -> bool:
-    return any(isinstance(one, httpx2.TransportError | ConnectionError | TimeoutError) for one in _chain(error))
+    return any(isinstance(one, httpx2.TransportError | ConnectionError | TimeoutError) for one in causes(error))
 
 
 def _is_offline(error: BaseException) -> bool:
-    return any(isinstance(one, httpx2.ConnectError | OfflineModeIsEnabled) for one in _chain(error))
+    return any(isinstance(one, httpx2.ConnectError | OfflineModeIsEnabled) for one in causes(error))
 
 
 def _in_words(error: BaseException, repo_id: str) -> str:
     """One sentence without a trace, an address or a token."""
     response = _response(error)
     if response is None:
-        if any(isinstance(one, OfflineModeIsEnabled) for one in _chain(error)):
+        if any(isinstance(one, OfflineModeIsEnabled) for one in causes(error)):
             return "HF_HUB_OFFLINE is set, so the Hub was not asked: unset it."
         if _is_network(error):
             return f"The Hub cannot be reached ({type(error).__name__}): check the connection and HF_ENDPOINT."
         return f"The push failed: {(str(error).splitlines() or [type(error).__name__])[0].rstrip('.')}."
-    causes = {
+    answers = {
         400: "The Hub does not take the files (400), which happens when a file changed or was damaged on its way.",
         401: "The Hub does not know the token (401): run `hf auth login`, or set HF_TOKEN to a valid one.",
         403: f"The token has no right to write to {repo_id} (403): give it the role 'write', or use another name.",
         404: f"The Hub has no place for {repo_id} (404): the user or organisation must exist.",
         429: "The Hub takes no more requests for now (429).",
     }
-    return causes.get(response.status_code, f"The Hub answered with an error ({response.status_code}).")
+    return answers.get(response.status_code, f"The Hub answered with an error ({response.status_code}).")
 
 
 def _check_repo_id(repo_id: str) -> None:

@@ -26,6 +26,7 @@ from ..evaluation.evaluator import LabelledDomain, evaluate_model, evenly_spread
 from ..evaluation.figures import save_confusion
 from ..evaluation.report import save_panel
 from ..evaluation.watch import SELECTED, Watch, drop_selected_after, read_selected
+from ..masking import mask
 from ..methods import METHODS, Parts
 from ..methods.parts import ClassMemory
 from ..models import T2SDAConfig, T2SDAForSemanticSegmentation, T2SDAImageProcessor, load_pretrained_encoder
@@ -35,7 +36,6 @@ from ..translate.trained import TranslatedFolder, open_translated
 from .checkpoint import write_text
 from .distributed import broadcast_from_main, decided_by_main, shard, shards, whole_network
 from .loop import Run, train
-from .masking import mask
 from .optim import make_optimizer
 from .resume import Start, config_of, describe, fingerprint, load_run, methods_of
 from .seeding import seed_initial_weights

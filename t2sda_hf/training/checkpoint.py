@@ -28,19 +28,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..errors import CheckpointError, DamagedCheckpoint
+
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"checkpoint-(\d+)")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written. The ones before it are untouched."""
-
-
-class DamagedCheckpoint(ValueError):
-    """A checkpoint is not what was written, or does not fit the run. Nothing was loaded."""
 
 
 @dataclass

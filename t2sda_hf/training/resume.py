@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from ..config import GONE, RunConfig, changes, dump_config, flatten
 from ..data.domains import Domain
+from ..masking import mask
 from ..methods import Parts
 from ..models import T2SDAForSemanticSegmentation
 from .checkpoint import (
@@ -34,7 +35,6 @@ from .checkpoint import (
     verify,
 )
 from .distributed import decided_by_main, shards, take_from_main
-from .masking import mask
 
 logger = logging.getLogger(__name__)
 

@@ -6,17 +6,11 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
+from ..errors import Stopped
+
 _HANDLED = (signal.SIGTERM, signal.SIGINT)
 # The launcher hands on to its processes the Ctrl-C that the terminal has already sent them; that is not a second one.
 _SAME = 0.5
-
-
-class Stopped(Exception):
-    """The run ends because it was told to; `exit_code` is 128 + number of the signal."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"by {signal.Signals(number).name}; go on with --resume auto.")
-        self.exit_code = 128 + number
 
 
 class StopRequest:

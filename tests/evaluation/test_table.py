@@ -3,7 +3,7 @@ import math
 import pytest
 
 from t2sda_hf.evaluation.models import titled
-from t2sda_hf.evaluation.table import CLASS_SETS, class_sets_of, format_table, spread, subset_miou, summarise
+from t2sda_hf.evaluation.table import CLASS_SETS, class_sets_of, format_table, markdown, spread, subset_miou, summarise
 from t2sda_hf.labels import CITYSCAPES_CLASSES
 
 
@@ -87,3 +87,14 @@ def test_a_model_may_have_a_title_and_a_path_an_equals_sign(tmp_path) -> None:
     folder.mkdir()
     assert titled(str(folder)) == (str(folder), str(folder))
     assert titled(f"ours={folder}") == ("ours", str(folder))
+
+
+def test_what_would_break_a_cell_is_escaped_and_narrow_columns_have_a_rule() -> None:
+    """As GitHub reads it: a bar in a cell needs a backslash, a backslash too, and a rule needs a hyphen."""
+    lines = markdown(["a|b", "n"], [["two\nlines", "1"], ["C:\\x|", ""]]).split("\n")
+    assert lines == [
+        r"| a\|b      | n |",
+        r"| :-------- | - |",
+        r"| two lines | 1 |",
+        r"| C:\\x\|   |   |",
+    ]

@@ -1,0 +1,56 @@
+"""How a command ends when something goes wrong: what the user did is a ValueError, the rest is one of these.
+
+Only the standard library is imported here: the command line front knows them before anything else is loaded.
+"""
+
+import signal
+from collections.abc import Iterator
+
+
+class Ended(Exception):
+    """A command ends here. `exit_code` is the one of the process; the text is for its user.
+
+    In a run of several processes all of them end with the same error, and process 0 says it; `alone` marks one that
+    only this process knows.
+    """
+
+    exit_code = 1
+    alone = False
+
+
+class Stopped(Ended):
+    """The run ends because it was told to; `exit_code` is 128 + number of the signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"by {signal.Signals(number).name}; go on with --resume auto.")
+        self.exit_code = 128 + number
+
+
+class CheckpointError(Ended, RuntimeError):
+    """A checkpoint could not be written. The ones before it are untouched."""
+
+
+class DamagedCheckpoint(Ended, ValueError):
+    """A checkpoint is not what was written, or does not fit the run. Nothing was loaded."""
+
+    exit_code = 2
+
+
+class PushFailed(Ended):
+    """The Hub did not take the files; the message says why and how to push again. The run folder is as it was."""
+
+    exit_code = 2
+
+
+class LostContact(Ended, RuntimeError):
+    """Another process of the run is gone."""
+
+    alone = True
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """`error` and what led to it, one after the other, the first cause last."""
+    one: BaseException | None = error
+    while one is not None:
+        yield one
+        one = one.__cause__ or one.__context__

@@ -1,0 +1,92 @@
+"""No secret leaves the process, in a text or in a file: known forms, values beside telling keys, the environment's own.
+
+Only the standard library is imported here, so that a command can mask what it prints before anything else is loaded.
+"""
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+MASK = "<masked>"  # a plain word in YAML and JSON
+# What keys of services begin with: Hugging Face, GitHub, AWS; GitHub, GitLab, OpenAI, Slack. By what may follow.
+_KEYS = {
+    "[A-Za-z0-9]": ("hf_", "api_org_", "gh[opsur]_", "AKIA"),
+    "[A-Za-z0-9_-]": ("github_pat_", "glpat-", "sk-", "xox[abeprs]-"),
+}
+# Forms of nothing but secrets, so that they also stop a push: neither names of functions (hf_hub_download) nor the
+# random bytes of weights have them. Each begins with plain letters, which makes the search in gigabytes fast.
+_FORMS = (
+    *(f"{start}(?<![A-Za-z0-9]{start}){letter}{{16,}}" for letter, starts in _KEYS.items() for start in starts),
+    r"(?<=://)[\w!-.;-?A-~]+:[\w!-.:-?A-~]+(?=@)",  # user:password in a URL; no blank, / or @ is in them
+    r"(?i)(?<=Bearer )[\w.~+/=-]{8,}",
+)
+_IN_TEXT = [re.compile(form) for form in _FORMS]
+_IN_BYTES = [re.compile(form.encode()) for form in _FORMS]
+_TELLING = r"(?:token|secret|password|passwd|api_?key|credential)"
+_BESIDE_KEY = re.compile(
+    rf"(?i)(--[\w.-]*{_TELLING}[\w.-]*\s+|\b[\w.-]*{_TELLING}[\w.-]*['\"]?\s*[=:]\s*['\"]?)(?!null|none|true|false)([^\s'\",&}}]{{5,}})"
+)
+
+
+def mask(text: str) -> str:
+    """`text` with everything that looks like a secret, or is one in the environment, replaced."""
+    for value in _of_environment():
+        text = text.replace(value, MASK)
+    for form in _IN_TEXT:
+        text = form.sub(MASK, text)
+    return _BESIDE_KEY.sub(rf"\1{MASK}", text)
+
+
+def holds_secret(content: bytes) -> bool:
+    """Whether a file must not be published: something in it has the form of a secret, or is one of the environment.
+
+    Values beside telling keys are none here: files of models are full of `"pad_token": "<|endoftext|>"`.
+    """
+    return any(form.search(content) for form in _IN_BYTES) or any(own.encode() in content for own in _of_environment())
+
+
+def _of_environment() -> Iterator[str]:
+    for name, value in os.environ.items():
+        if re.search(_TELLING, name, re.IGNORECASE) and len(value) >= 8:
+            yield value
+
+
+class MaskFilter(logging.Filter):
+    """For a log handler."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = mask(record.getMessage()), ()
+        return True
+
+
+class _MaskedStream:
+    """A text stream that masks what is written to it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(mask(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def run_masked(main: Callable[[], int]) -> int:
+    """`main()`, with a mask over all that the process prints, tracebacks too. The last line of every script."""
+    make_record = logging.getLogRecordFactory()
+
+    def masked_record(*args: Any, **kwargs: Any) -> logging.LogRecord:  # some handlers have kept the bare stream
+        record = make_record(*args, **kwargs)
+        record.msg, record.args = mask(record.getMessage()), ()
+        return record
+
+    logging.setLogRecordFactory(masked_record)
+    out: Any = _MaskedStream(sys.stdout)
+    err: Any = _MaskedStream(sys.stderr)
+    sys.stdout, sys.stderr = out, err
+    return main()
