@@ -42,6 +42,12 @@ class PushFailed(Ended):
     exit_code = 2
 
 
+class RunFailed(Ended):
+    """The machine failed the run: the disk, the network. The text says what remains."""
+
+    alone = True
+
+
 class LostContact(Ended, RuntimeError):
     """Another process of the run is gone."""
 

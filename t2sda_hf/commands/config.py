@@ -1,0 +1,67 @@
+"""What every key of a run means: its type, default, range and source, and what another value changes.
+
+    t2sda config                          all keys by section
+    t2sda config pull.temperature uda     one key, a section, or whatever has the word in its name
+    t2sda config --resolve demo           every key of a recipe or file, as a run of it would have it
+    t2sda config --schema                 the JSON schema that editors complete and check YAML files by
+
+A line is: key = default, what it takes, [source], meaning. [P] the paper states the value, [D] the public DAFormer code
+that it builds on, [O A3] a choice that the paper leaves open, by its entry in the register of open points; without one
+the value is ours. "placement", "scoring" and "nothing" stand where another value does not change what is learned.
+"""
+
+import json
+from argparse import Namespace
+from textwrap import fill
+
+from ..config import Key, RunConfig, dump_config, in_words, json_schema, keys, load_config, unknown_key
+
+
+def run(args: Namespace) -> int:
+    if args.schema:
+        print(json.dumps(json_schema(), indent=1, ensure_ascii=False))
+    elif args.resolve:
+        print(dump_config(load_config(args.resolve)), end="")
+    else:
+        print("\n".join(explain(args.keys)))
+    return 0
+
+
+def explain(asked: list[str]) -> list[str]:
+    """Lines for the keys that are asked for, by section; all for [].
+
+    Raises:
+        ValueError: for a word that no key has in its name, with the nearest key.
+    """
+    chosen: dict[str, Key] = {}
+    for word in asked or [""]:
+        exact = {name: key for name, key in keys().items() if name == word or name.startswith(f"{word}.")}
+        found = exact or {name: key for name, key in keys().items() if word in name}
+        if not found:
+            raise ValueError(unknown_key(word, "the command line"))
+        chosen |= found
+    lines: list[str] = []
+    section: str | None = None
+    for key in chosen.values():
+        if (at := key.name.rpartition(".")[0]) != section:
+            section = at
+            lines += ["", f"{section}: {_about(section)}" if section else _about(section), ""]
+        lines += _lines(key)
+    return lines[1:]
+
+
+def _about(section: str) -> str:
+    """The first line of what a section's dataclass says of itself."""
+    node: object = RunConfig()
+    for part in section.split(".") if section else []:
+        node = getattr(node, part)
+    return (type(node).__doc__ or "").split("\n")[0]
+
+
+def _lines(key: Key) -> list[str]:
+    default = json.dumps(key.default, ensure_ascii=False)
+    facts = [in_words(key.type) + (f", {key.range}" if key.range else "")]
+    facts += [f"[{key.source}]"] if key.source else []
+    facts += [] if key.changes == "learning" else [key.changes]
+    text = f"{'; '.join(facts)}: {key.meaning}."
+    return [f"{key.name} = {default}", fill(text, 116, initial_indent="    ", subsequent_indent="    ")]
