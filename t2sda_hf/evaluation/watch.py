@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.image_processing_t2sda import sample_nearest
 from .confusion import scores
 from .pictures import Column, save_grid
 
@@ -75,12 +76,12 @@ class Watch(nn.Module):
             self.shares += pseudo_labels.flatten().bincount(minlength=num_classes)
             if "mixed_logits" in seen:
                 logits = seen["mixed_logits"]
-                of_target = ~_nearest(seen["from_source"], logits)
+                of_target = ~sample_nearest(seen["from_source"], (logits.shape[-2], logits.shape[-1]))
                 self.sums[3] += of_target.sum()
                 self.sums[4] += ((logits.argmax(dim=1) == pseudo_labels) & of_target).sum()
         if "source_logits" in seen:
             logits = seen["source_logits"]
-            labels = _nearest(seen["source_labels"], logits)
+            labels = sample_nearest(seen["source_labels"], (logits.shape[-2], logits.shape[-1]))
             known = labels < num_classes
             pairs = labels[known] * num_classes + logits.argmax(dim=1)[known]
             self.confusion += pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes)
@@ -205,11 +206,3 @@ def _maps(seen: Mapping[str, Tensor], name: str, num: int) -> list:
 
 def _distance(shares: Tensor, others: Tensor) -> float:
     return float((shares - others).abs().sum() / 2)
-
-
-def _nearest(maps: Tensor, logits: Tensor) -> Tensor:
-    """(B,H,W) of any type sampled at the cells of (B,K,h,w)."""
-    height, width = logits.shape[-2:]
-    rows = torch.arange(height, device=maps.device) * maps.shape[-2] // height
-    columns = torch.arange(width, device=maps.device) * maps.shape[-1] // width
-    return maps[:, rows[:, None], columns]

@@ -36,6 +36,7 @@ from ..losses.pull import (
 )
 from ..losses.segmentation import segmentation_loss
 from ..models import T2SDAOutput
+from ..models.image_processing_t2sda import sample_nearest
 from ..models.multi_resolution import Box, context_images, cut, draw_detail_box
 from ..teacher import make_pseudo_labels, pseudo_label_weights
 from .parts import Parts
@@ -337,17 +338,17 @@ def pull_against(
     small = (keys.shape[-2], keys.shape[-1])
     with torch.no_grad():
         if pull.label_downscale == "nearest":
-            y_small = _nearest(y_s, small)
+            y_small = sample_nearest(y_s, small)
         else:
             y_small = downscale_labels_by_share(y_s, small, num_classes, 0.75)
         y_t_small = unreliable = trusted = None
         if y_t is not None and confidence is not None:
-            y_t_small = trusted = _nearest(y_t, small)
-            confidence_small = _nearest(confidence, small)
+            y_t_small = trusted = sample_nearest(y_t, small)
+            confidence_small = sample_nearest(confidence, small)
             unreliable = unreliable_pixels(confidence_small, pull.unreliable_ratio, pull.gamma_scope)
             counts_as_label = confidence_small >= pull.target_min_conf
             if inside is not None:
-                counts_as_label &= _nearest(inside, small) > 0
+                counts_as_label &= sample_nearest(inside, small) > 0
             trusted = torch.where(counts_as_label, y_t_small, IGNORE_INDEX)
         y_q = trusted if pull.query_domain == "target" and trusted is not None else y_small
         y_k = trusted if pull.key_domain == "target" and trusted is not None else y_small
@@ -397,10 +398,3 @@ def _members(cfg: RunConfig, device: torch.device) -> Tensor:
     """(K,) bool, the classes of the benchmark."""
     wanted = cfg.pull.class_set or cfg.classes
     return torch.tensor([name in wanted for name in cfg.classes], device=device)
-
-
-def _nearest(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Row ⌊i·H/h⌋, column ⌊j·W/w⌋ of (B,H,W) -> (B,h,w), PyTorch's "nearest", for any dtype."""
-    rows = torch.arange(size[0], device=maps.device) * maps.shape[-2] // size[0]
-    columns = torch.arange(size[1], device=maps.device) * maps.shape[-1] // size[1]
-    return maps[:, rows[:, None], columns]
