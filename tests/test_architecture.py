@@ -18,6 +18,7 @@ LAYERS = [
     {"methods"},
     {"evaluation", "training", "hub"},
     {"analysis"},
+    {"launching", "cli", "commands", "__main__"},
 ]
 WITHIN_ROW = {
     ("labels", "config"),
@@ -27,6 +28,10 @@ WITHIN_ROW = {
     ("training", "evaluation"),
     ("hub", "evaluation"),
     ("hub", "training"),
+    ("cli", "launching"),
+    ("commands", "cli"),
+    ("commands", "launching"),
+    ("__main__", "cli"),
 }
 NEVER = {("methods", "data"), *(("models", part) for part in LAYERS[0])}
 
