@@ -44,14 +44,14 @@ class Parser(argparse.ArgumentParser):
         Raises:
             ValueError: for a word that is not understood, with the nearest that would be.
         """
-        known = [flag for action in self._actions for flag in action.option_strings]
+        known = {flag: action.const for action in self._actions for flag in action.option_strings}
         given = []
         for word in words:
             flag, equals, value = word.partition("=")
             if flag.startswith("--") and flag != "--":
                 flag = f"--{flag[2:].replace('-', '_')}"
                 if flag not in known:
-                    raise ValueError(self._unknown(flag, [name for name in known if name[2:] not in keys()]))
+                    raise ValueError(self._unknown(flag, [name for name in known if name[2:] != known[name]]))
             given.append(f"{flag}{equals}{value}")
         return self.parse_intermixed_args(given)
 
@@ -72,6 +72,9 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(overrides=[])
         for name in keys():
             self.takes_key(f"--{name}", name)
+        # Sections as YAML, as in a file. Those of domains have the names of flags that take a path.
+        for name in sorted({name.rpartition(".")[0] for name in keys()} - {"", "source", "target", "test"}):
+            self.add_argument(f"--{name}", action=_Key, const=name, help=argparse.SUPPRESS, metavar="VALUE")
 
     def takes_key(self, flag: str, name: str, help_text: str = argparse.SUPPRESS) -> None:
         """Let a flag be a key of the run. Lists may be written as several words."""
@@ -212,6 +215,7 @@ def _predict(parser: Parser) -> None:
         help="a labelled domain instead of images: truth and errors beside predictions",
     )
     parser.takes_a_test_domain()
+    parser.takes_key("--limit", "evaluation.limit", "with --compare, only the first so many images")
     parser.takes_inference()
 
 
@@ -287,9 +291,7 @@ def _tables(parser: Parser) -> None:
 
 def _estimate(parser: Parser) -> None:
     parser.takes_a_run("config", nargs="?")
-    parser.add_argument(
-        "--measure", type=int, default=0, metavar="N", help="make N real updates here, at least 2, and compare"
-    )
+    parser.add_argument("--measure", type=int, metavar="N", help="make N real updates here, at least 2, and compare")
 
 
 def _demo(parser: Parser) -> None:
