@@ -8,15 +8,16 @@ import pytest
 import torch
 from parity.recipe import HERE, checkpoint, image, labels, sample, uniform
 from safetensors.torch import load_file
-from test_scripts import load_script
 from tiny import alone
 from torch import Generator, Tensor
 
 from t2sda_hf.augment.color import blur_kernel_size, color_jitter, gaussian_blur
 from t2sda_hf.batch import UdaBatch, normalize
+from t2sda_hf.cli import main
 from t2sda_hf.config import RunConfig, load_config
 from t2sda_hf.data.rare_class_sampling import rare_classes
 from t2sda_hf.evaluation.inference import predict_logits
+from t2sda_hf.hub.convert import convert, pick_network
 from t2sda_hf.labels import THING_CLASSES
 from t2sda_hf.losses.feature_distance import downscale_labels_by_share
 from t2sda_hf.methods import ClassMemory, Networks, Step, pull, t2sda
@@ -27,7 +28,6 @@ from t2sda_hf.training.optim import make_optimizer
 from t2sda_hf.translate import build_engine
 
 THEIRS = {name: load_file(HERE / f"{name}.safetensors") for name in ("daformer", "hrda", "mic")}
-script = load_script("convert_checkpoint")
 
 
 def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
@@ -41,11 +41,11 @@ def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
 
 @pytest.fixture
 def converted(tmp_path: Path) -> Callable[..., T2SDAForSemanticSegmentation]:
-    """A network of theirs, on the way a user takes: a .pth file, the script, `from_pretrained`."""
+    """A network of theirs, on the way a user takes: a .pth file, `t2sda convert`, `from_pretrained`."""
 
     def convert(case: str, **config: object) -> T2SDAForSemanticSegmentation:
         torch.save({"state_dict": checkpoint(case)}, tmp_path / "their.pth")
-        assert script.main([str(tmp_path / "their.pth"), str(tmp_path / case)]) == 0
+        assert main(["convert", str(tmp_path / "their.pth"), str(tmp_path / case)]) == 0
         return T2SDAForSemanticSegmentation.from_pretrained(tmp_path / case, **config)
 
     return convert
@@ -171,9 +171,7 @@ def networks_of(case: str, cfg: RunConfig, **fields: object) -> Networks:
     """Student and frozen encoder of one of their training checkpoints, which holds three networks."""
     tensors = checkpoint(case, ("model.", "ema_model.", "imnet_model."))
     student, frozen = (
-        script.convert(
-            script.pick_network(tensors, weights), drop_path_rate=0.0, classifier_dropout_prob=0.0, **fields
-        )[0]
+        convert(pick_network(tensors, weights), drop_path_rate=0.0, classifier_dropout_prob=0.0, **fields)[0]
         for weights in ("student", "ImageNet")
     )
     engine = build_engine(cfg.translate)

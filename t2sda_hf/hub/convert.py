@@ -1,14 +1,11 @@
-"""Turn a released checkpoint into a folder for from_pretrained: python scripts/convert_checkpoint.py SRC.pth OUT_DIR
+"""Released checkpoints of mmsegmentation's forks as our models: DAFormer, HRDA, MIC, SegFormer, DeepLab-V2.
 
-Reads what mmsegmentation's forks write: DAFormer, HRDA and MIC, SegFormer (NVIDIA's own and DAFormer's), DeepLab-V2 on
-a ResNet v1c. Architecture and widths are read from the names and shapes of the tensors. Each of them must find a place,
-or nothing is written. What tensors cannot say is as released: dilations, 1-2-5-8 attention heads, detail crops of 512.
-The projector, which these networks do not have, is a new one. The file is only read, no code in it is run.
+Architecture and widths are read from the names and shapes of the tensors. Each of them must find a place, or nothing is
+written. What tensors cannot say is as released: dilations, 1-2-5-8 attention heads, detail crops of 512. The projector,
+which these networks do not have, is a new one. No code in a file is run.
 """
 
-import argparse
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,14 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
-from t2sda_hf.labels import CITYSCAPES_CLASSES
-from t2sda_hf.masking import run_masked
-from t2sda_hf.models import T2SDAConfig, T2SDAForSemanticSegmentation, T2SDAImageProcessor
-from t2sda_hf.models.modeling_t2sda import name_some
-from t2sda_hf.models.pretrained import UNREADABLE
-from t2sda_hf.training.checkpoint import CheckpointError, write_folder
+from ..data.transforms import Size
+from ..labels import CITYSCAPES_CLASSES
+from ..models import T2SDAConfig, T2SDAForSemanticSegmentation, T2SDAImageProcessor
+from ..models.modeling_t2sda import name_some
+from ..models.pretrained import UNREADABLE
+from ..training.checkpoint import write_folder
 
 # A training checkpoint of DAFormer, HRDA or MIC holds three networks; others hold one, without a prefix.
 NETWORKS = {"student": "model.", "teacher": "ema_model.", "ImageNet": "imnet_model."}
@@ -85,24 +81,6 @@ NUMBERS: list[Any] = [
     (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
     (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
 ]
-
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="SRC.pth")
-    parser.add_argument("output", type=Path, metavar="OUT_DIR", help="must not exist")
-    parser.add_argument("--weights", choices=("student", "teacher"), default="student", help="default: student")
-    parser.add_argument(
-        "--classes", nargs="+", metavar="NAME", help="in the order of the outputs; default: of SRC, else Cityscapes' 19"
-    )
-    parser.add_argument(
-        "--image_size",
-        type=int,
-        nargs=2,
-        metavar=("HEIGHT", "WIDTH"),
-        help="network input; default for Cityscapes' classes: 512 1024, HRDA 1024 2048; for others images keep theirs",
-    )
-    return parser.parse_args(arguments)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -235,7 +213,7 @@ def read_head(shapes: Shapes, head: str) -> tuple[dict[str, Any], dict[str, str]
         branches = shapes.count(f"{head}aspp_modules.")
         if branches not in DEEPLABV2_DILATIONS:
             raise ValueError(f"a DeepLab-V2 head of {branches} branches; the dilations are known of 2 and of 4.")
-        fields = {"head": "deeplabv2", "head_dilations": DEEPLABV2_DILATIONS[branches]}
+        fields: dict[str, Any] = {"head": "deeplabv2", "head_dilations": DEEPLABV2_DILATIONS[branches]}
         return fields | {"num_labels": shapes(f"{head}aspp_modules.0.conv.weight")[0]}, DEEPLABV2_NAMES
     if shapes.any(f"{head}embed_layers."):
         fields = {"decoder_hidden_size": shapes(f"{head}embed_layers.0.proj.weight")[0]}
@@ -349,48 +327,45 @@ def class_names(given: Sequence[str] | None, notes: Mapping[str, Any], num_label
     return tuple(given)
 
 
-def run(args: argparse.Namespace) -> str:
-    if args.output.exists():
-        raise ValueError(f"{args.output} exists: nothing is overwritten, choose another OUT_DIR.")
-    if args.image_size is not None and min(args.image_size) < 32:
-        raise ValueError(f"--image_size must be at least 32 32, got {args.image_size}.")
-    tensors, notes = read_checkpoint(args.source)
+def convert_file(
+    source: Path, output: Path, weights: str, classes: Sequence[str] | None, image_size: Size | None
+) -> tuple[T2SDAConfig, Size | None, list[str]]:
+    """Write a checkpoint as a folder for `from_pretrained`, or nothing at all.
+
+    Args:
+        source: file of torch.save; only read.
+        output: folder that does not exist.
+        weights: "student" or "teacher" of a training checkpoint.
+        classes: names in the order of the outputs; None takes those in the file, else Cityscapes' 19.
+        image_size: (height, width) of the network's input; None is as released for Cityscapes' classes, and for others
+            says that images keep theirs.
+
+    Returns:
+        The model's config, its input size, and the names of the tensors that were left out.
+
+    Raises:
+        ValueError: naming what is missing, unknown or of another shape, or that `output` exists.
+        CheckpointError: if the folder cannot be written.
+    """
+    if output.exists():
+        raise ValueError(f"{output} exists: nothing is overwritten, choose another folder.")
+    tensors, notes = read_checkpoint(source)
     try:
-        model, idle = convert(pick_network(tensors, args.weights))
-        names = class_names(args.classes, notes, model.config.num_labels)
+        model, idle = convert(pick_network(tensors, weights))
+        config: Any = model.config  # transformers types it as that of any model
+        names = class_names(classes, notes, config.num_labels)
     except ValueError as error:
-        raise ValueError(f"{args.source} is not converted: {error}") from error
-    model.config.id2label = dict(enumerate(names))
-    model.config.label2id = {name: index for index, name in enumerate(names)}
-    size = args.image_size
-    if size is None and names == CITYSCAPES_CLASSES:
-        size = (1024, 2048) if model.config.multi_resolution else (512, 1024)
-    processor = T2SDAImageProcessor(size=None if size is None else (size[0], size[1]))
+        raise ValueError(f"{source} is not converted: {error}") from error
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+    if image_size is None and names == CITYSCAPES_CLASSES:
+        image_size = (1024, 2048) if config.multi_resolution else (512, 1024)
+    processor = T2SDAImageProcessor(size=image_size)
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
 
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_folder(args.output, write, manifest=False)
-    config = model.config
-    return (
-        f"{args.output}: {config.head} on {config.encoder} {tuple(config.hidden_sizes)}, depths {tuple(config.depths)}"
-        f"{', two resolutions' if config.multi_resolution else ''}, {len(names)} classes, input "
-        f"{'as it is' if size is None else f'{size[0]}x{size[1]}'}. New: the projector. Left out: "
-        f"{name_some(idle) or 'nothing'}."
-    )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    logging.disable_progress_bar()
-    try:
-        print(run(parse_arguments(arguments)))
-    except (ValueError, CheckpointError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_masked(main))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_folder(output, write, manifest=False)
+    return config, image_size, idle

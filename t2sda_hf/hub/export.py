@@ -1,20 +1,12 @@
-"""Write a model as ONNX, for any image size: python scripts/export_onnx.py outputs/demo/t2sda/student model.onnx
+"""A model as ONNX, for any image size, compared with PyTorch before it is kept."""
 
-Input pixel_values (batch, 3, height, width), normalised; output logits (batch, classes, height/4, width/4). The file is
-checked with onnxruntime on three sizes before it gets its name. Needs pip install "t2sda_hf[export]".
-"""
-
-import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 
-from t2sda_hf.evaluation.inference import load_model
-from t2sda_hf.masking import run_masked
+from ..evaluation.inference import load_model
 
 SIZES = ((2, 64, 96), (1, 97, 133), (3, 160, 64))  # (batch, height, width), one divisible by nothing
 TOLERANCE = 1e-4
@@ -28,14 +20,22 @@ class Logits(nn.Module):
         self.model = model
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.model(pixel_values).logits
+        logits: Tensor = self.model(pixel_values).logits
+        return logits
 
 
-def export(name: str, path: Path) -> float:
-    """Write `path`; returns the largest difference of a logit between onnxruntime and PyTorch.
+def export_onnx(name: str, path: Path) -> float:
+    """Write a model with the input pixel_values (B,3,H,W), normalised, and the output logits (B,K,H/4,W/4).
+
+    Args:
+        name: folder or Hub id.
+        path: file to write; its folder must exist.
+
+    Returns:
+        The largest difference of a logit between onnxruntime and PyTorch.
 
     Raises:
-        ValueError: if the model cannot be loaded or the file gives other logits.
+        ValueError: if the model cannot be loaded or exported, a library is missing, or the file gives other logits.
     """
     try:
         import onnxruntime
@@ -65,6 +65,7 @@ def export(name: str, path: Path) -> float:
             dynamo=True,
             verbose=False,
         )
+        assert program is not None  # with dynamo=True it is none
         program.model.metadata_props["classes"] = ", ".join(classes)
         program.save(draft)
         session = onnxruntime.InferenceSession(draft, providers=["CPUExecutionProvider"])
@@ -81,21 +82,3 @@ def export(name: str, path: Path) -> float:
             raise ValueError(f"the exported model differs by {worst:.1e}, more than {TOLERANCE:.0e}; it was not kept.")
         draft.replace(path)
     return worst
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder or Hub id")
-    parser.add_argument("output", type=Path, metavar="FILE.onnx")
-    args = parser.parse_args(arguments)
-    try:
-        worst = export(args.model, args.output)
-    except ValueError as error:
-        print(f"ValueError: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.output}: equal to PyTorch within {worst:.1e} on {len(SIZES)} sizes.")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_masked(main))
