@@ -1,8 +1,12 @@
-"""How far can a checkpoint or a run be chosen without target labels? Proxies against labelled mIoU over many runs.
+"""Several runs on one page that opens offline: scores, curves, and in what their configs differ.
 
-python scripts/rank_proxies.py outputs/repeat/*/seed_*
+    t2sda compare outputs/demo_0 outputs/demo_1 --output outputs/comparison
+    t2sda compare --proxies outputs/repeat/*/seed_* --output proxies.csv
 
-Reads what training wrote (train.evaluate_every must be several times smaller than max_steps); runs nothing.
+The page of each run, its index.html, is brought up to date first. A run that is still going has one, too.
+
+--proxies: how far can a checkpoint or a run be chosen without target labels? Proxies against labelled mIoU over many
+runs, from what training wrote (train.evaluate_every must be several times smaller than max_steps):
 
 within   Spearman correlation of the proxy with the student's mIoU over the evaluations of one run, mean over runs
 regret   points of mIoU lost by taking the weights with the best proxy instead of the best weights: mean, worst run
@@ -10,25 +14,38 @@ across   the same two for choosing one of the runs by the proxies of their last 
          runs as independent (two seeds of one config are less than that)
 last     the row of the number of updates: always taking the last weights, and one of the runs at random. A proxy that
          does not beat it is no help
+
+--output then is a CSV file of every evaluation with its proxies.
 """
 
-import argparse
 import csv
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from t2sda_hf.analysis.statistics import ProxyScore, evaluations, rank_proxies
-from t2sda_hf.evaluation.run_folder import read_run
-from t2sda_hf.evaluation.table import markdown
-from t2sda_hf.masking import run_masked
+from ..analysis.statistics import ProxyScore, evaluations, rank_proxies
+from ..evaluation.page import write_comparison, write_page
+from ..evaluation.run_folder import read_run
+from ..evaluation.table import markdown
 
 
-def run(args: argparse.Namespace) -> None:
-    runs = [evaluations(read_run(folder).main) for folder in args.runs]
-    empty = [str(folder) for folder, points in zip(args.runs, runs, strict=True) if len(points) < 2]
+def run(args: Namespace) -> int:
+    if args.proxies:
+        compare_proxies(args.runs, args.output)
+        return 0
+    for folder in args.runs:
+        write_page(folder)
+    print(write_comparison(args.runs, args.output or Path("outputs/comparison")))
+    return 0
+
+
+def compare_proxies(folders: Sequence[Path], output: Path | None) -> None:
+    """Print the table, and save every evaluation as CSV."""
+    runs = [evaluations(read_run(folder).main) for folder in folders]
+    empty = [str(folder) for folder, points in zip(folders, runs, strict=True) if len(points) < 2]
     used = [points for points in runs if len(points) >= 2]
     scores = rank_proxies(used)
     order = sorted(scores, key=lambda name: (name == "step", np.mean(scores[name].regret_within)))
@@ -37,12 +54,12 @@ def run(args: argparse.Namespace) -> None:
     print(markdown(header, [[_title(name), *_cells(scores[name])] for name in order]))
     if empty:
         print(f"\nNot used, fewer than two evaluations with proxies: {', '.join(empty)}", file=sys.stderr)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with args.output.open("w", newline="", encoding="utf-8") as file:
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["run", *(names := ["step", "miou", *(n for n in scores if n != "step")])])
-            for folder, points in zip(args.runs, runs, strict=True):
+            for folder, points in zip(folders, runs, strict=True):
                 writer.writerows([folder, *(point.get(name, "") for name in names)] for point in points)
 
 
@@ -64,19 +81,3 @@ def _cells(score: ProxyScore) -> list[str]:
     if not np.isnan(score.across_low):
         cells[4] += f" [{score.across_low:.2f}, {score.across_high:.2f}]"
     return [*cells, str(score.n)]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dirs of train_uda.py")
-    parser.add_argument("--output", type=Path, metavar="FILE.csv", help="save every evaluation with its proxies here")
-    try:
-        run(parser.parse_args(arguments))
-    except ValueError as error:
-        print(f"ValueError: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_masked(main))
