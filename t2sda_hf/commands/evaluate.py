@@ -23,14 +23,13 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from ..data.domains import load_domain
 from ..evaluation.evaluator import LabelledDomain, Part, evaluate_model
 from ..evaluation.inference import load_model, saved_image_size
 from ..evaluation.models import titled
 from ..evaluation.table import class_sets_of, format_table, summarise
 from ..teacher import with_statistics_of
 from ..training.checkpoint import checkpoints
-from .domains import test_domains
+from .domains import open_labelled, test_domains
 
 Loaded = tuple[nn.Module, tuple[str, ...]]
 
@@ -48,11 +47,8 @@ def run(args: Namespace) -> int:
         for title, name, load in models:
             model, classes = load()
             subsets = subsets_of(args.subset, classes)
-            try:
-                domain = load_domain(config, classes)
-            except ValueError as error:
-                advice = " Without labels there is no score; `t2sda analyze --no_labels` says what can be said."
-                raise ValueError(f"{error}{advice * ('has no column' in str(error))}") from error
+            advice = "Without labels there is no score; `t2sda analyze --no_labels` says what can be said."
+            domain = open_labelled(config, classes, advice)
             scored: LabelledDomain = domain
             if args.every > 1:
                 scored = Part(domain, range(0, len(domain), args.every), f"{domain.name}, every {args.every}th image")

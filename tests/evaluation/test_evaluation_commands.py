@@ -1,18 +1,19 @@
-"""Both scripts on a tiny model and images on disk, in this process; and one of each as a user starts it."""
+"""Evaluate, predict and analyze on a tiny model and images on disk, in this process, and as a user starts them."""
 
-import importlib.util
+import csv
 import json
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
+from t2sda_hf.cli import main
 from t2sda_hf.config import DomainConfig
 from t2sda_hf.data.domains import load_domain
 from t2sda_hf.evaluation.evaluator import evaluate_model
@@ -20,18 +21,7 @@ from t2sda_hf.evaluation.inference import load_model, predict_labels, saved_imag
 from t2sda_hf.labels import palette
 from t2sda_hf.models import T2SDAConfig, T2SDAForSemanticSegmentation, T2SDAImageProcessor
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 CLASSES = ("road", "building", "sky", "car")
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(f"{name}_script", SCRIPTS / f"{name}.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
-
-
-evaluate_script, predict_script = load_script("evaluate"), load_script("predict")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +71,7 @@ def open_image(path):
 
 
 def predict(model_folder, images, output, *options):
-    return predict_script.main([str(model_folder), str(images), "--output", str(output), *options])
+    return main(["predict", str(model_folder), str(images), "--output", str(output), *options])
 
 
 def last_error_line(capsys):
@@ -91,9 +81,7 @@ def last_error_line(capsys):
 def test_evaluate_prints_and_saves_what_the_evaluator_returns(model_folder, tmp_path, capsys):
     output = tmp_path / "new folder" / "scores.json"
 
-    code = evaluate_script.main(
-        [str(model_folder), "--domain", "streets-target", "--limit", "2", "--output", str(output)]
-    )
+    code = main(["evaluate", str(model_folder), "--domain", "streets-target", "--limit", "2", "--output", str(output)])
 
     assert code == 0
     model, classes = load_model(str(model_folder))
@@ -112,8 +100,19 @@ def test_evaluate_takes_windows_sizes_and_names_of_ids(model_folder, tmp_path):
     windows = ["--mode", "slide", "--window", "32", "48", "--stride", "16", "24", "--image_size", "48", "96"]
     names = ["--class_names", "car", "road", *(f"other {n}" for n in range(17))]
 
-    code = evaluate_script.main(
-        [str(model_folder), "--domain", "streets-source", "--limit", "1", *windows, *names, "--output", str(output)]
+    code = main(
+        [
+            "evaluate",
+            str(model_folder),
+            "--domain",
+            "streets-source",
+            "--limit",
+            "1",
+            *windows,
+            *names,
+            "--output",
+            str(output),
+        ]
     )
 
     saved = json.loads(output.read_text())
@@ -130,12 +129,12 @@ def test_evaluate_takes_windows_sizes_and_names_of_ids(model_folder, tmp_path):
         (["--domain", "streets-targt"], "Did you mean 'streets-target'?"),
         (["--domain", "streets-target", "--class_names", "cat", "dog"], "no class is shared"),
         (["--domain", "streets-target", "--label_space", "marscapes"], "label_space must be one of"),
-        (["--domain", "streets-target", "--mode", "slide"], "needs window and stride"),
+        (["--domain", "streets-target", "--mode", "slide"], "needs evaluation.window and evaluation.stride"),
         (["--domain", "streets-target", "--limit", "0"], "nothing to evaluate"),
     ],
 )
 def test_evaluate_says_in_one_line_what_is_wrong(model_folder, options, message, capsys):
-    assert evaluate_script.main([str(model_folder), *options]) == 2
+    assert main(["evaluate", str(model_folder), *options]) == 2
 
     line = last_error_line(capsys)
     assert line.startswith("ValueError: ")
@@ -143,7 +142,7 @@ def test_evaluate_says_in_one_line_what_is_wrong(model_folder, options, message,
 
 
 def test_missing_model_is_named(tmp_path, capsys):
-    assert evaluate_script.main([str(tmp_path / "nothing"), "--domain", "streets-target"]) == 2
+    assert main(["evaluate", str(tmp_path / "nothing"), "--domain", "streets-target"]) == 2
     assert f"cannot load a model from '{tmp_path / 'nothing'}'" in last_error_line(capsys)
 
 
@@ -278,10 +277,121 @@ def test_path_without_images_is_named(model_folder, photos, tmp_path, capsys, pa
     assert last_error_line(capsys).startswith(f"ValueError: {tmp_path / path} ")
 
 
-def start(script, *arguments):
-    """Run a script as `python scripts/...` in a process of its own, with this folder's modules first on its path."""
+# ------------------------------------------------------------------------ labelled domains that need more than a path
+
+
+@pytest.fixture
+def mapped(tmp_path):
+    """A config whose test domain has other names, other file names and a crop box, and truth (in class ids of CLASSES)
+    by file name."""
+    rng, truth = np.random.default_rng(0), {}
+    for folder in ("images", "masks"):
+        (tmp_path / "city" / folder).mkdir(parents=True)
+    for name in ("a", "b", "c"):
+        ids = rng.integers(0, 5, (6, 9)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
+        Image.fromarray(rng.integers(0, 256, (48, 72, 3), dtype=np.uint8)).save(tmp_path / f"city/images/{name}.png")
+        Image.fromarray(ids).save(tmp_path / f"city/masks/{name}.png")
+        truth[name] = np.array([255, 0, 2, 3, 1], np.uint8)[ids][8:, :64]
+    domain = {
+        "path": str(tmp_path / "city" / "images"),
+        "label_path": str(tmp_path / "city" / "masks"),
+        "split": "train",
+        "class_names": ["void", "street", "heaven", "vehicle", "house"],
+        "label_map": {"street": "road", "heaven": "sky", "vehicle": "car", "house": "building"},
+        "crop_box": [8, 0, 40, 64],
+    }
+    config = {
+        "test": domain,
+        "source": domain | {"crop_box": [0, 8, 40, 64]},
+        "classes": list(CLASSES),
+        "rcs.min_pixels": 5,
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return tmp_path / "mine.yaml", domain, truth
+
+
+def test_evaluate_and_analyze_read_a_domain_as_training_does(model_folder, mapped, tmp_path, capsys):
+    config, domain, truth = mapped
+    flags = [text for key, value in domain.items() if key != "path" for text in (f"--{key}", json.dumps(value))]
+    for name, words in (("file", ["--config", str(config)]), ("flags", ["--domain", domain["path"], *flags])):
+        assert main(["evaluate", str(model_folder), *words, "--output", str(tmp_path / f"{name}.json")]) == 0
+    scores = json.loads((tmp_path / "file.json").read_text())
+    assert scores == json.loads((tmp_path / "flags.json").read_text())
+    assert sum(scores["confusion"][1]) == sum(int((labels == 1).sum()) for labels in truth.values()) > 0
+
+    words = ["--config", str(config), "--output", str(tmp_path / "figures"), "--num_pictures", "2"]
+    assert main(["analyze", f"ours={model_folder}", *words, "--per_class", "16"]) == 0
+    figures = {file.name for file in (tmp_path / "figures").glob("*.png")}
+    assert figures == {f"{name}.png" for name in ("similarity", "relation", "distances", "tsne_ours", "pictures")}
+    with (tmp_path / "figures" / "similarity.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["class"]: float(row["IoU, %: ours"]) for row in rows} == pytest.approx(scores["iou"])
+    assert all(-1 <= float(row["similarity to the source: ours"]) <= 1 for row in rows)
+    capsys.readouterr()
+
+    assert main(["analyze", str(model_folder), *words, "--label_map", "{}"]) == 2
+    assert "no class is shared" in last_error_line(capsys)
+
+
+def test_analyze_without_labels_needs_none(model_folder, photos, tmp_path, capsys):
+    words = [str(model_folder), "--domain", str(photos), "--split", "train", "--output", str(tmp_path / "out")]
+    assert main(["analyze", *words]) == 2
+    assert "--no_labels" in last_error_line(capsys)
+    assert main(["analyze", *words, "--no_labels"]) == 0
+    assert {"proxies.csv", "classes.png", "pictures.png"} <= {file.name for file in (tmp_path / "out").iterdir()}
+
+
+def test_predict_compares_with_the_truth_of_a_domain(model_folder, mapped, tmp_path, capsys):
+    config, _, truth = mapped
+    (tmp_path / "city" / "images" / "c.png").write_bytes(b"damaged")
+    out = tmp_path / "out"
+    assert main(["predict", str(model_folder), "--compare", "--config", str(config), "--output", str(out)]) == 0
+
+    kinds = ("ids", "color", "overlay", "compare")
+    stems = ("000000_a", "000001_b")
+    assert {file.name for file in out.iterdir()} == {f"{stem}_{kind}.png" for stem in stems for kind in kinds}
+    printed = capsys.readouterr()
+    assert "1 of 3 images of" in printed.err
+    assert "2 images of" in printed.out
+    model, _ = load_model(str(model_folder))
+    image = np.array(open_image(tmp_path / "city" / "images" / "a.png"))[8:, :64]
+    expected = predict_labels(model, to_pixel_values(image, (32, 64), torch.device("cpu")), truth["a"].shape)
+    np.testing.assert_array_equal(np.array(open_image(out / "000000_a_ids.png")), expected[0].numpy())
+    assert open_image(out / "000000_a_compare.png").width > 4 * 300
+
+    again = ["predict", str(model_folder), "--compare", "--domain", "streets-target", "--output", str(out)]
+    assert main([*again, "--limit", "1", "--confidence"]) == 0
+    assert (out / "000000_target_validation_00000_confidence.png").is_file()
+    assert len(list(out.glob("*_compare.png"))) == 3
+    assert main([*again, "--limit", "1"]) == 2
+    assert "000000_target_validation_00000_ids.png exists" in last_error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "there is nothing to segment"),
+        (["photos", "--compare", "--domain", "streets-target"], "instead of images: leave out photos"),
+        (["photos", "--domain", "streets-target"], "which only --compare reads"),
+        (["--compare"], "no labelled domain was named"),
+        (["--compare", "--domain", "streets-target", "streets-source"], "one domain here"),
+        (["--compare", "--domain", "PHOTOS", "--split", "train"], "give them instead of --compare"),
+    ],
+)
+def test_what_predict_is_to_look_at_is_said_once(model_folder, photos, words, message, tmp_path, capsys):
+    words = [str(photos) if word == "PHOTOS" else word for word in words]
+    assert main(["predict", str(model_folder), *words, "--output", str(tmp_path / "out")]) == 2
+    assert message in last_error_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- as processes
+
+
+def start(*words):
+    """Run a command in a process of its own."""
     return subprocess.run(
-        [sys.executable, str(SCRIPTS / script), *map(str, arguments)],
+        [sys.executable, "-m", "t2sda_hf", *map(str, words)],
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -289,9 +399,9 @@ def start(script, *arguments):
     )
 
 
-def test_scripts_run_although_one_of_them_is_called_like_a_library(model_folder, photos, tmp_path):
-    evaluated = start("evaluate.py", model_folder, "--domain", "streets-target", "--limit", 1)
-    predicted = start("predict.py", model_folder, photos / "notes.txt", "--output", tmp_path / "out")
+def test_both_run_as_processes(model_folder, photos, tmp_path):
+    evaluated = start("evaluate", model_folder, "--domain", "streets-target", "--limit", 1)
+    predicted = start("predict", model_folder, photos / "notes.txt", "--output", tmp_path / "out")
 
     assert evaluated.returncode == 0, evaluated.stderr
     assert "mIoU" in evaluated.stdout
@@ -306,7 +416,7 @@ def test_two_processes_print_once_and_save_the_scores_of_one(model_folder, tmp_p
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
     two = subprocess.run(
-        [*launcher, str(SCRIPTS / "evaluate.py"), *arguments, str(tmp_path / "two.json")],
+        [*launcher, "--module", "t2sda_hf", "evaluate", *arguments, str(tmp_path / "two.json")],
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -315,5 +425,5 @@ def test_two_processes_print_once_and_save_the_scores_of_one(model_folder, tmp_p
 
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("| mIoU ") == 1
-    assert evaluate_script.main([*arguments, str(tmp_path / "one.json")]) == 0
+    assert main(["evaluate", *arguments, str(tmp_path / "one.json")]) == 0
     assert json.loads((tmp_path / "two.json").read_text()) == json.loads((tmp_path / "one.json").read_text())

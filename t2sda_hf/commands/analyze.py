@@ -1,7 +1,8 @@
 """Look into models as the paper does: figures, each with a CSV of its numbers beside it.
 
-python scripts/analyze.py source-only=outputs/demo/source_only/student T2S-DA=outputs/demo/t2sda/student \
-    --domain streets-target --source streets-source --output outputs/demo/analysis
+    t2sda analyze source-only=outputs/run/source_only/student T2S-DA=outputs/run/t2sda/student --config mine.yaml
+    t2sda analyze outputs/demo/t2sda/student --domain streets-target --source streets-source --output outputs/analysis
+    t2sda analyze outputs/run/t2sda/student --domain photos --no_labels
 
 similarity.png  per class: similarity of source and target features, and IoU on the target (Fig. 1)
 relation.png    the same as points, with Pearson and Spearman correlation
@@ -9,122 +10,96 @@ distances.png   CCD and PDD per class on the target, lower is better (equations 
 tsne_*.png      features of 256 pixels per class and domain in a plane (Fig. 8)
 pictures.png    images, truth, predictions, errors of the last model (Fig. 9-11)
 
---no_labels is for a domain that has none: proxies.csv, class shares, pictures. Needs pip install "t2sda_hf[analysis]"
+The target is the test domain of the config, the source its source, both as training reads them; --domain and --source
+replace their paths. Without a source there are no similarity and no t-SNE. --no_labels is for a domain that has none:
+proxies.csv, class shares, pictures. Needs pip install "t2sda_hf[analysis]"
 """
 
-import argparse
 import csv
 import re
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
+from torch import Tensor
 
-from t2sda_hf.analysis.distances import (
+from ..analysis.distances import (
     Centres,
     centres,
     class_center_distance,
     cross_domain_similarity,
     pixel_discrimination_distance,
 )
-from t2sda_hf.analysis.embedding import embed, sample_pixels
-from t2sda_hf.analysis.features import KINDS, labelled_features
-from t2sda_hf.analysis.plots import save_bars, save_relation, save_scatter
-from t2sda_hf.analysis.unlabelled import measure
-from t2sda_hf.config import DomainConfig
-from t2sda_hf.data.domains import Domain, load_domain
-from t2sda_hf.evaluation.evaluator import Part, evaluate_model, evenly_spread, readable_part
-from t2sda_hf.evaluation.inference import load_model, predict_labels, saved_image_size, to_pixel_values
-from t2sda_hf.evaluation.models import titled
-from t2sda_hf.evaluation.pictures import Column, save_grid
-from t2sda_hf.evaluation.report import save_panel
-from t2sda_hf.labels import LABEL_SPACES
-from t2sda_hf.masking import run_masked
+from ..analysis.embedding import embed, sample_pixels
+from ..analysis.features import labelled_features
+from ..analysis.plots import save_bars, save_relation, save_scatter
+from ..analysis.unlabelled import measure
+from ..config import DomainConfig
+from ..data.domains import Domain, load_domain
+from ..data.transforms import Size
+from ..evaluation.evaluator import Part, evaluate_model, evenly_spread
+from ..evaluation.inference import load_model, predict_labels, saved_image_size, to_pixel_values
+from ..evaluation.models import titled
+from ..evaluation.pictures import Column, save_grid
+from ..evaluation.report import save_panel
+from ..models import T2SDAForSemanticSegmentation
+from .domains import open_labelled, readable, test_domain
 
-PARTS = ("similarity", "distances", "tsne", "pictures")
-
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="[TITLE=]MODEL", help="model folders or Hub ids, of equal classes")
-    parser.add_argument("--domain", required=True, help="the target: name, parquet file, folder or data set")
-    parser.add_argument("--split", default="validation")
-    parser.add_argument("--label_space", default="cityscapes", help=f"what ids mean: {', '.join(LABEL_SPACES)}")
-    parser.add_argument("--class_names", nargs="+", default=[], help="or the names themselves, in the order of the ids")
-    parser.add_argument("--no_labels", action="store_true", help="--domain has no labels")
-    parser.add_argument("--source", help="the source, for similarity and t-SNE")
-    parser.add_argument("--source_split", default="train")
-    parser.add_argument("--source_label_space", default="cityscapes")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--feature", choices=KINDS, default="head", help="which map of the model")
-    parser.add_argument("--limit", type=int, default=500, help="at most so many images of each domain")
-    parser.add_argument("--per_class", type=int, default=256, help="pixels per class and domain for t-SNE")
-    parser.add_argument("--threshold", type=float, default=0.968, help="confidence for the coverage, with --no_labels")
-    parser.add_argument("--num_pictures", type=int, default=4)
-    parser.add_argument("--output", type=Path, default=Path("outputs/analysis"))
-    return parser.parse_args(arguments)
+Models = dict[str, T2SDAForSemanticSegmentation]
+Sizes = dict[str, Size | None]
 
 
-def run(args: argparse.Namespace) -> None:
-    models, sizes, classes = {}, {}, None
+def run(args: Namespace) -> int:
+    target = test_domain(args)
+    models: Models = {}
+    sizes: Sizes = {}
+    classes: tuple[str, ...] = ()
     for given in args.models:
         title, name = titled(given)
         model, names = load_model(name)
-        if classes is not None and names != classes:
+        if classes and names != classes:
             raise ValueError(f"the models have different classes: {', '.join(classes)}; {title}: {', '.join(names)}.")
         models[title], sizes[title], classes = model, saved_image_size(name), names
-    target = DomainConfig(
-        path=args.domain, split=args.split, label_space=args.label_space, class_names=tuple(args.class_names)
-    )
     args.output.mkdir(parents=True, exist_ok=True)
     if args.no_labels:
         without_labels(args, models, sizes, classes, load_domain(target, classes, labelled=False))
-        return
-    try:
-        domain = load_domain(target, classes)
-    except ValueError as error:
-        advice = " To look at a domain that has no labels: --no_labels." if "has no column" in str(error) else ""
-        raise ValueError(f"{error}{advice}") from error
-    first = range(min(args.limit, len(domain)))
-    with_labels(args, models, sizes, classes, readable(Part(domain, first, domain.name)))
+        return 0
+    domain = open_labelled(target, classes, "To look at a domain that has no labels: --no_labels.")
+    with_labels(args, models, sizes, classes, readable(Part(domain, range(len(domain))[: args.limit], domain.name)))
+    return 0
 
 
-def readable(images: Part) -> Part:
-    """Leave out what cannot be read, and list and count it."""
-    part, unreadable = readable_part(images)
-    if unreadable:
-        print(f"{len(unreadable)} of {len(images)} images of {images.name} could not be read:", file=sys.stderr)
-        print("\n".join(unreadable), file=sys.stderr)
-    return part
-
-
-def with_labels(args: argparse.Namespace, models: dict, sizes: dict, classes: tuple[str, ...], domain: Part) -> None:
+def with_labels(args: Namespace, models: Models, sizes: Sizes, classes: tuple[str, ...], domain: Part) -> None:
+    given: DomainConfig = args.cfg.source
     source = None
-    if args.source:
-        config = DomainConfig(path=args.source, split=args.source_split, label_space=args.source_label_space)
-        whole = load_domain(config, classes)
+    if args.source or given.path:
+        whole = load_domain(replace(given, path=args.source or given.path), classes)
         chosen = np.random.default_rng(0).permutation(len(whole))[: args.limit].tolist()  # method 6.4: seed 0
         source = readable(Part(whole, sorted(chosen), whole.name))
-    parts = [part for part in args.parts if source is not None or part not in ("similarity", "tsne")]
+    parts, of_features = set(args.parts), {"similarity", "distances"} if source else {"distances"}
     of_target: dict[str, Centres] = {}
-    similarity, iou, ccd, pdd = {}, {}, {}, {}
+    similarity: dict[str, np.ndarray] = {}
+    iou: dict[str, np.ndarray] = {}
+    ccd: dict[str, np.ndarray] = {}
+    pdd: dict[str, np.ndarray] = {}
 
-    def stream(title: str, of: Part):
+    def stream(title: str, of: Part) -> Iterator[tuple[Tensor, Tensor]]:
         return labelled_features(models[title], of, sizes[title], args.feature)
 
     for title, model in models.items():
-        if {"similarity", "distances"} & set(parts):
+        if of_features & parts:
             of_target[title] = centres(stream(title, domain), len(classes))
         if "distances" in parts:
             ccd[title] = class_center_distance(of_target[title])
             pdd[title] = pixel_discrimination_distance(stream(title, domain), of_target[title])
-        if "similarity" in parts:
+        if source and "similarity" in parts:
             similarity[title] = cross_domain_similarity(centres(stream(title, source), len(classes)), of_target[title])
             scores = evaluate_model(model, domain, image_size=sizes[title], classes=classes)["iou"]
             iou[title] = np.array([np.nan if scores[name] is None else scores[name] for name in classes])
-        if "tsne" in parts:
+        if source and "tsne" in parts:
             samples = [sample_pixels(stream(title, of), len(classes), args.per_class) for of in (source, domain)]
             planes = dict(zip(("source", "target"), zip(embed(samples), samples, strict=True), strict=True))
             save_scatter(args.output / f"tsne_{_file_name(title)}.png", planes, classes)
@@ -144,9 +119,7 @@ def with_labels(args: argparse.Namespace, models: dict, sizes: dict, classes: tu
     print(f"Figures and their CSV files in {args.output}")
 
 
-def without_labels(
-    args: argparse.Namespace, models: dict, sizes: dict, classes: tuple[str, ...], domain: Domain
-) -> None:
+def without_labels(args: Namespace, models: Models, sizes: Sizes, classes: tuple[str, ...], domain: Domain) -> None:
     both = {title: (model, sizes[title]) for title, model in models.items()}
     proxies, shares, unreadable = measure(both, domain, len(classes), args.threshold, args.limit)
     with (args.output / "proxies.csv").open("w", newline="", encoding="utf-8") as file:
@@ -170,7 +143,9 @@ def without_labels(
     print(f"Proxies, class shares and pictures in {args.output}. Without labels there is no score.")
 
 
-def _correlated(similarity: dict, iou: dict) -> dict:
+def _correlated(
+    similarity: Mapping[str, np.ndarray], iou: Mapping[str, np.ndarray]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Titles with both correlations over the classes that have both numbers."""
     found = {}
     for title, values in similarity.items():
@@ -186,16 +161,3 @@ def _correlated(similarity: dict, iou: dict) -> dict:
 
 def _file_name(title: str) -> str:
     return re.sub(r"[^\w.-]+", "_", title).strip("_")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        run(parse_arguments(arguments))
-    except ValueError as error:
-        print(f"ValueError: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_masked(main))
