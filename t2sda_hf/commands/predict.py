@@ -71,20 +71,19 @@ def predict_domain(args: Namespace) -> int:
     model, classes = load_model(args.model)
     domain = open_labelled(config, classes, "To segment images without labels, give them instead of --compare.")
     part = readable(Part(domain, range(len(domain))[: args.cfg.evaluation.limit], domain.name))
-    stems = [stem_of(domain, row) for row in part.indices]
-    files = [picture_files(args.output / stem, args.confidence, "compare") for stem in stems]
+    files = [picture_files(args.output / stem_of(domain, row), args.confidence, "compare") for row in part.indices]
     refuse_existing(files, args.overwrite)
     see = seeing(model, args)
     args.output.mkdir(parents=True, exist_ok=True)
-    for index, (stem, own) in enumerate(zip(tqdm(stems, desc="predict"), files, strict=True)):
+    for index, own in enumerate(tqdm(files, desc="predict")):
         image, truth = part.image(index), part.labels(index)
         labels, confidence = see(image)
         save_pictures(image, labels, confidence, own, palette(classes))
         wrong, known = errors(labels, truth), truth != IGNORE_INDEX
         right = f"{100 * (wrong[known] == 0).mean():.1f} % right" if known.any() else "nothing is labelled"
         columns = [Column("image", [image]), Column("truth", [truth], "classes")]
-        columns += [Column("prediction", [labels], "classes"), Column("errors", [wrong], "error")]
-        save_grid(own["compare"], columns, classes, f"{stem}: {right}")
+        columns += [Column("prediction", [labels], "classes"), Column(f"errors: {right}", [wrong], "error")]
+        save_grid(own["compare"], columns, classes)
     print(f"{len(part)} images of {domain.name} in {args.output}")
     return 0
 
