@@ -65,7 +65,10 @@ def _start(name: str, args: Namespace, file: Path | None) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     flags = [] if file is None else ["--config_file", str(file)]
-    flags += ["--multi_gpu"] if file is None and (args.num_processes or 1) > 1 else []
+    if file is None:  # said, because accelerate warns of defaults
+        args.mixed_precision = args.mixed_precision or "no"
+        flags = ["--num_machines", "1", "--dynamo_backend", "no"]
+        flags += ["--multi_gpu"] if (args.num_processes or 1) > 1 else []
     for flag in ("num_processes", "machine_rank", "main_process_ip", "mixed_precision"):
         flags += [] if getattr(args, flag) is None else [f"--{flag}", str(getattr(args, flag))]
     words = _without_launch_flags(args.words)
