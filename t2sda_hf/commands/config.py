@@ -5,9 +5,9 @@
     t2sda config --resolve demo           every key of a recipe or file, as a run of it would have it
     t2sda config --schema                 the JSON schema that editors complete and check YAML files by
 
-A line is: key = default, what it takes, [source], meaning. [P] the paper states the value, [D] the public DAFormer code
-that it builds on, [O A3] a choice that the paper leaves open, by its entry in the register of open points; without one
-the value is ours. "placement", "scoring" and "nothing" stand where another value does not change what is learned.
+Below a key and its default stand what it means, who says so, and what it takes. [P] the paper states the value, [D] the
+public DAFormer code that it builds on, [O A3] it is a choice that the paper leaves open, by its entry in the register
+of open points; without one the value is ours. The last line says where another value does not change what is learned.
 """
 
 import json
@@ -15,6 +15,13 @@ from argparse import Namespace
 from textwrap import fill
 
 from ..config import Key, RunConfig, dump_config, in_words, json_schema, keys, load_config, unknown_key
+
+CHANGES = {
+    "learning": "",
+    "placement": "; says only where the input lies",
+    "scoring": "; changes only what is scored or kept",
+    "nothing": "; changes nothing of the result",
+}
 
 
 def run(args: Namespace) -> int:
@@ -59,9 +66,12 @@ def _about(section: str) -> str:
 
 
 def _lines(key: Key) -> list[str]:
-    default = json.dumps(key.default, ensure_ascii=False)
-    facts = [in_words(key.type) + (f", {key.range}" if key.range else "")]
-    facts += [f"[{key.source}]"] if key.source else []
-    facts += [] if key.changes == "learning" else [key.changes]
-    text = f"{'; '.join(facts)}: {key.meaning}."
-    return [f"{key.name} = {default}", fill(text, 116, initial_indent="    ", subsequent_indent="    ")]
+    """The key with its default, what it means, and what it takes."""
+    meaning = f"{key.meaning}.{f' [{key.source}]' if key.source else ''}"
+    takes = in_words(key.type).replace(" (a number in quotes)", "") + (f", {key.range}" if key.range else "")
+    note = f"takes {takes}{CHANGES[key.changes]}"
+    indented = (
+        fill(text, 116, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+        for text in (meaning, note)
+    )
+    return [f"{key.name} = {json.dumps(key.default, ensure_ascii=False)}", *indented]
