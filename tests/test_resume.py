@@ -19,8 +19,8 @@ from t2sda_hf.data.pairs import PositionSampler
 from t2sda_hf.masking import mask
 from t2sda_hf.methods import METHODS
 from t2sda_hf.training import loop
-from t2sda_hf.training.build import Interruptible
 from t2sda_hf.training.checkpoint import Progress, checkpoints
+from t2sda_hf.training.scores import Interruptible
 from t2sda_hf.training.stopping import Stopped, StopRequest
 from t2sda_hf.training.tracking import Tracker
 
@@ -54,12 +54,12 @@ def stop_after(monkeypatch: pytest.MonkeyPatch):
     def plan(updates: int, number: int = signal.SIGTERM) -> None:
         update, made = loop.update, [0]
 
-        def planted(*arguments: object) -> float:
-            factor = update(*arguments)
+        def planted(*arguments: object) -> object:
+            seen = update(*arguments)
             made[0] += 1
             if made[0] == updates:
                 os.kill(os.getpid(), number)
-            return factor
+            return seen
 
         monkeypatch.setattr(loop, "update", planted)
 
@@ -265,11 +265,10 @@ def test_a_skipped_step_is_said_and_no_mean_shows_it(run, tmp_path: Path, monkey
     """The loss of step 4 is infinite; the line of step 4 is the mean of step 3 alone, as log_every is 2."""
     method = METHODS["t2sda"]
 
-    def spoiled(batch, parts, cfg, step, generator, all_sum):
-        for terms in method(batch, parts, cfg, step, generator, all_sum):
-            yield {
-                name: value * (float("inf") if step == 3 and name == "target" else 1) for name, value in terms.items()
-            }
+    def spoiled(step):
+        for graph in method(step):
+            factors = {name: float("inf") if step.index == 3 and name == "target" else 1 for name in graph.losses}
+            yield replace(graph, losses={name: value * factors[name] for name, value in graph.losses.items()})
 
     assert run("whole") == 0
     monkeypatch.setitem(METHODS, "t2sda", spoiled)
@@ -291,11 +290,11 @@ def test_a_batch_of_ignored_pixels_is_a_finite_zero(run, tmp_path: Path, monkeyp
     method = METHODS["source_only"]
     seen: list[Tensor] = []
 
-    def all_ignored(batch, *rest):
-        batch.source_labels.fill_(255)
-        for terms in method(batch, *rest):
-            seen.append(terms["source"].detach())
-            yield terms
+    def all_ignored(step):
+        step.batch.source_labels.fill_(255)
+        for graph in method(step):
+            seen.append(graph.losses["source"].detach())
+            yield graph
 
     monkeypatch.setitem(METHODS, "source_only", all_ignored)
     assert run("out", "--method", "source_only", "--train.max_steps", "2") == 0

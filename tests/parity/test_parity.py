@@ -17,9 +17,9 @@ from t2sda_hf.batch import UdaBatch, normalize
 from t2sda_hf.config import RunConfig, load_config
 from t2sda_hf.data.rare_class_sampling import rare_classes
 from t2sda_hf.evaluation.inference import predict_logits
+from t2sda_hf.labels import THING_CLASSES
 from t2sda_hf.losses.feature_distance import downscale_labels_by_share
-from t2sda_hf.methods import Parts, t2sda
-from t2sda_hf.methods.parts import ClassMemory
+from t2sda_hf.methods import ClassMemory, Networks, Step, pull, t2sda
 from t2sda_hf.models import T2SDAForSemanticSegmentation
 from t2sda_hf.teacher import ema_momentum, make_teacher, update_teacher
 from t2sda_hf.training.loop import weighted_sum
@@ -143,7 +143,7 @@ class Draws:
         monkeypatch.setattr(t2sda, "mask_patches", mask_patches)
         monkeypatch.setattr(t2sda, "draw_detail_box", self.box)
         monkeypatch.setattr(
-            t2sda, "strong_augment", lambda x, *_: self.augment(monkeypatch, x, together=self.used["color"] > 0)
+            pull, "strong_augment", lambda x, *_: self.augment(monkeypatch, x, together=self.used["color"] > 0)
         )
 
 
@@ -160,10 +160,14 @@ def same_shape(drawn: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def config(*overrides: str) -> RunConfig:
-    return load_config(None, ["--model.pretrained=no file", *overrides])
+    """A run of DAFormer's values: the feature distance is that of things."""
+    things = f"--feature_distance.classes=[{', '.join(THING_CLASSES)}]"
+    return load_config(
+        None, ["--model.pretrained=no file", "--loss_weights.feature_distance=0.005", things, *overrides]
+    )
 
 
-def parts(case: str, cfg: RunConfig, **fields: object) -> Parts:
+def networks_of(case: str, cfg: RunConfig, **fields: object) -> Networks:
     """Student and frozen encoder of one of their training checkpoints, which holds three networks."""
     tensors = checkpoint(case, ("model.", "ema_model.", "imnet_model."))
     student, frozen = (
@@ -172,13 +176,8 @@ def parts(case: str, cfg: RunConfig, **fields: object) -> Parts:
         )[0]
         for weights in ("student", "ImageNet")
     )
-    return Parts(
-        student.train(),
-        make_teacher(student),
-        make_teacher(frozen.encoder).eval(),
-        build_engine(cfg.translate),
-        ClassMemory(19, cfg.projector.dim),
-    )
+    engine = build_engine(cfg.translate)
+    return Networks(student.train(), make_teacher(student), make_teacher(frozen.encoder).eval(), engine)
 
 
 LOSSES = {  # our terms, with their weights -> theirs
@@ -215,7 +214,7 @@ HRDA = [
 def test_training_steps(monkeypatch, case, network, file, count, side, block, overrides):
     """Losses of several updates: what a wrong gradient, teacher, optimiser or buffer would do shows in the next."""
     cfg = config("--translate.engine=none", "--optim={lr: 6.0e-5, weight_decay: 0.01}", *overrides)
-    networks = parts(network, cfg, detail_crop_size=(64, 64))
+    networks, memory = networks_of(network, cfg, detail_crop_size=(64, 64)), ClassMemory(19, cfg.projector.dim)
     optimizer = make_optimizer(networks.student.encoder, networks.student, cfg.optim)
     for step in range(count):
         numbers = THEIRS[file]
@@ -231,9 +230,9 @@ def test_training_steps(monkeypatch, case, network, file, count, side, block, ov
         terms: dict[str, Tensor] = {}
         with monkeypatch.context() as patch:
             Draws(f"{case}/{step}/", numbers).install(patch)
-            for some in t2sda.t2sda_losses(batch, networks, cfg, step, Generator(), alone):
-                weighted_sum(some, cfg.loss_weights).backward()
-                terms |= some
+            for graph in t2sda.t2sda_losses(Step(batch, networks, cfg, memory, Generator(), alone, step)):
+                weighted_sum(graph.losses, cfg.loss_weights).backward()
+                terms |= graph.losses
         optimizer.step()
         optimizer.zero_grad()
         update_teacher(networks.teacher, networks.student, ema_momentum(step + 1, cfg.uda.ema_momentum))
@@ -248,7 +247,7 @@ def test_training_steps(monkeypatch, case, network, file, count, side, block, ov
 def test_training_losses_of_two_resolutions(case, tolerance):
     """Losses, and the sum of the gradients' absolute values. Theirs are of float64: 50 layers of float32 are rough."""
     cfg = config(*HRDA, "--translate.engine=none", "--loss_weights.pull=0", *([DEEPLAB] if "dlv2" in case else []))
-    student = parts(case, cfg, detail_crop_size=(64, 64)).student
+    student = networks_of(case, cfg, detail_crop_size=(64, 64)).student
     pixels, y = normalize(image(f"{case} train", (2, 3, 128, 128))), labels(f"{case} train", (2, 128, 128))
     for index, weights in enumerate([None, (uniform(f"{case} weights", (2, 128, 128)) + 1) / 2]):
         prefix = f"{case}/train.{index}/"

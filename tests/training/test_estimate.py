@@ -8,11 +8,11 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import alone, tiny_config, tiny_parts
+from tiny import alone, tiny_config, tiny_networks
 from torch import nn
 
 from t2sda_hf.config import RunConfig
-from t2sda_hf.methods import METHODS
+from t2sda_hf.methods import METHODS, ClassMemory, Step
 from t2sda_hf.models import T2SDAConfig, T2SDAForSemanticSegmentation
 from t2sda_hf.training.checkpoint import allocate_state
 from t2sda_hf.training.estimate import Cost, Counting, Device, count_update, random_batch
@@ -41,17 +41,19 @@ def made_for_real(cfg: RunConfig) -> Cost:
     """What `count_update` estimates, of real networks under the same counting."""
     cost = Cost()
     with Counting(cost):
-        parts = tiny_parts(cfg)
+        networks = tiny_networks(cfg)
         if cfg.model.activation_checkpointing:
-            parts.student.activation_checkpointing_enable()
-        optimizer = make_optimizer(parts.student.encoder, parts.student, cfg.optim)
+            networks.student.activation_checkpointing_enable()
+        optimizer = make_optimizer(networks.student.encoder, networks.student, cfg.optim)
         allocate_state(optimizer)
         cost.lasting = cost.peak = cost.live
         for micro in range(cfg.train.micro_batches):
             generator = seed_step(cfg.seed, cfg.pull.start_step, micro)
             batch = random_batch(cfg).on(torch.device("cpu"))
-            for terms in METHODS[cfg.method](batch, parts, cfg, cfg.pull.start_step, generator, alone):
-                weighted_sum(terms, cfg.loss_weights).backward()
+            memory = ClassMemory(len(cfg.classes), cfg.projector.dim)
+            step = Step(batch, networks, cfg, memory, generator, alone, cfg.pull.start_step)
+            for graph in METHODS[cfg.method](step):
+                weighted_sum(graph.losses, cfg.loss_weights).backward()
     return cost
 
 

@@ -36,12 +36,12 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def stop_after(updates: int, monkeypatch: pytest.MonkeyPatch) -> None:
     update, made = loop.update, [0]
 
-    def planted(*arguments: object) -> float:
-        factor = update(*arguments)
+    def planted(*arguments: object) -> object:
+        seen = update(*arguments)
         made[0] += 1
         if made[0] == updates:
             os.kill(os.getpid(), signal.SIGTERM)
-        return factor
+        return seen
 
     monkeypatch.setattr(loop, "update", planted)
 
