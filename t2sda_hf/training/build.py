@@ -241,7 +241,7 @@ def run_method(
 def build_parts(
     cfg: RunConfig, initial: T2SDAForSemanticSegmentation, domains: Domains, accelerator: Accelerator
 ) -> tuple[Parts, nn.Module]:
-    """The parts of a run at its start; and, if they are sharded, a student that is not, see `whole_network`."""
+    """The parts of a run at its start, and a student that is not sharded, see `whole_network`."""
     student: Any = deepcopy(initial)
     sharded = shards(accelerator)
     if not sharded:  # which may be too large to be whole on the device together with its teacher

@@ -155,7 +155,10 @@ def next_batch(run: Run, index: int, micro: int, tracker: Tracker) -> Step:
 
 
 def learn(run: Run, step: Step, logged: list[dict[str, Tensor]]) -> Mapping[str, Any]:
-    """Add the gradients of one micro-batch to those that are there, and its numbers to `logged`; what was seen."""
+    """Add the gradients of one micro-batch to those that are there, and its numbers to `logged`; returns what was seen.
+
+    Here, so that the last graph ends with it.
+    """
     seen: dict[str, Any] = {}
     for graph in run.method(step):  # one at a time
         run.accelerator.backward(weighted_sum(graph.losses, run.cfg.loss_weights))

@@ -30,8 +30,9 @@ from .parts import Parts
 
 @dataclass(frozen=True)
 class Store:
-    """The folder of one method: config, checkpoints, models, results. All but `save` is collective; the main process
-    writes.
+    """The folder of one method: config, checkpoints, models, results.
+
+    The main process writes, and all but `save` is collective: call it on every process.
 
     Attributes:
         folder: of the method.
