@@ -153,7 +153,9 @@ def seeds_of(text: str) -> list[int]:
     except ValueError:
         found = []
     if not found or min(found) < 0 or len(set(found)) < len(found):
-        raise ValueError(f"--seeds takes a range like 0..4 or a list like 0,3,7 of different seeds, got {text!r}.")
+        raise argparse.ArgumentTypeError(
+            f"takes a range like 0..4 or a list like 0,3,7 of different seeds, got {text!r}"
+        )
     return found
 
 
