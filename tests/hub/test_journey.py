@@ -14,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 from server import TOKEN, Hub, serve
-from test_push import content, load_script
+from test_push import content
 from test_two_processes import TINY_RUN, launch
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
+from t2sda_hf.cli import main
 from t2sda_hf.evaluation.inference import load_model
 
 ROOT = Path(__file__).parents[2]
@@ -79,12 +80,12 @@ def run(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    """What scripts/predict.py says of one picture with the folder of the run, and the model's logits."""
+    """What `t2sda predict` says of one picture with the folder of the run, and the model's logits."""
     folder = tmp_path_factory.mktemp("expected")
     noise = np.random.default_rng(0).integers(0, 256, (9, 14, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((137, 90)).save(folder / "street.png")
     student = str(run / "t2sda" / "student")
-    assert load_script("predict").main([student, str(folder / "street.png"), "--output", str(folder / "out")]) == 0
+    assert main(["predict", student, str(folder / "street.png"), "--output", str(folder / "out")]) == 0
     model = AutoModelForSemanticSegmentation.from_pretrained(student)
     with Image.open(folder / "street.png") as picture, torch.no_grad():
         logits = model(**AutoImageProcessor.from_pretrained(student)(picture, return_tensors="pt")).logits
