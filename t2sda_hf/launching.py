@@ -75,6 +75,7 @@ def _start(name: str, args: Namespace, file: Path | None) -> int:
     if file is None:  # said, because accelerate warns of defaults
         args.mixed_precision = args.mixed_precision or "no"
         flags = ["--num_machines", "1", "--dynamo_backend", "no"]
+        flags += ["--main_process_port", "0"]  # a free one: two runs may share a machine
         flags += ["--multi_gpu"] if (args.num_processes or 1) > 1 else []
     for flag in ("num_processes", "machine_rank", "main_process_ip", "mixed_precision"):
         flags += [] if getattr(args, flag) is None else [f"--{flag}", str(getattr(args, flag))]
