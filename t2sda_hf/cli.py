@@ -153,7 +153,9 @@ def seeds_of(text: str) -> list[int]:
     except ValueError:
         found = []
     if not found or min(found) < 0 or len(set(found)) < len(found):
-        raise ValueError(f"--seeds takes a range like 0..4 or a list like 0,3,7 of different seeds, got {text!r}.")
+        raise argparse.ArgumentTypeError(
+            f"takes a range like 0..4 or a list like 0,3,7 of different seeds, got {text!r}"
+        )
     return found
 
 
@@ -347,23 +349,20 @@ def _translator(parser: Parser) -> None:
         help="train a network; show what engines of a config do; write the translations of all source images",
     )
     parser.takes_a_run()
+    parser.takes_key("--source", "source.path", "default: that of the config")
+    parser.takes_key("--target", "target.path", "default: that of the config")
     train = parser.add_argument_group("train")
-    train.add_argument("--source", metavar="PATH", help="default: source.path of the config")
-    train.add_argument("--target", metavar="PATH", help="default: target.path of the config")
-    train.add_argument("--source_resize", **SIZE, help="ratio is kept")
-    train.add_argument("--target_resize", **SIZE)
     train.add_argument("--crop", type=int, nargs=2, default=[256, 256], metavar=("HEIGHT", "WIDTH"))
     train.add_argument("--steps", type=int, default=100_000, metavar="N")
     train.add_argument("--batch_size", type=int, default=1, metavar="N", help="per process")
     train.add_argument("--lr", type=float, default=2e-4)
     train.add_argument("--width", type=int, default=32, help="channels of the generators at full resolution")
     train.add_argument("--blocks", type=int, default=6, help="residual blocks of a generator")
-    train.add_argument("--num_workers", type=int, default=0)
     show = parser.add_argument_group("preview and apply")
     show.add_argument("--engine", nargs="+", metavar="ENGINE", help="default: that of the config")
     show.add_argument("--count", type=int, default=4, metavar="N", help="source images in the picture")
     parser.add_argument(
-        "--output", type=Path, metavar="PATH", help="folder, or picture of preview (default: outputs/translation.png)"
+        "--output", type=Path, metavar="PATH", help="folder; picture of preview (default: outputs/translation.png)"
     )
     _launching(parser)
 
@@ -384,16 +383,16 @@ def _completion(parser: Parser) -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """One word after `t2sda`: what it does in one line, its flags, and whether one process per GPU may run it."""
+    """One word after `t2sda`: what it does in one line, its flags, and when one process per GPU does it."""
 
     summary: str
     flags: Callable[[Parser], None]
-    launched: bool = False
+    launched: Callable[[argparse.Namespace], bool] = lambda args: False
 
 
 COMMANDS = {
-    "train": Command("adapt a segmentation model to an unlabelled domain", _train, launched=True),
-    "evaluate": Command("score models on labelled domains", _evaluate, launched=True),
+    "train": Command("adapt a segmentation model to an unlabelled domain", _train, lambda args: True),
+    "evaluate": Command("score models on labelled domains", _evaluate, lambda args: True),
     "predict": Command("segment images, folders and videos", _predict),
     "check": Command("find what is wrong with the data of a run before the run does", _check),
     "prepare": Command("turn the download of a public data set into parquet shards", _prepare),
@@ -407,7 +406,9 @@ COMMANDS = {
     "push": Command("publish a finished run on the Hub, with a model card", _push),
     "convert": Command("turn a released checkpoint into a folder for from_pretrained", _convert),
     "translator": Command(
-        "train a translator, look at engines, or translate a source domain", _translator, launched=True
+        "train a translator, look at engines, or translate a source domain",
+        _translator,
+        lambda args: args.action == "train",
     ),
     "config": Command("what every key of a run means", _config),
     "env": Command("versions and devices, for a bug report", _env),
@@ -466,7 +467,7 @@ def main(words: Sequence[str] | None = None, door: str = "t2sda") -> int:
                 load_config(path, args.overrides) for path in vars(args).get("configs", [vars(args).get("config")])
             ]
             args.cfg = args.cfgs[0]
-        if COMMANDS[name].launched:
+        if COMMANDS[name].launched(args):
             from .launching import launch
 
             code = launch(name, args)

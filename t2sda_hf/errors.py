@@ -19,10 +19,10 @@ class Ended(Exception):
 
 
 class Stopped(Ended):
-    """The run ends because it was told to; `exit_code` is 128 + number of the signal."""
+    """A command ends because it was told to; `exit_code` is 128 + number of the signal."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(f"by {signal.Signals(number).name}; go on with --resume auto.")
+    def __init__(self, number: int, advice: str = "go on with --resume auto") -> None:
+        super().__init__(f"by {signal.Signals(number).name}; {advice}.")
         self.exit_code = 128 + number
 
 

@@ -1,13 +1,20 @@
-"""How many processes a command is: this one, or those that accelerate starts."""
+"""How many processes a command is: this one, those that accelerate starts, or one after the other."""
 
 import os
 import shlex
 import signal
 import subprocess
+import sys
+import time
 from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 from .config import RECIPES, find_recipe
+from .errors import Stopped
 
 # Set by every launcher in the processes that it starts.
 _LAUNCHED = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
@@ -68,6 +75,7 @@ def _start(name: str, args: Namespace, file: Path | None) -> int:
     if file is None:  # said, because accelerate warns of defaults
         args.mixed_precision = args.mixed_precision or "no"
         flags = ["--num_machines", "1", "--dynamo_backend", "no"]
+        flags += ["--main_process_port", "0"]  # a free one: two runs may share a machine
         flags += ["--multi_gpu"] if (args.num_processes or 1) > 1 else []
     for flag in ("num_processes", "machine_rank", "main_process_ip", "mixed_precision"):
         flags += [] if getattr(args, flag) is None else [f"--{flag}", str(getattr(args, flag))]
@@ -103,6 +111,60 @@ def _code(returned: int) -> int:
     return 128 - returned if returned < 0 else returned
 
 
-def stopped(code: int) -> bool:
-    """Whether a command with this exit code was told to stop."""
-    return code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+def words_of(args: Namespace) -> list[str]:
+    """The launch flags that a command was given, for the commands that it runs."""
+    given = [f"--{flag}={value}" for flag in _FLAGS if (value := getattr(args, flag)) is not None]
+    return given + ["--cpu"] * args.cpu
+
+
+class Runner:
+    """Runs one command at a time in a group of its own, and passes signals on to it."""
+
+    def __init__(self) -> None:
+        self.child: subprocess.Popen[bytes] | None = None
+        self.stopped_by = 0
+
+    def __enter__(self) -> "Runner":
+        self.before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _pass_on(self, number: int, frame: object) -> None:
+        self.stopped_by = number
+        if self.child is not None and self.child.poll() is None:
+            os.killpg(self.child.pid, number)
+
+    def t2sda(self, *words: str) -> int:
+        """The exit code of a command of ours.
+
+        Raises:
+            Stopped: if it, or this process, was told to stop. Nothing is started after that.
+        """
+        code = self.run([sys.executable, "-m", "t2sda_hf", *words])
+        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            raise Stopped(code - 128, "the same command goes on from here")
+        return code
+
+    def run(self, command: Sequence[str]) -> int:
+        """The exit code of a command; 128 + number of a signal that came before, and it is not started."""
+        if self.stopped_by:
+            return 128 + self.stopped_by
+        self.child = subprocess.Popen(command, start_new_session=True)
+        if self.stopped_by:  # while it was being started
+            self._pass_on(self.stopped_by, None)
+        code = self.child.wait()
+        while self.stopped_by and _alive(self.child.pid):
+            time.sleep(0.1)  # the launcher dies of a signal at once, the run behind it writes its checkpoint first
+        return _code(code)
+
+
+def _alive(group: int) -> bool:
+    """Whether a process of the group still works (one that ended and was not fetched does not)."""
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
+from dataclasses import FrozenInstanceError, asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 import yaml
 from tiny import tiny_config
 
-from t2sda_hf.config import DomainConfig, RunConfig, dump_config, load_config
+from t2sda_hf.config import DomainConfig, RunConfig, differences, dump_config, load_config
 from t2sda_hf.labels import CITYSCAPES_CLASSES
 
 Load = Callable[[str, str], RunConfig]
@@ -649,6 +649,21 @@ def test_a_run_translates_only_where_the_objective_needs_it(overrides, translate
     assert cfg.uses_outer_crop == translates
     for choice in ("true", "false"):
         assert replace(cfg, data=replace(cfg.data, outer_crop=choice)).uses_outer_crop == (choice == "true")
+
+
+def test_differences_are_those_of_values_whatever_the_form_and_the_age_of_a_file():
+    cfg = load_config(None, ["--optim.lr=1", "--source.label_map={wall: building}", "--data.crop_size=[32, 64]"])
+    expected = {
+        "data.crop_size": ([512, 512], [32, 64]),
+        "optim.lr": (6e-5, 1.0),
+        "source.label_map.wall": (None, "building"),
+    }
+    assert differences(asdict(RunConfig()), asdict(cfg)) == expected
+    assert differences({}, yaml.safe_load(dump_config(cfg))) == expected
+    old = {"optim.lr": 1, "model.encoder_ln_eps_fix": False, "source": {"drawing_seed": 0, "label_map": {}}}
+    assert differences(old, asdict(cfg)) == {key: value for key, value in expected.items() if key != "optim.lr"} | {
+        "model.encoder_ln_eps_fix": (False, True)
+    }
 
 
 def test_own_class_names_need_no_label_space():

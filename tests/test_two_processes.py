@@ -35,28 +35,30 @@ loss_weights: {feature_distance: 0}
 """
 
 
-def launch(processes: int, script: str, *arguments: str, launch_file: str | None = None) -> str:
+def t2sda(*words: str) -> str:
+    """What a command prints that runs on the CPU in a process of its own, or in those that its flags ask for."""
+    return _printed([sys.executable, "-m", "t2sda_hf", *words, "--cpu"])
+
+
+def launch(processes: int, script: str, *arguments: str) -> str:
+    """The same of a script under `accelerate launch`."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     # On a CPU accelerate starts several processes only this way: --cpu would silently start one.
-    command += ["--main_process_port", "0"] if processes > 1 else ["--cpu"]
-    if launch_file is not None:
-        command += ["--config_file", launch_file]
-    elif processes > 1:
-        command += ["--multi_gpu"]
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-    }
+    command += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--cpu"]
+    return _printed([*command, script, *arguments], ACCELERATE_USE_CPU="true")
+
+
+def _printed(command: list[str], **environment: str) -> str:
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     done = subprocess.run(
-        [*command, script, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        command, cwd=ROOT, env=os.environ | own | environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-def train(folder: Path, processes: int, *arguments: str, launch_file: str | None = None) -> dict:
+def train(folder: Path, processes: int, *arguments: str) -> dict:
     folder.parent.mkdir(parents=True, exist_ok=True)
     config = folder.parent / "tiny.yaml"
     config.write_text(TINY_RUN, encoding="utf-8")
@@ -65,8 +67,7 @@ def train(folder: Path, processes: int, *arguments: str, launch_file: str | None
     torch.manual_seed(0)
     SegformerModel(SegformerConfig(**sizes)).save_pretrained(encoder)
     arguments += ("--model.pretrained", str(encoder), "--loss_weights.feature_distance", "0.005")
-    run = ("--config", str(config), "--output_dir", str(folder), *arguments)
-    launch(processes, "scripts/train_uda.py", *run, launch_file=launch_file)
+    t2sda("train", "--config", str(config), "--output_dir", str(folder), *arguments, f"--num_processes={processes}")
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
@@ -136,7 +137,8 @@ def assert_weights_close(one: Path, other: Path) -> None:
 def test_a_sharded_run_equals_the_whole_one_and_goes_on_as_one(two: Path, tmp_path: Path) -> None:
     """FSDP2 by its launch file; on a CPU accelerate itself would drop it."""
     out = tmp_path / "sharded"
-    train(out, 2, *LOCAL, "--train.save_every", "2", launch_file="configs/accelerate/fsdp2.yaml")
+    launch_file = ("--accelerate_config", "fsdp2", "--mixed_precision", "no")
+    train(out, 2, *LOCAL, "--train.save_every", "2", *launch_file)
     assert_losses_close(out, two)
     older, newest = (out / "t2sda" / f"checkpoint-00000{step}" for step in (2, 3))
     assert json.loads((newest / "state.json").read_text())["sharded"] is True

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from .keys import in_words
+from .keys import flatten, in_words
 from .run import RunConfig, keys
 
 # The recipes of configs/: beside the package in a checkout, inside it in a wheel.
@@ -65,6 +65,23 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(_plain(asdict(config)))
 
 
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> its value in one and in the other config, for all keys whose values are not equal.
+
+    What a difference means for a run is said by `changes(key)`.
+
+    Args:
+        one, other: nested or dotted keys, as files hold them or `asdict` makes them. A key that is not there, because
+            the file is older, or holds differences only, has its default; one of `GONE` the value it always had.
+    """
+    defaults, first, second = GONE | _entries(asdict(RunConfig())), _entries(one), _entries(other)
+    pairs = {
+        key: (first.get(key, defaults.get(key)), second.get(key, defaults.get(key)))
+        for key in sorted(first.keys() | second.keys())
+    }
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
 def recipe_names() -> list[str]:
     """The names that `load_config` knows: files of configs/ without their ending."""
     found = (path.relative_to(RECIPES) for path in sorted(RECIPES.rglob("*.yaml")))
@@ -111,6 +128,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _plain(part) for name, part in value.items()}
     return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _entries(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys of a config. A mapping (label_map) is there by its entries alone, so an empty one is not."""
+    return {key: value for key, value in flatten(_plain(tree)).items() if value != {}}
 
 
 def _with_base(path: str | Path) -> list[tuple[Path, dict[str, Any]]]:

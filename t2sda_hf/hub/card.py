@@ -266,7 +266,7 @@ def method_folder(run_folder: Path) -> Path:
             return folder
     raise ValueError(
         f"{run_folder} holds no finished run: there is no metrics.json with a student/ beside it. Give the output_dir "
-        "of scripts/train_uda.py, or a method's folder in it."
+        "of `t2sda train`, or a method's folder in it."
     )
 
 

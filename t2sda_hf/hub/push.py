@@ -183,7 +183,7 @@ def push_command(
     run_folder: Path, repo_id: str, private: bool, create_pr: bool, given: Mapping[str, Any] | None
 ) -> str:
     """The one command that pushes this run again."""
-    words = ["python", "scripts/push_to_hub.py", str(run_folder), repo_id]
+    words = ["t2sda", "push", str(run_folder), repo_id]
     words += ["--private"] * private + ["--create-pr"] * create_pr
     for name, value in (given or {}).items():
         if name == "terms":

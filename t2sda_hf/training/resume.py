@@ -17,7 +17,7 @@ import yaml
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
-from ..config import GONE, RunConfig, changes, dump_config, flatten
+from ..config import RunConfig, changes, differences, dump_config
 from ..data.domains import Domain
 from ..masking import mask
 from ..models import T2SDAForSemanticSegmentation
@@ -240,16 +240,7 @@ def _check_given(given: Path, output_dir: Path, methods: Sequence[str]) -> dict[
 
 def _compare(state: dict[str, Any], record: dict[str, Any], path: Path, allowed: Sequence[str]) -> None:
     """Say what differs from the run that wrote a checkpoint; refuse what would change the result."""
-    then, now = flatten(state["config"]), GONE | flatten(record["config"])
-    defaults = GONE | flatten(yaml.safe_load(dump_config(RunConfig())))
-    changed: dict[str, tuple[Any, Any]] = {}
-    for key in sorted(then.keys() | now.keys()):
-        pair = (
-            then.get(key, defaults.get(key)),
-            now.get(key),
-        )  # a key that is newer than the checkpoint had its default
-        if pair[0] != pair[1]:
-            changed[key] = pair
+    changed = differences(state["config"], record["config"])
     for key in ("source_data", "target_data", "num_processes", "sharded"):
         if state.get(key, record[key]) != record[key]:
             changed[key] = (state[key], record[key])

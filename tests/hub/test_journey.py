@@ -14,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 from server import TOKEN, Hub, serve
-from test_push import content, load_script
-from test_two_processes import TINY_RUN, launch
+from test_push import content
+from test_two_processes import TINY_RUN, t2sda
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
+from t2sda_hf.cli import main
 from t2sda_hf.evaluation.inference import load_model
 
 ROOT = Path(__file__).parents[2]
@@ -72,19 +73,19 @@ def run(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment(hub, folder).items():
             patch.setenv(name, value)
-        printed = launch(2, "scripts/train_uda.py", *arguments, "--baseline", "source_only")
+        printed = t2sda("train", *arguments, "--baseline", "source_only", "--num_processes", "2")
     assert f"Published: {hub.url}/{REPOSITORY}/commit/" in printed
     return folder / "run"
 
 
 @pytest.fixture(scope="module")
 def expected(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    """What scripts/predict.py says of one picture with the folder of the run, and the model's logits."""
+    """What `t2sda predict` says of one picture with the folder of the run, and the model's logits."""
     folder = tmp_path_factory.mktemp("expected")
     noise = np.random.default_rng(0).integers(0, 256, (9, 14, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((137, 90)).save(folder / "street.png")
     student = str(run / "t2sda" / "student")
-    assert load_script("predict").main([student, str(folder / "street.png"), "--output", str(folder / "out")]) == 0
+    assert main(["predict", student, str(folder / "street.png"), "--output", str(folder / "out")]) == 0
     model = AutoModelForSemanticSegmentation.from_pretrained(student)
     with Image.open(folder / "street.png") as picture, torch.no_grad():
         logits = model(**AutoImageProcessor.from_pretrained(student)(picture, return_tensors="pt")).logits
@@ -162,7 +163,8 @@ def test_the_published_scores_are_those_of_the_summary(hub: Hub, run: Path) -> N
     assert facts["student"]["miou"] == summary["t2sda"]["miou"]
     assert facts["source_only"]["miou"] == summary["source_only"]["miou"]
     assert (facts["steps"], facts["num_processes"], facts["license"]) == (5, 2, "apache-2.0")
-    assert "accelerate launch --multi_gpu --num_processes 2 scripts/train_uda.py --config" in facts["command"]
+    assert facts["command"].startswith("OMP_NUM_THREADS=1 t2sda train --config")
+    assert facts["command"].endswith("--baseline source_only --num_processes 2 --cpu")
     assert len(hub.repositories[REPOSITORY].commits) == 2  # the empty one, and all files in the other
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from reference import pull as slow
-from test_scripts import load_script
 from tiny import CLASSES, tiny_batch, tiny_config, tiny_graphs, tiny_networks, together
 from torch import Generator, Tensor
 
 from t2sda_hf.augment.color import photometric_distortion
 from t2sda_hf.batch import normalize
+from t2sda_hf.cli import main
 from t2sda_hf.config import RunConfig
 from t2sda_hf.losses.segmentation import segmentation_loss
 from t2sda_hf.methods import METHODS, generalization_losses
@@ -186,7 +186,7 @@ train: {max_steps: 2, batch_size: 2, log_every: 1, log_with: []}
 """
     )
     out = tmp_path / "out"
-    assert load_script("train_uda").main(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(out)]) == 0
+    assert main(["train", "--config", str(tmp_path / "run.yaml"), "--output_dir", str(out)]) == 0
     assert "generalization (teacher)" in capsys.readouterr().out
     assert (out / "generalization" / "student" / "model.safetensors").is_file()
     scalars = (out / "generalization" / "scalars.jsonl").read_text()

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from faults.arena import RUN, load_script, outcome
+from faults.arena import RUN, outcome
 from tiny import tiny_batch, tiny_config, tiny_graphs, tiny_networks
 from torch import Generator, Tensor
 
+from t2sda_hf.cli import main
+from t2sda_hf.commands import train as command
 from t2sda_hf.config import RunConfig, dump_config
 from t2sda_hf.methods import Networks
 from t2sda_hf.methods.t2sda import draw_box
@@ -131,15 +133,14 @@ def test_a_compiled_run_that_was_resumed_leaves_the_files_of_a_plain_one(
     tmp_path: Path, fresh: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The backend "eager" captures graphs and runs them as written, so all must be equal bit by bit."""
-    script = load_script()
-    monkeypatch.setattr(script, "save_panel", lambda *_: None)
-    monkeypatch.setattr(script, "write_page", lambda folder: folder)
+    monkeypatch.setattr(command, "save_panel", lambda *_: None)
+    monkeypatch.setattr(command, "write_page", lambda folder: folder)
     (tmp_path / "run.yaml").write_text(RUN, encoding="utf-8")
 
     def run(name: str, *arguments: str) -> int:
         steps = ("--train.max_steps", "4", "--train.save_every", "2", "--train.evaluate_every", "3")
-        return script.main(
-            ["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / name), *steps, *arguments]
+        return main(
+            ["train", "--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / name), *steps, *arguments]
         )
 
     update, made = loop.update, [0]
@@ -166,5 +167,5 @@ def test_compiling_everything_by_the_launch_is_refused(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     (tmp_path / "run.yaml").write_text(RUN, encoding="utf-8")
-    assert load_script().main(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out")]) == 2
+    assert main(["train", "--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out")]) == 2
     assert "set train.compile instead" in capsys.readouterr().err

@@ -1,50 +1,73 @@
 """Make a table of the paper: train its missing cells, print it with mean, sd and the paper's figure.
 
-    python scripts/run_ablation.py table07 --seeds 0,1,2 --scale demo
-    python scripts/run_ablation.py table07 table08 --scale camvid --dry-run
-    python scripts/run_ablation.py table12 --set train.max_steps=400 --launch=--num_processes --launch=2
+    t2sda tables table07 --seeds 0..2 --scale demo
+    t2sda tables table07 table08 --scale camvid --dry-run
+    t2sda tables table12 --train.max_steps 400 --num_processes 2
 
-TABLE is a file of configs/ablations/ (or its path). A cell is one row with one seed: a run of scripts/train_uda.py
-through accelerate launch, in outputs/ablations/SCALE/ under a number made of its config. So rows that are the
-same run in several tables are trained once, and a changed config is another cell. A finished cell is left alone; an
-interrupted one goes on where its checkpoint is. Ctrl-C or SIGTERM lets the running cell write its checkpoint.
+TABLE is one of table02 ... table17, or the path of a file like those in configs/ablations/. A cell is one row with one
+seed: a run of `t2sda train`, in outputs/ablations/SCALE/ under a number made of its config. So rows that are the same
+run in several tables are trained once, and a changed config is another cell. A finished cell is left alone; an
+interrupted one goes on where its checkpoint is. Every key of a run is a flag, for every cell of this call. Ctrl-C or
+SIGTERM lets the running cell write its checkpoint.
 
 Written beside the cells: TABLE.md and TABLE.json. Exit code 0; 1 if cells failed (the others were still run); 2 when
 the input is at fault; 130 or 143 after a signal.
 """
 
-import argparse
 import hashlib
 import json
 import os
-import re
-import signal
-import subprocess
 import sys
-import time
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
-from t2sda_hf.config import RunConfig, load_config
-from t2sda_hf.evaluation.table import CLASS_SETS, markdown, spread, subset_miou
-from t2sda_hf.masking import run_masked
+from ..config import RECIPES, RunConfig, changes, differences, find_recipe, load_config
+from ..evaluation.table import CLASS_SETS, markdown, spread, subset_miou
+from ..labels import THING_CLASSES
+from ..launching import Runner, words_of
 
-ROOT = Path(__file__).parents[1]
-TABLES = ROOT / "configs" / "ablations"
 # One run of the base config, until there are cells to measure: two CPU cores for the first two; a GPU of 2019 for
 # "paper" (DAFormer's 16 hours, times 1.45 for the two more passes of T2S-DA).
 SECONDS = {"demo": 120, "camvid": 3600, "paper": 16 * 3600 * 1.45}
 # The nine rarest classes of Cityscapes: their mean is the paper's "tail" (Table 9).
 TAIL = ("wall", "traffic light", "traffic sign", "rider", "truck", "bus", "train", "motorcycle", "bicycle")
-# Keys that change neither what is learned nor how it is scored.
-FREE = ("output_dir", "seed", "baseline", "resume", "allow_changes", "push_to_hub", "data.num_workers", "train.log_")
-FREE += ("train.num_threads", "train.save_every", "train.evaluate_every", "train.keep_checkpoints", "train.timeout")
+# Defaults of the first release that are others today. A cell is numbered by what its config changes against that
+# release, so that no change of a default moves a cell that somebody has trained.
+FIRST_RELEASE: dict[str, Any] = {
+    "uda.ignore_top": 15,
+    "uda.ignore_bottom": 120,
+    "loss_weights.feature_distance": 0.005,
+    "feature_distance.classes": THING_CLASSES,
+}
+
+
+def run(args: Namespace) -> int:
+    tables = [read_table(name, args.scale, args.overrides) for name in args.tables]
+    folder = args.output.resolve() / args.scale
+    failed: list[str] = []
+    with Runner() as runner:
+        for table in tables:
+            # Seed after seed, so that an early look shows every row.
+            runnable = [row for row in table.rows if row.config is not None]
+            cells = [cell_of(row, seed, folder) for seed in args.seeds for row in runnable]
+            if args.dry_run:
+                print(plan_text(table, cells, *estimate(folder, args.scale)))
+                continue
+            for cell in cells:
+                code = make_cell(cell, table, runner, words_of(args))
+                if code:
+                    failed.append(f"{table.name} {' | '.join(cell.row.label)} seed {cell.seed}: exit code {code}")
+                    print(f"failed: {failed[-1]}", file=sys.stderr)
+                write(table, args.seeds, folder)
+            print(f"\n{table.name}: {table.question}\n\n{write(table, args.seeds, folder)}")
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 @dataclass(frozen=True)
@@ -64,7 +87,7 @@ class Table:
     labels: tuple[str, ...]
     scores: tuple[str, ...]
     across: bool  # rows stand as columns in the paper
-    evaluate: tuple[str, ...]  # of scripts/evaluate.py, if the score is not the run's own
+    evaluate: tuple[str, ...]  # words of `t2sda evaluate`, if the score is not the run's own
     rows: tuple[Row, ...]
 
 
@@ -89,10 +112,8 @@ def read_table(name: str, scale: str, overrides: Sequence[str] = ()) -> Table:
     Raises:
         ValueError: for an unknown table, a scale it does not have, or a row whose config is not valid.
     """
-    path = Path(name) if name.endswith(".yaml") else TABLES / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in TABLES.glob("*.yaml")))
-        raise ValueError(f"there is no table {name!r}. Give a path, or one of {known}.")
+    known = sorted(file.stem for file in (RECIPES / "ablations").glob("*.yaml"))
+    path = find_recipe(name, "ablations", known)
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if scale not in content["base"]:
         raise ValueError(f"{path.stem} has no scale {scale!r}: it has {', '.join(content['base'])}.")
@@ -100,11 +121,12 @@ def read_table(name: str, scale: str, overrides: Sequence[str] = ()) -> Table:
         raise ValueError(f"{path.stem} does not say what to evaluate at scale {scale!r}.")
     rows = []
     for entry in content["rows"]:
-        config, arguments = None, ()
+        config: str | None = None
+        arguments: tuple[str, ...] = ()
         if not entry.get("quoted"):
-            config = str(ROOT / (content["base"] | entry.get("base", {}))[scale])
-            changes = entry["set"] | entry.get("set_at", {}).get(scale, {})
-            texts = (f"--{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changes.items())
+            config = (content["base"] | entry.get("base", {}))[scale]
+            changed = entry["set"] | entry.get("set_at", {}).get(scale, {})
+            texts = (f"--{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changed.items())
             arguments = (*texts, "--baseline=none", *overrides)
             load_config(config, arguments)
         paper = tuple((cell[0], cell[1] if len(cell) > 1 else None) for cell in entry["paper"])
@@ -127,18 +149,16 @@ def config_of(row: Row) -> RunConfig:
 
 def cell_of(row: Row, seed: int, folder: Path) -> Cell:
     """The cell's folder is named by what its config changes, so a new key of the config moves no finished cell."""
-    default, content = (flat(asdict(config)) for config in (RunConfig(), config_of(row)))
-    changed = {key: value for key, value in content.items() if default.get(key) != value and not key.startswith(FREE)}
+    cfg = config_of(row)
+    changed = {
+        key: value
+        for key, (_, value) in differences(FIRST_RELEASE, asdict(cfg)).items()
+        if changes(key) != "nothing" and key != "seed"
+    }
+    if not cfg.loss_weights.feature_distance:
+        changed.pop("feature_distance.classes", None)  # nothing reads it
     number = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
     return Cell(row, seed, folder / number / f"seed_{seed}")
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys."""
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return leaves
 
 
 def score(cell: Cell, table: Table) -> list[float | None] | None:
@@ -162,65 +182,18 @@ def score(cell: Cell, table: Table) -> list[float | None] | None:
     return values
 
 
-class Runner:
-    """Runs one command at a time in a group of its own, and passes signals on to it."""
-
-    def __init__(self) -> None:
-        self.child: subprocess.Popen[bytes] | None = None
-        self.stopped_by = 0
-
-    def __enter__(self) -> "Runner":
-        self.before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _pass_on(self, number: int, frame: object) -> None:
-        self.stopped_by = number
-        if self.child is not None and self.child.poll() is None:
-            os.killpg(self.child.pid, number)
-
-    def run(self, command: Sequence[str]) -> int:
-        """Exit code of the command; it is not started after a signal."""
-        if self.stopped_by:
-            return 128 + self.stopped_by
-        self.child = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-        code = self.child.wait()
-        while self.stopped_by and _alive(self.child.pid):
-            time.sleep(0.1)  # the launcher dies of a signal at once, the run behind it writes its checkpoint first
-        return code
-
-
-def _alive(group: int) -> bool:
-    """Whether a process of the group still works (one that ended and was not fetched does not)."""
-    for process in psutil.process_iter():
-        with suppress(psutil.NoSuchProcess, ProcessLookupError):
-            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                return True
-    return False
-
-
-def launch(arguments: Sequence[str], script: str, *words: str) -> list[str]:
-    return [sys.executable, "-m", "accelerate.commands.launch", *arguments, str(ROOT / "scripts" / script), *words]
-
-
-def make_cell(cell: Cell, table: Table, runner: Runner, launch_arguments: Sequence[str]) -> int:
+def make_cell(cell: Cell, table: Table, runner: Runner, launch_words: Sequence[str]) -> int:
     """Train, go on with, or score one cell; the exit code."""
     if cell.state != "done":
         # Where a run stops early it leaves checkpoints, and "auto" also starts one that has none.
-        words = ["--config", str(cell.row.config), *cell.row.arguments, "--seed", str(cell.seed)]
-        words += ["--output_dir", str(cell.folder), "--resume", "auto"]
-        code = runner.run(launch(launch_arguments, "train_uda.py", *words))
+        own = f"--seed={cell.seed}", f"--output_dir={cell.folder}", "--resume=auto"
+        code = runner.t2sda("train", "--config", str(cell.row.config), *cell.row.arguments, *own, *launch_words)
         if code:
             return code
     evaluated = cell.folder / f"{table.name}.json"
     if table.evaluate and not evaluated.is_file():
         model = cell.folder / config_of(cell.row).method / "student"
-        return runner.run(
-            launch(launch_arguments, "evaluate.py", str(model), *table.evaluate, "--output", str(evaluated))
-        )
+        return runner.t2sda("evaluate", str(model), *table.evaluate, "--output", str(evaluated), *launch_words)
     return 0
 
 
@@ -283,56 +256,6 @@ def plan_text(table: Table, cells: Sequence[Cell], each: float, measured: int) -
     return "\n".join(lines)
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="+", metavar="TABLE")
-    parser.add_argument("--seeds", default="0,1,2", help="numbers with commas")
-    parser.add_argument("--scale", choices=tuple(SECONDS), default="paper")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every cell of this call")
-    parser.add_argument("--launch", action="append", default=[], metavar="WORD", help="of accelerate launch")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/ablations"))
-    parser.add_argument("--dry-run", action="store_true", help="list the cells and their estimated time")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code, see above."""
-    args = parse_arguments(arguments)
-    try:
-        if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
-            raise ValueError(f"--seeds must be whole numbers with commas between them, like 0,1,2; got {args.seeds!r}.")
-        seeds = [int(word) for word in args.seeds.split(",")]
-        tables = [read_table(name, args.scale, [f"--{change}" for change in args.set]) for name in args.tables]
-    except ValueError as error:
-        print(f"ValueError: {error}", file=sys.stderr)
-        return 2
-    folder = args.output_dir.resolve() / args.scale
-    failed: list[str] = []
-    with Runner() as runner:
-        for table in tables:
-            # Seed after seed, so that an early look shows every row.
-            runnable = [row for row in table.rows if row.config is not None]
-            cells = [cell_of(row, seed, folder) for seed in seeds for row in runnable]
-            if args.dry_run:
-                print(plan_text(table, cells, *estimate(folder, args.scale)))
-                continue
-            for cell in cells:
-                code = make_cell(cell, table, runner, args.launch)
-                if runner.stopped_by:
-                    print(
-                        f"stopped by signal {runner.stopped_by}; the same command goes on from here.", file=sys.stderr
-                    )
-                    return 128 + runner.stopped_by
-                if code:
-                    failed.append(f"{table.name} {' | '.join(cell.row.label)} seed {cell.seed}: exit code {code}")
-                    print(f"failed: {failed[-1]}", file=sys.stderr)
-                write(table, seeds, folder)
-            print(f"\n{table.name}: {table.question}\n\n{write(table, seeds, folder)}")
-    for line in failed:
-        print(f"failed: {line}", file=sys.stderr)
-    return 1 if failed else 0
-
-
 def write(table: Table, seeds: Sequence[int], folder: Path) -> str:
     """TABLE.md and TABLE.json as far as there are cells; the Markdown."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -342,7 +265,3 @@ def write(table: Table, seeds: Sequence[int], folder: Path) -> str:
     content = {"table": table.name, "question": table.question, "seeds": list(seeds), "rows": entries}
     (folder / f"{table.name}.json").write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
     return text
-
-
-if __name__ == "__main__":
-    sys.exit(run_masked(main))

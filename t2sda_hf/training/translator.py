@@ -1,22 +1,14 @@
-"""Train a translator from one domain's look to another's, for translate.engine trained (CycleGAN: Zhu et al. 2017).
-
-    accelerate launch scripts/train_translator.py --source streets-source --target streets-target \\
-        --output_dir outputs/translators/streets --steps 2000 --crop 96 128
+"""Training of a translator between the looks of two domains, for translate.engine trained (CycleGAN: Zhu et al. 2017).
 
 Two generators and two patch discriminators learn from unpaired crops; no label is read, of either domain. Losses: a
 least-squares adversary, and 10 x the L1 distance after there and back. No identity loss, which holds colours where they
 are. Unlike the original there is no pool of old images, generators start at "no change", and the learning rate decays
 linearly over the second half.
-
-Writes into output_dir: config.json and model.safetensors (source to target; what translate.trained.model reads),
-backward/ (target to source), training.json (domains, settings, losses), preview.png. Domains are names, parquet files
-or folders, as in a run's config. On the target, use training images only.
 """
 
-import argparse
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +16,42 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from t2sda_hf.config import DomainConfig
-from t2sda_hf.data.domains import Domain, load_domain
-from t2sda_hf.data.transforms import pad_image, random_window
-from t2sda_hf.masking import run_masked
-from t2sda_hf.translate.generator import TranslationGenerator, save_translator
+from ..data.domains import Domain
+from ..data.transforms import pad_image, random_window
+from ..translate.generator import TranslationGenerator, save_translator
 
 CYCLE_WEIGHT = 10.0
 LOGGED_EVERY = 50
+
+
+@dataclass(frozen=True)
+class TranslatorSettings:
+    """How a translator is trained.
+
+    Attributes:
+        steps: updates.
+        batch_size: crops of each domain, per process.
+        crop_size: (height, width).
+        lr: of both optimisers.
+        width: channels of the generators at full resolution, and of the discriminators' first layer.
+        num_blocks: residual blocks of a generator.
+        seed: of the weights and crops.
+        num_workers: processes that load ahead.
+    """
+
+    steps: int
+    batch_size: int
+    crop_size: tuple[int, int]
+    lr: float
+    width: int
+    num_blocks: int
+    seed: int
+    num_workers: int = 0
 
 
 class Crops(Dataset):
@@ -111,27 +125,50 @@ def discriminator_loss(real: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor])
     return torch.stack(parts).sum() / 2
 
 
-def train(args: argparse.Namespace, accelerator: Accelerator, source: Domain, target: Domain) -> dict[str, Any]:
-    """Train and write the folder; the facts of training.json."""
-    torch.manual_seed(args.seed)
-    translators, discriminators = Translators(args.width, args.blocks), Discriminators(args.width)
+def train_translator(
+    settings: TranslatorSettings,
+    source: Domain,
+    target: Domain,
+    folder: Path,
+    accelerator: Accelerator,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Train, and write what `load_translator` and a reader need.
+
+    folder/config.json, model.safetensors   source to target
+    folder/backward/                        target to source
+    folder/training.json                    domains, settings, losses, and what `about` says
+    folder/preview.png                      source images over their translations, target images below
+
+    Args:
+        settings: see there.
+        source, target: read without labels. Of the target, training images only.
+        folder: written at the end, by the main process.
+        accelerator: prepares the networks; every process calls this.
+        about: what else training.json says.
+
+    Raises:
+        FloatingPointError: if the generators' loss is not finite.
+    """
+    torch.manual_seed(settings.seed)
+    translators = Translators(settings.width, settings.num_blocks)
+    discriminators = Discriminators(settings.width)
     optimizers = [
-        torch.optim.Adam(module.parameters(), lr=args.lr, betas=(0.5, 0.999))
+        torch.optim.Adam(module.parameters(), lr=settings.lr, betas=(0.5, 0.999))
         for module in (translators, discriminators)
     ]
-    length = args.steps * args.batch_size * accelerator.num_processes
-    loader = DataLoader(
-        Crops(source, target, tuple(args.crop), args.seed, length), args.batch_size, num_workers=args.num_workers
-    )
+    length = settings.steps * settings.batch_size * accelerator.num_processes
+    crops_of_both = Crops(source, target, settings.crop_size, settings.seed, length)
+    loader = DataLoader(crops_of_both, settings.batch_size, num_workers=settings.num_workers)
     translators, discriminators, *optimizers, loader = accelerator.prepare(
         translators, discriminators, *optimizers, loader
     )
     log: list[dict[str, float]] = []
-    bar = tqdm(loader, disable=not accelerator.is_main_process, total=args.steps)
+    bar = tqdm(loader, disable=not accelerator.is_main_process, total=settings.steps)
     for step, crops in enumerate(bar):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1.0, 2 * (1 - step / args.steps))
+                group["lr"] = settings.lr * min(1.0, 2 * (1 - step / settings.steps))
         real_source, real_target = (crops.float() / 255).unbind(1)
         made = translators(real_source, real_target)
 
@@ -149,22 +186,21 @@ def train(args: argparse.Namespace, accelerator: Accelerator, source: Domain, ta
         accelerator.backward(doubt)
         optimizers[1].step()
         optimizers[1].zero_grad()
-        if (step + 1) % LOGGED_EVERY == 0 or step + 1 == args.steps:
+        if (step + 1) % LOGGED_EVERY == 0 or step + 1 == settings.steps:
             log.append({"step": step + 1, "generators": loss.item(), "discriminators": doubt.item()})
             bar.set_postfix({name: f"{value:.3g}" for name, value in log[-1].items() if name != "step"})
             if not np.isfinite(log[-1]["generators"]):
                 raise FloatingPointError(f"the generators' loss is not finite at step {step + 1}; lower --lr.")
-    facts = {"method": "CycleGAN", "source": source.name, "target": target.name, "log": log}
-    facts |= {"settings": {name: value for name, value in vars(args).items() if name != "output_dir"}}
     if accelerator.is_main_process:
         plain = accelerator.unwrap_model(translators).eval()
-        sizes = {"width": args.width, "num_blocks": args.blocks}
-        save_translator(args.output_dir, plain.forth, sizes)
-        save_translator(args.output_dir / "backward", plain.back, sizes)
-        (args.output_dir / "training.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
-        preview(plain, source, target, accelerator.device).save(args.output_dir / "preview.png")
+        sizes = {"width": settings.width, "num_blocks": settings.num_blocks}
+        save_translator(folder, plain.forth, sizes)
+        save_translator(folder / "backward", plain.back, sizes)
+        facts: dict[str, Any] = {"method": "CycleGAN", "source": source.name, "target": target.name}
+        facts |= {"settings": asdict(settings), "num_processes": accelerator.num_processes, **(about or {}), "log": log}
+        (folder / "training.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+        preview(plain, source, target, accelerator.device).save(folder / "preview.png")
     accelerator.wait_for_everyone()
-    return facts
 
 
 @torch.no_grad()
@@ -181,52 +217,3 @@ def preview(translators: Translators, source: Domain, target: Domain, device: to
     size = columns[0].shape[-2:]
     sheet = torch.cat([F.interpolate(column, size) for column in columns], dim=3)[0]
     return Image.fromarray((sheet * 255).round().byte().permute(1, 2, 0).cpu().numpy())
-
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", required=True, help="name, parquet file or folder; its training split is read")
-    parser.add_argument("--target", required=True)
-    parser.add_argument("--output_dir", type=Path, required=True, help="must be empty or not exist")
-    parser.add_argument("--source_resize", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="ratio is kept")
-    parser.add_argument("--target_resize", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--crop", type=int, nargs=2, default=[256, 256], metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--steps", type=int, default=100_000)
-    parser.add_argument("--batch_size", type=int, default=1, help="per process")
-    parser.add_argument("--lr", type=float, default=2e-4)
-    parser.add_argument("--width", type=int, default=32, help="channels of the generators at full resolution")
-    parser.add_argument("--blocks", type=int, default=6, help="residual blocks of a generator")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_workers", type=int, default=0)
-    args = parser.parse_args(arguments)
-    for name in ("steps", "batch_size", "width", "blocks"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    if min(args.crop) < 32:
-        raise ValueError(f"--crop must be at least 32 32, got {args.crop}.")
-    if args.lr <= 0:
-        raise ValueError(f"--lr must be positive, got {args.lr}.")
-    if args.output_dir.exists() and any(args.output_dir.iterdir()):
-        raise ValueError(f"--output_dir {str(args.output_dir)!r} is not empty. Nothing is overwritten: give another.")
-    return args
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line when the input is at fault."""
-    try:
-        args = parse_arguments(arguments)
-        sizes = [tuple(size) if size else None for size in (args.source_resize, args.target_resize)]
-        configs = [
-            DomainConfig(path=path, resize=size) for path, size in zip((args.source, args.target), sizes, strict=True)
-        ]
-        source, target = (load_domain(config, labelled=False) for config in configs)
-    except ValueError as error:
-        print(f"ValueError: {error}", file=sys.stderr)
-        return 2
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
-    train(args, accelerator, source, target)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_masked(main))

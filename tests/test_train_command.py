@@ -1,8 +1,9 @@
-"""train_uda.py as a user meets it: one run end to end through accelerate, and every mistake before the first step."""
+"""t2sda train as a user meets it: one run end to end, and every mistake before the first step."""
 
-import importlib.util
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +11,13 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from test_two_processes import ROOT, TINY_RUN, launch
+from test_two_processes import ROOT, TINY_RUN, launch, t2sda
 from transformers import AutoModelForSemanticSegmentation
 
+from t2sda_hf.cli import main
 from t2sda_hf.config import load_config
 
 CLASSES = ["road", "sky", "car"]
-
-
-def load_script(name: str):
-    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "scripts" / f"{name}.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
 
 
 def png(pixels: np.ndarray) -> dict:
@@ -67,7 +62,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The message of a run that must stop before its first step, leaving no output folder."""
     out = Path(arguments[arguments.index("--output_dir") + 1])
     before = sorted(out.rglob("*")) if out.exists() else None
-    assert load_script("train_uda").main(arguments) == 2
+    assert main(["train", *arguments]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("ValueError: ")
     assert (sorted(out.rglob("*")) if out.exists() else None) == before
@@ -75,6 +70,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_a_run_end_to_end(tmp_path: Path) -> None:
+    """By the script of a checkout under `accelerate launch`; all else in these tests is the command."""
     (tmp_path / "tiny.yaml").write_text(TINY_RUN, encoding="utf-8")
     out = tmp_path / "out"
     arguments = ["--config", str(tmp_path / "tiny.yaml"), "--output_dir", str(out), "--baseline", "source_only"]
@@ -82,6 +78,8 @@ def test_a_run_end_to_end(tmp_path: Path) -> None:
     arguments += ["--push_to_hub.picture", "predictions"]
     printed = launch(1, "scripts/train_uda.py", *arguments)
 
+    command = json.loads((out / "run.json").read_text(encoding="utf-8"))["command"]
+    assert command.startswith("OMP_NUM_THREADS=1 accelerate launch scripts/train_uda.py --config ")
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     assert summary["seed"] == 3
     assert summary["gain"] == pytest.approx(summary["t2sda"]["miou"] - summary["source_only"]["miou"])
@@ -104,8 +102,8 @@ def test_a_run_end_to_end(tmp_path: Path) -> None:
     # What was saved is a model for anybody, and scores what the summary says.
     model = AutoModelForSemanticSegmentation.from_pretrained(out / "t2sda" / "student")
     assert model(torch.zeros(1, 3, 64, 64)).logits.shape == (1, 10, 16, 16)
-    evaluate = ["scripts/evaluate.py", str(out / "t2sda" / "student"), "--domain", "streets-target"]
-    launch(1, *evaluate, "--limit", "3", "--output", str(tmp_path / "scores.json"))
+    evaluate = ["evaluate", str(out / "t2sda" / "student"), "--domain", "streets-target", "--limit", "3"]
+    t2sda(*evaluate, "--output", str(tmp_path / "scores.json"))
     scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     assert scores["miou"] == pytest.approx(summary["t2sda"]["miou"], abs=1e-9)
 
@@ -124,12 +122,11 @@ def test_the_precision_of_products_on_a_gpu_is_the_configs(good, capsys, precisi
 
 
 def test_equal_seeds_give_equal_runs_and_others_do_not(tmp_path: Path, good: list[str]) -> None:
-    script = load_script("train_uda")
     written = []
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         arguments = [*good, "--seed", seed]
         arguments[arguments.index("--output_dir") + 1] = str(tmp_path / name)
-        assert script.main(arguments) == 0
+        assert main(["train", *arguments]) == 0
         written.append((tmp_path / name / "t2sda" / "student" / "model.safetensors").read_bytes())
     assert written[0] == written[1] != written[2]
 
@@ -143,9 +140,14 @@ def test_an_existing_folder_is_not_overwritten(good: list[str], capsys: pytest.C
 
 
 def test_help_and_no_arguments_explain(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["--help"]):
-        assert load_script("train_uda").main(arguments) == 0
-        assert "--config" in capsys.readouterr().out
+    for words in ([], ["--help"], ["train", "--help"]):
+        assert main(words) == 0
+        assert "t2sda train --config demo" in capsys.readouterr().out
+    script = subprocess.run([sys.executable, "scripts/train_uda.py"], cwd=ROOT, capture_output=True, text=True)
+    assert (script.returncode, script.stderr) == (0, "")
+    assert "t2sda train --config demo" in script.stdout
+    assert main(["train"]) == 2
+    assert "there is nothing to train: give --config" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

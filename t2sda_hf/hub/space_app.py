@@ -1,16 +1,13 @@
-"""Try a model in the browser: python scripts/demo.py ADAPTED_MODEL --compare SOURCE_ONLY_MODEL
+"""The page that shows what models see in an image, how sure they are, and how large every class is.
 
-Upload an image or pick one; see what the models see, how sure they are, and how large every class is. Works offline.
---space DIR writes a Space of the Hub instead, of which this same file is the app: settings.json beside it names the
-models, which then come with their own code. Needs gradio (pip install "t2sda_hf[demo]").
+A Space of the Hub gets a copy of this file as its app.py, and there is nothing else of ours: so it imports libraries
+only. settings.json beside the copy names the models, which come with their own code. `t2sda demo` shows the same page
+on this machine.
 """
 
-import argparse
 import html
 import json
 import os
-import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +20,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-HERE = Path(__file__).parent
-REQUIREMENTS = ("torch", "transformers>=5.23,<6", "numpy", "pillow")
 VIEWS = ("classes", "confidence")
 FILES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -132,28 +127,6 @@ def build(settings: dict[str, Any], examples: Sequence[str], remote_code: bool) 
     return page
 
 
-def write_space(folder: Path, settings: dict[str, Any], examples: Sequence[str], gradio_version: str) -> None:
-    """Everything that a Space needs; push it with `hf upload USER/NAME FOLDER --repo-type space`."""
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} exists and is not empty: choose another --space.")
-    local = [name for name in settings["models"].values() if Path(name).exists() or name.count("/") != 1]
-    if local:
-        raise ValueError(f"a Space loads its models from the Hub: push {', '.join(local)} and give user/name instead.")
-    (folder / "examples").mkdir(parents=True)
-    shutil.copy(__file__, folder / "app.py")
-    for path in examples:
-        shutil.copy(path, folder / "examples" / Path(path).name)
-    (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (folder / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
-    models = "".join(f"\n- {name}" for name in settings["models"].values())
-    (folder / "README.md").write_text(
-        f"---\ntitle: {json.dumps(settings['title'])}\nemoji: 🛣️\ncolorFrom: blue\ncolorTo: green\nsdk: gradio\n"
-        f"sdk_version: {gradio_version}\napp_file: app.py\nlicense: apache-2.0\nmodels:{models}\n---\n\n"
-        "Semantic segmentation before and after adaptation to images without labels, made by t2sda_hf.\n",
-        encoding="utf-8",
-    )
-
-
 def serve(page: Any, port: int | None) -> None:
     import gradio as gr
 
@@ -162,80 +135,16 @@ def serve(page: Any, port: int | None) -> None:
     page.launch(server_port=port, theme=plain, footer_links=[])
 
 
-def space_main() -> int:
-    settings = json.loads((HERE / "settings.json").read_text(encoding="utf-8"))
-    examples = sorted(str(path) for path in (HERE / "examples").glob("*") if path.suffix.lower() in FILES)
-    serve(build(settings, examples, remote_code=True), None)
-    return 0
+def examples_in(folder: Path) -> list[str]:
+    """Paths of the images in a folder."""
+    return sorted(str(path) for path in folder.glob("*") if path.suffix.lower() in FILES)
 
 
-def drawn_examples(folder: Path) -> list[str]:
-    """Three images of the drawn target domain."""
-    from t2sda_hf.config import DomainConfig
-    from t2sda_hf.data.domains import load_domain
-
-    domain = load_domain(DomainConfig(path="streets-target", split="validation", num_images=3), labelled=False)
-    paths = [folder / f"street_{index}.png" for index in range(len(domain))]
-    for index, path in enumerate(paths):
-        Image.fromarray(domain.image(index)).save(path)
-    return [str(path) for path in paths]
-
-
-def run(args: argparse.Namespace) -> None:
-    from tempfile import TemporaryDirectory
-
-    from t2sda_hf.evaluation.inference import load_model
-    from t2sda_hf.labels import palette
-
-    try:
-        import gradio as gr
-    except ImportError as error:
-        raise ValueError("the demo needs gradio: pip install 't2sda_hf[demo]'.") from error
-    models = {} if args.compare is None else {"source only": args.compare}
-    models["adapted" if models else "model"] = args.model
-    known = [load_model(name)[1] for name in models.values()]  # whatever is wrong with one is said in a sentence
-    if any(classes != known[0] for classes in known):
-        raise ValueError(f"{args.model} knows {', '.join(known[-1])}; {args.compare} knows {', '.join(known[0])}.")
-    colors = dict(zip(known[0], palette(known[0]).tolist(), strict=True))
-    settings = {"title": args.title, "models": models, "colors": colors}
-    with TemporaryDirectory() as temporary:
-        folder = args.examples
-        if folder is not None:
-            examples = sorted(str(path) for path in folder.glob("*") if path.suffix.lower() in FILES)
-        else:
-            examples = drawn_examples(Path(temporary))
-        if args.space is not None:
-            write_space(args.space, settings, examples, gr.__version__)
-            print(f"Written: {args.space}. Push it with: hf upload USER/NAME {args.space} --repo-type space")
-        else:
-            serve(build(settings, examples, remote_code=False), args.port)
-
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder or Hub id")
-    parser.add_argument("--compare", metavar="SOURCE_ONLY_MODEL", help="shown beside it")
-    parser.add_argument("--examples", type=Path, metavar="DIR", help="images to pick; default: drawn streets")
-    parser.add_argument("--title", default="Street scenes, adapted without labels")
-    parser.add_argument("--port", type=int)
-    parser.add_argument("--space", type=Path, metavar="DIR", help="write a Space here instead")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    if arguments is None and (HERE / "settings.json").is_file():
-        return space_main()
-    try:
-        run(parse_arguments(arguments))
-    except ValueError as error:
-        print(f"ValueError: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(folder: Path) -> None:
+    """Serve a Space."""
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    serve(build(settings, examples_in(folder / "examples"), remote_code=True), None)
 
 
 if __name__ == "__main__":
-    if not (HERE / "settings.json").is_file():  # in a Space there is this file alone
-        from t2sda_hf.masking import run_masked
-
-        sys.exit(run_masked(main))
-    sys.exit(main())
+    main(Path(__file__).parent)

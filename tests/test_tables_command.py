@@ -1,4 +1,4 @@
-"""run_ablation.py: missing cells only, nothing lost by an interruption, tables as in the paper."""
+"""t2sda tables: missing cells only, nothing lost by an interruption, tables as in the paper."""
 
 import json
 import re
@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from test_scripts import load_script
 from test_two_processes import TINY_RUN
 
-ablation = load_script("run_ablation")
+from t2sda_hf.cli import main
+from t2sda_hf.commands import tables
+from t2sda_hf.launching import Runner
+
 ROWS = """
 table: 99
 question: Does it print?
@@ -33,8 +35,12 @@ def table(tmp_path: Path) -> str:
     return str(tmp_path / "mine.yaml")
 
 
+def value(command: Sequence[str], flag: str) -> str:
+    return next(word.removeprefix(f"{flag}=") for word in command if word.startswith(f"{flag}="))
+
+
 class Trainer:
-    """Stands for the processes: "trains" by writing the summary that train_uda.py would, or fails, or is stopped."""
+    """Stands for the processes: "trains" by writing the summary that `t2sda train` would, or fails, or is stopped."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.commands: list[list[str]] = []
@@ -45,19 +51,19 @@ class Trainer:
         def run(runner: object, command: Sequence[str]) -> int:
             return trainer.call(runner, list(command))
 
-        monkeypatch.setattr(ablation.Runner, "run", run)
+        monkeypatch.setattr(Runner, "run", run)
 
     def call(self, runner: object, command: list[str]) -> int:
         number = len(self.commands)
         self.commands.append(command)
-        folder = Path(command[command.index("--output_dir") + 1])
+        folder = Path(value(command, "--output_dir"))
         folder.mkdir(parents=True, exist_ok=True)
         if number == self.stop_at:
             runner.stopped_by = signal.SIGTERM  # type: ignore[attr-defined]
             return 143
         if self.codes.get(number):
             return self.codes[number]
-        seed = int(command[command.index("--seed") + 1])
+        seed = int(value(command, "--seed"))
         pulled = "--loss_weights.pull=0" not in command
         iou = [10.0 + seed, 20.0, None, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0, 30.0 + 10 * pulled + seed]
         summary = {"t2sda": {"miou": 40.0 + 2 * seed + 5 * pulled, "iou": iou}, "seconds": 100.0 + 20 * pulled}
@@ -66,21 +72,19 @@ class Trainer:
 
 
 def call(table: str, tmp_path: Path, *arguments: str) -> int:
-    return ablation.main([table, "--scale", "demo", "--output_dir", str(tmp_path / "out"), *arguments])
+    return main(["tables", table, "--scale", "demo", "--output", str(tmp_path / "out"), *arguments])
 
 
-def test_missing_cells_are_trained_through_accelerate_and_once(table, tmp_path, monkeypatch, capsys):
+def test_missing_cells_are_trained_as_they_are_to_be_launched_and_once(table, tmp_path, monkeypatch, capsys):
     trainer = Trainer(monkeypatch)
-    assert call(table, tmp_path, "--seeds", "0,1", "--launch=--num_processes", "--launch=2") == 0
+    assert call(table, tmp_path, "--seeds", "0,1", "--num_processes", "2", "--cpu") == 0
     assert len(trainer.commands) == 4  # 2 seeds x 2 runs: the last row is the second one, and one is quoted
     for command in trainer.commands:
-        assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
-        assert command[3:5] == ["--num_processes", "2"]
-        assert command[5].endswith("scripts/train_uda.py")
+        assert command[:4] == [sys.executable, "-m", "t2sda_hf", "train"]
         assert "--baseline=none" in command
-        assert command[-2:] == ["--resume", "auto"]
-    assert [command[command.index("--seed") + 1] for command in trainer.commands] == ["0", "0", "1", "1"]
-    assert len({command[command.index("--output_dir") + 1] for command in trainer.commands}) == 4
+        assert command[-3:] == ["--resume=auto", "--num_processes=2", "--cpu"]
+    assert [value(command, "--seed") for command in trainer.commands] == ["0", "0", "1", "1"]
+    assert len({value(command, "--output_dir") for command in trainer.commands}) == 4
     first = capsys.readouterr().out
     assert call(table, tmp_path, "--seeds", "0,1") == 0
     assert len(trainer.commands) == 4
@@ -178,14 +182,14 @@ def test_a_failed_cell_does_not_keep_the_others_from_running(table, tmp_path, mo
 
 def test_cells_follow_the_config_and_nothing_else(table, tmp_path):
     def folders(*overrides: str) -> list[Path]:
-        rows = ablation.read_table(table, "demo", overrides).rows
-        return [ablation.cell_of(row, 0, tmp_path).folder for row in rows if row.config]
+        rows = tables.read_table(table, "demo", overrides).rows
+        return [tables.cell_of(row, 0, tmp_path).folder for row in rows if row.config]
 
     plain, pulled, again = folders()
     assert pulled == again != plain
     assert folders("--train.log_every=7", "--output_dir=elsewhere", "--seed=5", "--train.num_threads=2") == folders()
     assert not set(folders("--train.max_steps=7")) & set(folders())
-    assert ablation.cell_of(ablation.read_table(table, "demo").rows[0], 3, tmp_path).folder == plain.parent / "seed_3"
+    assert tables.cell_of(tables.read_table(table, "demo").rows[0], 3, tmp_path).folder == plain.parent / "seed_3"
 
 
 def test_scores_can_be_those_of_another_domain(table, tmp_path, monkeypatch, capsys):
@@ -195,7 +199,7 @@ def test_scores_can_be_those_of_another_domain(table, tmp_path, monkeypatch, cap
     train = trainer.call
 
     def run(runner: object, command: list[str]) -> int:
-        if not any(word.endswith("evaluate.py") for word in command):
+        if "evaluate" not in command:
             return train(runner, command)
         assert command[4].endswith("t2sda/student")
         assert command[5:9] == ["--domain", "streets-source", "--split", "validation"]
@@ -210,16 +214,16 @@ def test_scores_can_be_those_of_another_domain(table, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["table99"], "there is no table 'table99'"),
+        (["table99"], "'table99' does not exist"),
         (["table03", "--scale", "demo"], "table03 has no scale 'demo': it has paper"),
-        (["table08", "--seeds", "0, a"], "commas between them, like 0,1,2; got '0, a'."),
+        (["table08", "--seeds", "0, a"], "a list like 0,3,7 of different seeds, got '0, a'"),
         (["table08", "--set", "pull.temprature=1"], "pull.temperature"),
         (["table08", "--set", "pull.temperature=-1"], "must be positive"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(arguments, message, monkeypatch, capsys):
     trainer = Trainer(monkeypatch)
-    assert ablation.main(arguments) == 2
+    assert main(["tables", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert trainer.commands == []
 
@@ -243,7 +247,7 @@ behind = {behind!r}.replace("{{tester}}", str(os.getppid()))
 subprocess.Popen([sys.executable, "-c", behind]).wait()
 """
     before = signal.getsignal(signal.SIGTERM)
-    with ablation.Runner() as runner:
+    with Runner() as runner:
         assert runner.run([sys.executable, "-c", launcher]) != 0
         assert runner.stopped_by == signal.SIGTERM
         assert written.read_text() == "saved"
@@ -252,11 +256,11 @@ subprocess.Popen([sys.executable, "-c", behind]).wait()
 
 
 def test_one_cell_for_real(table, tmp_path, capsys):
-    """Through accelerate launch, with a finished run at the end of it."""
+    """In a process of its own, with a finished run at the end of it."""
     (tmp_path / "one.yaml").write_text(
         (ROWS % (tmp_path / "run.yaml")).split("  - {label: [pulled,")[0], encoding="utf-8"
     )
-    arguments = ["--seeds", "3", "--launch=--cpu", "--launch=--num_processes=1", "--set", "train.max_steps=1"]
+    arguments = ["--seeds", "3", "--cpu", "--num_processes=1", "--set", "train.max_steps=1"]
     assert call(str(tmp_path / "one.yaml"), tmp_path, *arguments) == 0
     (summary,) = (tmp_path / "out").rglob("summary.json")
     assert summary.parent.name == "seed_3"
