@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import yaml
@@ -97,7 +98,7 @@ class Parser(argparse.ArgumentParser):
             self.takes_key(
                 f"--{name[5:]}", name, keys()[name].meaning.replace("%", "%%") if shown else argparse.SUPPRESS
             )
-        self.epilog = f"Every key of a domain is a flag, with or without test. before it: {others}."
+        self.epilog = fill(f"Every key of a domain is a flag, with or without test. before it: {others}.", 79)
 
     def takes_inference(self) -> None:
         """How a model looks at an image."""

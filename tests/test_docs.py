@@ -26,7 +26,7 @@ SHORT = ["--train.max_steps=2", "--train.evaluate_every=1", "--train.save_every=
 SMALL = ["--data.crop_size=[64, 64]", "--data.outer_crop_size=[64, 96]", "--rcs.min_pixels=1"]
 SHORTENED = {"train": [*FEW, *SHORT, *SMALL], "repeat": [*FEW, *SHORT, *SMALL], "translator": FEW[:2]}
 SHORTENED |= {"evaluate": ["--limit=2"], "analyze": ["--limit=2", "--per_class=8", "--num_pictures=1"]}
-SHORTENED |= {"check": ["--processes=1"]}
+SHORTENED |= {"check": ["--processes=1"], "predict": ["--limit=2"]}
 SHORTENED |= {"estimate": ["--data={crop_size: [256, 256], outer_crop_size: [256, 512]}", "--model.size=mit_b0"]}
 
 

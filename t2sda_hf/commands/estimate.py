@@ -14,7 +14,6 @@ memory beside the estimate.
 glibc keeps freed memory for itself; with MALLOC_MMAP_THRESHOLD_=65536 in the environment it gives it back.
 """
 
-import logging
 import tempfile
 from argparse import Namespace
 from pathlib import Path
@@ -35,7 +34,6 @@ def run(args: Namespace) -> int:
         raise ValueError("there is nothing to estimate: give a file or a recipe; `t2sda train --list` names them.")
     if cfg.train.num_threads is not None:
         torch.set_num_threads(cfg.train.num_threads)
-    logging.disable(logging.INFO)
     disable_progress_bar()
     measured = None
     if args.measure is not None:  # before anything else, or the memory would not be this run's

@@ -1,5 +1,6 @@
 """A model as ONNX, for any image size, compared with PyTorch before it is kept."""
 
+import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -55,16 +56,16 @@ def export_onnx(name: str, path: Path) -> float:
     dynamic = {"pixel_values": {0: "batch", 2: "height", 3: "width"}}
     with TemporaryDirectory(dir=path.parent) as temporary:  # the same disk, so that renaming is one step
         draft = Path(temporary) / "model.onnx"
-        # Two images: with one the batch would become a constant.
-        program = torch.onnx.export(
-            logits,
-            (torch.zeros(2, 3, 64, 96),),
-            input_names=["pixel_values"],
-            output_names=["logits"],
-            dynamic_shapes=dynamic,
-            dynamo=True,
-            verbose=False,
-        )
+        with warnings.catch_warnings(action="ignore"):  # of the exporter about its own code
+            program = torch.onnx.export(
+                logits,
+                (torch.zeros(2, 3, 64, 96),),  # two images: with one the batch would become a constant
+                input_names=["pixel_values"],
+                output_names=["logits"],
+                dynamic_shapes=dynamic,
+                dynamo=True,
+                verbose=False,
+            )
         assert program is not None  # with dynamo=True it is none
         program.model.metadata_props["classes"] = ", ".join(classes)
         program.save(draft)

@@ -10,7 +10,6 @@ from t2sda_hf.cli import main
 from t2sda_hf.evaluation.inference import load_model
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `export`")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
 
 def test_the_file_gives_the_model_s_logits_at_sizes_that_the_export_never_saw(
