@@ -480,6 +480,9 @@ def main(words: Sequence[str] | None = None, door: str = "t2sda") -> int:
         return _end(error.exit_code, error if error.alone or os.environ.get("RANK", "0") == "0" else None)
     except ValueError as error:
         return _end(2, error)
+    except BrokenPipeError:  # `t2sda train --list | head`: who read it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (OSError, FloatingPointError) as error:
         return _end(1, error)
     except KeyboardInterrupt:
