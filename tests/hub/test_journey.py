@@ -168,10 +168,11 @@ def test_the_published_scores_are_those_of_the_summary(hub: Hub, run: Path) -> N
     assert len(hub.repositories[REPOSITORY].commits) == 2  # the empty one, and all files in the other
 
 
-def test_the_readme_shows_the_ways_of_the_card(hub: Hub) -> None:
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## On the Hub")[2].partition("\n## ")[0]
-    shown = re.findall(r"```python\n(.*?)```", section, re.S)
-    assert [block.replace("USER/streets-t2sda", REPOSITORY) for block in shown] == card_blocks(hub)
+def test_the_guide_shows_the_ways_of_the_card(hub: Hub) -> None:
+    """There the remark above each is a sentence, and the model a folder, so that the guide can be walked."""
+    shown = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "hub.md").read_text(encoding="utf-8"), re.S)
+    shown = [block.replace("outputs/to_push", REPOSITORY).replace("photos/", "") for block in shown]
+    assert shown == [re.sub(r"\A#.*\n", "", block) for block in card_blocks(hub)]
 
 
 def test_the_hf_command_publishes_the_metric_as_a_space(hub: Hub, tmp_path: Path) -> None:
