@@ -77,7 +77,7 @@ class _MaskedStream:
 
 
 def run_masked(main: Callable[[], int]) -> int:
-    """`main()`, with a mask over all that the process prints, tracebacks too. The last line of every script."""
+    """`main()`, with a mask over all that the process prints, tracebacks too. Every door goes through it."""
     make_record = logging.getLogRecordFactory()
 
     def masked_record(*args: Any, **kwargs: Any) -> logging.LogRecord:  # some handlers have kept the bare stream
