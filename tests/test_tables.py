@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from test_two_processes import ROOT
+from running import ROOT
 from transformers import SegformerConfig, SegformerModel
 
 from t2sda_hf import T2SDAForSemanticSegmentation

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from test_two_processes import TINY_RUN
+from running import TINY_RUN
 
 from t2sda_hf.cli import main
 from t2sda_hf.commands import tables

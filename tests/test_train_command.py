@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from test_two_processes import ROOT, TINY_RUN, launch, t2sda
+from running import ROOT, TINY_RUN, launch, t2sda
 from transformers import AutoModelForSemanticSegmentation
 
 from t2sda_hf.cli import main

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from server import TOKEN, Hub, serve
-from test_push import content
-from test_two_processes import TINY_RUN, t2sda
+from running import TINY_RUN, t2sda
+from server import TOKEN, Hub, content, serve
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from t2sda_hf.cli import main

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi, constants
-from server import READ_ONLY, TOKEN, Hub
+from server import READ_ONLY, TOKEN, Hub, content
 from tiny import tiny_config
 
 from t2sda_hf.cli import main, parser_of
@@ -26,10 +26,6 @@ def staged(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("staged") / "repository"
     stage_run(finished_run, "me/streets", folder)
     return folder
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_run_is_published_in_one_commit(hub: Hub, api: HfApi, finished_run: Path, waits: list[float]) -> None:

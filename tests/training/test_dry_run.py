@@ -13,7 +13,7 @@ import yaml
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
-from test_two_processes import TINY_RUN, t2sda
+from running import TINY_RUN, t2sda
 
 from t2sda_hf.cli import main
 
