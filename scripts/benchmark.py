@@ -406,9 +406,6 @@ def metric_rows(options: Options) -> Iterator[Row]:
         found["ours"] = scores(confusion_matrix(predictions, labels, 19))["mean_iou"]
 
     others: dict[str, tuple[str, Callable[[], object] | str]] = {}
-    # `evaluate` is the library here, and not the script of that name beside this one.
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
-    sys.modules.pop("evaluate", None)
     try:
         metric = importlib.import_module("evaluate").load(options.mean_iou)
 

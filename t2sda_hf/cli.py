@@ -10,18 +10,20 @@ import difflib
 import importlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-import yaml
-
 from .config import keys, load_config, recipe_names, unknown_key
 from .data.layouts import LAYOUTS
-from .errors import Ended
+from .errors import Ended, Stopped
+from .launching import FLAGS as LAUNCH_FLAGS
+from .launching import launch
 from .masking import mask, run_masked
 
 FOLDER: dict[str, Any] = {"type": Path, "metavar": "DIR"}
@@ -45,46 +47,60 @@ class Parser(argparse.ArgumentParser):
         Raises:
             ValueError: for a word that is not understood, with the nearest that would be.
         """
-        known = {flag: action.const for action in self._actions for flag in action.option_strings}
-        given = []
-        for word in words:
+        flags = {flag.replace("-", "_"): action for action in self._actions for flag in action.option_strings}
+        given, left = list[str](), list(words)
+        while left:
+            word = left.pop(0)
             flag, equals, value = word.partition("=")
             if flag.startswith("--") and flag != "--":
-                flag = f"--{flag[2:].replace('-', '_')}"
-                if flag not in known:
-                    raise ValueError(self._unknown(flag, [name for name in known if name[2:] != known[name]]))
-            given.append(f"{flag}{equals}{value}")
-        return self.parse_intermixed_args(given)
+                action = flags.get(flag.replace("-", "_"))
+                if action is None:
+                    raise ValueError(self._unknown(flag))
+                word = action.option_strings[-1] + equals + value
+                if isinstance(action, _Key) and not equals:
+                    word += f"={_value(str(action.const), left)}"
+            given.append(word)
+        args = self.parse_intermixed_args(given)
+        args.words = given
+        return args
 
-    def _unknown(self, flag: str, own: Sequence[str]) -> str:
-        near = difflib.get_close_matches(flag, own, 1, 0.75)
+    def _unknown(self, flag: str) -> str:
+        aliases = [name for action in self._actions for name in action.option_strings if name[2:] != action.const]
+        near = difflib.get_close_matches(flag, aliases, 1, 0.75)
         if self.takes_keys and not near:
-            return unknown_key(flag[2:], "the command line")
+            return unknown_key(flag[2:].replace("-", "_"), "the command line")
         hint = f" Did you mean {near[0]}?" if near else f" See `{self.prog} --help`."
         return f"unknown flag {flag}.{hint}"
 
-    def takes_a_run(self, config: str = "--config", **how: Any) -> None:
-        """Let the command take a config, and every key of a run as a flag: `--a.b v`, `--a.b=v` and `--set a.b=v`."""
+    def takes_a_run(self, config: str = "--config", without: Sequence[str] = (), **how: Any) -> None:
+        """Let the command take a config, and every key of a run as a flag: `--a.b v`, `--a.b=v` and `--set a.b=v`.
+
+        Args:
+            config: the flag or place of the config.
+            without: sections whose names are other flags of the command.
+            how: of the argument `config`.
+        """
         self.takes_keys = True
-        self.add_argument(config, metavar="CONFIG", help="a YAML file, or a recipe: see `t2sda train --list`", **how)
+        recipes = {"metavar": "CONFIG", "help": "a YAML file, or a recipe: see `t2sda train --list`"}
+        self.add_argument(config, **(recipes | how))
         self.add_argument(
             "--set", action=_Set, metavar="KEY=VALUE", help="any key of a run, also as --KEY VALUE: see `t2sda config`"
         )
         self.set_defaults(overrides=[])
         for name in keys():
             self.takes_key(f"--{name}", name)
-        # Sections as YAML, as in a file. Those of domains have the names of flags that take a path.
-        for name in sorted({name.rpartition(".")[0] for name in keys()} - {"", "source", "target", "test"}):
+        for name in sorted({name.rpartition(".")[0] for name in keys()} - {"", *without}):  # as YAML, as in a file
             self.add_argument(f"--{name}", action=_Key, const=name, help=argparse.SUPPRESS, metavar="VALUE")
 
     def takes_key(self, flag: str, name: str, help_text: str = argparse.SUPPRESS) -> None:
         """Let a flag be a key of the run. Lists may be written as several words."""
-        nargs = "+" if keys()[name].is_list else None
-        self.add_argument(flag, action=_Key, const=name, nargs=nargs, help=help_text, metavar="VALUE")
+        found = keys()[name].list_of
+        metavar = "VALUE ..." if found and found[1] is None else "HEIGHT WIDTH" if found and found[1] == 2 else "VALUE"
+        self.add_argument(flag, action=_Key, const=name, help=help_text, metavar=metavar)
 
-    def takes_a_test_domain(self) -> None:
+    def takes_a_test_domain(self, without: Sequence[str] = ()) -> None:
         """Let the command take a labelled domain as training does: the test domain of a config, or its keys."""
-        self.takes_a_run()
+        self.takes_a_run(without=without)
         self.add_argument(
             "--domain",
             nargs="+",
@@ -126,24 +142,30 @@ class _Set(argparse.Action):
 
 
 class _Key(argparse.Action):
-    """A flag that is a key of the run, for `load_config`; several words are a list."""
+    """A flag that is a key of the run, for `load_config`."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, value: Any, option: str | None = None) -> None:
-        if isinstance(value, list):
-            value = value[0] if len(value) == 1 and not _is_text(value[0]) else f"[{', '.join(map(_item, value))}]"
         namespace.overrides = [*namespace.overrides, f"--{self.const}={value}"]
 
 
-def _is_text(word: str) -> bool:
-    """Whether one word for a list is an item of it, and not the list as YAML writes it, or null."""
-    try:
-        return isinstance(yaml.safe_load(word), str)
-    except yaml.YAMLError:
-        return False
+def _value(name: str, left: list[str]) -> str:
+    """The words that are the value of a key, as YAML; they are taken from `left`.
 
+    A list is one word in YAML's form, or as many words as it has items. One of any number ends at the next flag.
 
-def _item(word: str) -> str:
-    return json.dumps(word) if _is_text(word) else word
+    Raises:
+        ValueError: if there is none.
+    """
+    found = keys()[name].list_of if name in keys() else None
+    if not left or left[0].startswith("--"):
+        raise ValueError(f"--{name} needs a value.")
+    if found is None or left[0][:1] in "[{" or left[0] in ("null", "~"):
+        return left.pop(0)
+    kind, number = found
+    items: list[str] = []
+    while left and not left[0].startswith("--") and (number is None or len(items) < number):
+        items.append(left.pop(0))
+    return f"[{', '.join(json.dumps(item) if kind is str else item for item in items)}]"
 
 
 def seeds_of(text: str) -> list[int]:
@@ -164,31 +186,21 @@ def seeds_of(text: str) -> list[int]:
 
 
 def _launching(parser: Parser) -> None:
-    parser.add_argument(
-        "--num_processes", type=int, metavar="N", help="on this machine or in all; default: one per GPU"
-    )
-    parser.add_argument(
-        "--accelerate_config",
-        metavar="FILE",
-        help="a file of `accelerate config`, or single_gpu, multi_gpu, multi_node, fsdp2",
-    )
-    parser.add_argument("--cpu", action="store_true", help="leave GPUs alone")
-    parser.add_argument("--machine_rank", type=int, metavar="N", help="of this machine, with multi_node")
-    parser.add_argument("--main_process_ip", metavar="HOST", help="of machine 0, with multi_node")
-    parser.add_argument("--mixed_precision", choices=("no", "bf16"), help="instead of what the file says")
+    for flag, how in LAUNCH_FLAGS.items():
+        parser.add_argument(flag, **how)
 
 
 def _train(parser: Parser) -> None:
     parser.takes_a_run()
     parser.add_argument("--list", action=_List, nargs=0, help="name the recipes that are shipped")
     parser.add_argument(
-        "--dry_run",
+        "--dry-run",
         action="store_true",
         help="two updates, a checkpoint and an evaluated image; says what memory and time the run takes",
     )
     overfit = "learn one batch over and over, to find faults"
     parser.add_argument(
-        "--overfit_batch", action="append_const", dest="overrides", const="--train.overfit_batch=true", help=overfit
+        "--overfit-batch", action="append_const", dest="overrides", const="--train.overfit_batch=true", help=overfit
     )
     _launching(parser)
 
@@ -246,7 +258,7 @@ def _prepare(parser: Parser) -> None:
 
 def _analyze(parser: Parser) -> None:
     parser.add_argument("models", nargs="+", metavar="[TITLE=]MODEL", help="model folders or Hub ids, of equal classes")
-    parser.takes_a_test_domain()
+    parser.takes_a_test_domain(without=("source",))
     parser.add_argument("--no_labels", action="store_true", help="the domain has no labels")
     parser.add_argument(
         "--source", metavar="PATH", help="the source, for similarity and t-SNE; default: source.path of the config"
@@ -258,7 +270,8 @@ def _analyze(parser: Parser) -> None:
     )
     parser.add_argument("--limit", type=int, default=500, metavar="N", help="at most so many images of each domain")
     parser.add_argument("--per_class", type=int, default=256, metavar="N", help="pixels per class and domain for t-SNE")
-    parser.add_argument("--threshold", type=float, default=0.968, help="confidence for the coverage, with --no_labels")
+    threshold = "confidence for the coverage, with --no_labels; default: that of the config"
+    parser.takes_key("--threshold", "uda.pseudo_threshold", threshold)
     parser.add_argument("--num_pictures", type=int, default=4, metavar="N")
     parser.add_argument("--output", default=Path("outputs/analysis"), **FOLDER)
 
@@ -284,11 +297,11 @@ def _repeat(parser: Parser) -> None:
 
 
 def _tables(parser: Parser) -> None:
-    parser.takes_a_run("tables", nargs="+")
+    parser.takes_a_run("tables", nargs="+", metavar="TABLE", help="table02 ... table17, or a file of that form")
     parser.add_argument("--seeds", type=seeds_of, default=[0, 1, 2], help="0..4 or 0,3,7; default: 0..2")
     parser.add_argument("--scale", choices=("demo", "camvid", "paper"), default="paper")
     parser.add_argument("--output", default=Path("outputs/ablations"), **FOLDER)
-    parser.add_argument("--dry_run", action="store_true", help="list the cells and their estimated time")
+    parser.add_argument("--dry-run", action="store_true", help="list the cells and their estimated time")
     _launching(parser)
 
 
@@ -315,7 +328,7 @@ def _push(parser: Parser) -> None:
     parser.add_argument("run_folder", type=Path, help="folder that `t2sda train` wrote, or a method's folder in it")
     parser.add_argument("repo_id", help="user/name")
     parser.add_argument("--private", action="store_true", help="if the repository is made now")
-    parser.add_argument("--create_pr", action="store_true", help="offer a pull request")
+    parser.add_argument("--create-pr", action="store_true", help="offer a pull request")
     parser.add_argument("--license", default="", help="of the weights, an id of the Hub; default: the run's config")
     parser.add_argument(
         "--terms", nargs="+", default=[], metavar="DOMAIN=TEXT", help="source=..., target=..., test=..."
@@ -349,7 +362,7 @@ def _translator(parser: Parser) -> None:
         choices=("train", "preview", "apply"),
         help="train a network; show what engines of a config do; write the translations of all source images",
     )
-    parser.takes_a_run()
+    parser.takes_a_run(without=("source", "target"))
     parser.takes_key("--source", "source.path", "default: that of the config")
     parser.takes_key("--target", "target.path", "default: that of the config")
     train = parser.add_argument_group("train")
@@ -456,21 +469,22 @@ def main(words: Sequence[str] | None = None, door: str = "t2sda") -> int:
         if not words or words[0] in ("-h", "--help"):
             print(overview())
             return 0
+        if words[0] in ("-V", "--version"):
+            print(version("t2sda_hf"))
+            return 0
         name, *rest = words
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, 1)
             raise ValueError(f"unknown command {name!r}. {f'Did you mean {near[0]!r}?' if near else overview()}")
         parser = parser_of(name)
         args = parser.read(rest)
-        args.words, args.door = rest, door
+        args.door = door
         if parser.takes_keys and name != "tables":  # whose files hold many runs
             args.cfgs = [
                 load_config(path, args.overrides) for path in vars(args).get("configs", [vars(args).get("config")])
             ]
             args.cfg = args.cfgs[0]
-        if COMMANDS[name].launched(args):
-            from .launching import launch
-
+        if door == "t2sda" and COMMANDS[name].launched(args):
             code = launch(name, args)
             if code is not None:
                 return code
@@ -480,15 +494,22 @@ def main(words: Sequence[str] | None = None, door: str = "t2sda") -> int:
         return _end(error.exit_code, error if error.alone or os.environ.get("RANK", "0") == "0" else None)
     except ValueError as error:
         return _end(2, error)
-    except BrokenPipeError:  # `t2sda train --list | head`: who read it has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (OSError, FloatingPointError) as error:
-        return _end(1, error)
+    except OSError as error:
+        return 0 if isinstance(error, BrokenPipeError) and _nobody_reads() else _end(1, error)
     except KeyboardInterrupt:
-        return 130
+        return _end(128 + signal.SIGINT, Stopped(signal.SIGINT, "what was finished before is kept"))
     except SystemExit as error:  # of argparse, after it printed a help
         return int(error.code or 0)
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is closed (`t2sda config | head`): then nothing more is written there."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _end(code: int, error: Exception | None) -> int:

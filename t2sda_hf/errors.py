@@ -1,6 +1,6 @@
 """How a command ends when something goes wrong: what the user did is a ValueError, the rest is one of these.
 
-Only the standard library is imported here: the command line front knows them before anything else is loaded.
+Only the standard library is imported here: the command line front knows them before any heavy library is loaded.
 """
 
 import signal
@@ -40,6 +40,10 @@ class PushFailed(Ended):
     """The Hub did not take the files; the message says why and how to push again. The run folder is as it was."""
 
     exit_code = 2
+
+
+class NotFinite(Ended, FloatingPointError):
+    """Losses, gradients or weights are not finite; the text says which, and what to do."""
 
 
 class RunFailed(Ended):

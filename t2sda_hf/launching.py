@@ -1,5 +1,6 @@
 """How many processes a command is: this one, those that accelerate starts, or one after the other."""
 
+import argparse
 import os
 import shlex
 import signal
@@ -10,26 +11,40 @@ from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from .config import RECIPES, find_recipe
 from .errors import Stopped
 
-# Set by every launcher in the processes that it starts.
-_LAUNCHED = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
-_FLAGS = ("num_processes", "accelerate_config", "machine_rank", "main_process_ip", "mixed_precision")
+# The flags of commands that several processes may run.
+FLAGS: dict[str, dict[str, Any]] = {
+    "--num_processes": {"type": int, "metavar": "N", "help": "on this machine or in all; default: one per GPU"},
+    "--accelerate_config": {
+        "metavar": "FILE",
+        "help": "a file of `accelerate config`, or single_gpu, multi_gpu, multi_node, fsdp2",
+    },
+    "--cpu": {"action": "store_true", "help": "leave GPUs alone"},
+    "--machine_rank": {"type": int, "metavar": "N", "help": "of this machine, with multi_node"},
+    "--main_process_ip": {"metavar": "HOST", "help": "of machine 0, with multi_node"},
+    "--mixed_precision": {"choices": ("no", "bf16"), "help": "instead of what the file says"},
+}
+_OF_ACCELERATE = ("num_processes", "machine_rank", "main_process_ip", "mixed_precision")
+# Set in the processes that a launcher starts: by those of several, by accelerate's of one, by this module.
+_LAUNCHED = ("LOCAL_RANK", "ACCELERATE_DYNAMO_BACKEND", "T2SDA_COMMAND")
 
 
 def launch(name: str, args: Namespace) -> int | None:
     """Start the processes that a command line asks for, and wait for them.
 
     One process is this one: nothing is started, and exit codes and signals are its own. Several are started as
-    `accelerate launch` does, from the file that is named, or with one process per GPU.
+    `accelerate launch` does: from the file that is named, from the one that `accelerate config` has written, or with
+    one process per GPU.
 
     Args:
         name: of the command.
-        args: with the flags of `cli._launching`, and the command's own words.
+        args: with `FLAGS`, and the command's own words.
 
     Returns:
         The exit code, or None if this process is to do the work.
@@ -37,33 +52,55 @@ def launch(name: str, args: Namespace) -> int | None:
     Raises:
         ValueError: for flags that do not fit together, or that a launcher has to be given.
     """
-    given = [flag for flag in _FLAGS if getattr(args, flag) is not None]
     if any(variable in os.environ for variable in _LAUNCHED):
-        if given or args.cpu:
-            flags = ", ".join(f"--{flag}" for flag in [*given, *(["cpu"] if args.cpu else [])])
-            raise ValueError(f"this process was started by a launcher: give {flags} to that, not to t2sda {name}.")
+        if given := words_of(args):
+            raise ValueError(
+                f"this process was started by a launcher: give {' '.join(given)} to that, not to t2sda {name}."
+            )
         return None
     if args.num_processes is not None and args.num_processes < 1:
         raise ValueError(f"--num_processes must be at least 1, got {args.num_processes}.")
     if args.cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    file = None
     if args.accelerate_config is not None:
         shipped = sorted(path.stem for path in (RECIPES / "accelerate").glob("*.yaml"))
-        file = find_recipe(args.accelerate_config, "accelerate", shipped)
-    if file is None and args.mixed_precision is not None:
-        os.environ["ACCELERATE_MIXED_PRECISION"] = args.mixed_precision
-    if file is None and (args.num_processes == 1 or (args.num_processes is None and not _several_gpus(args.cpu))):
+        file: Path | None = find_recipe(args.accelerate_config, "accelerate", shipped)
+    else:
+        file = None if args.cpu else _file_of_user()
+    if _alone(args, file):
+        if args.mixed_precision is not None:
+            os.environ["ACCELERATE_MIXED_PRECISION"] = args.mixed_precision
         return None
     return _start(name, args, file)
 
 
-def _several_gpus(cpu: bool) -> bool:
-    """Whether `accelerate launch` without a flag would start more than one process."""
-    import torch
+def _file_of_user() -> Path | None:
+    """What `accelerate config` has written, if it was called."""
     from accelerate.commands.config.config_args import default_config_file
 
-    return not cpu and (torch.cuda.device_count() > 1 or Path(default_config_file).is_file())
+    return Path(default_config_file) if Path(default_config_file).is_file() else None
+
+
+def _alone(args: Namespace, file: Path | None) -> bool:
+    """Whether one process is asked for. Then what a file says besides is set for this one."""
+    if file is None:
+        return (args.num_processes or (1 if args.cpu else _num_gpus())) <= 1
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils import DistributedType
+
+    asked = load_config_from_file(str(file))
+    if asked.distributed_type != DistributedType.NO or (args.num_processes or asked.num_processes) != 1:
+        return False
+    os.environ["ACCELERATE_MIXED_PRECISION"] = str(asked.mixed_precision)
+    if asked.use_cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    return True
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _start(name: str, args: Namespace, file: Path | None) -> int:
@@ -71,39 +108,32 @@ def _start(name: str, args: Namespace, file: Path | None) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    flags = [] if file is None else ["--config_file", str(file)]
-    if file is None:  # said, because accelerate warns of defaults
-        args.mixed_precision = args.mixed_precision or "no"
-        flags = ["--num_machines", "1", "--dynamo_backend", "no"]
-        flags += ["--main_process_port", "0"]  # a free one: two runs may share a machine
-        flags += ["--multi_gpu"] if (args.num_processes or 1) > 1 else []
-    for flag in ("num_processes", "machine_rank", "main_process_ip", "mixed_precision"):
-        flags += [] if getattr(args, flag) is None else [f"--{flag}", str(getattr(args, flag))]
-    words = _without_launch_flags(args.words)
+    if file is None:  # said, because accelerate warns of defaults; a free port, because two runs may share a machine
+        flags = ["--multi_gpu", "--num_machines=1", "--dynamo_backend=no", "--main_process_port=0"]
+        flags += [f"--num_processes={args.num_processes or _num_gpus()}"]
+        flags += [f"--mixed_precision={args.mixed_precision or 'no'}"]
+    else:
+        flags = [f"--config_file={file}", *(word for word in words_of(args) if word[2:].startswith(_OF_ACCELERATE))]
     os.environ["T2SDA_COMMAND"] = shlex.join(["t2sda", name, *args.words])  # for the record of the run
     try:
-        launch_command(launch_command_parser().parse_args([*flags, "--module", "t2sda_hf", name, *words]))
+        launch_command(launch_command_parser().parse_args([*flags, "--module", "t2sda_hf", name, *_own(args.words)]))
     except subprocess.CalledProcessError as error:
         return _code(error.returncode)
     except ChildFailedError as error:
         return _code(error.get_first_failure()[1].exitcode)
     except SignalException as error:
         return 128 + int(error.sigval)
+    finally:
+        del os.environ["T2SDA_COMMAND"]
     return 0
 
 
-def _without_launch_flags(words: list[str]) -> list[str]:
-    """The words that the started processes get: all but those that `launch` has understood."""
-    kept, left = [], list(words)
-    while left:
-        word = left.pop(0)
-        flag = word.partition("=")[0].lstrip("-").replace("-", "_")
-        if word.startswith("--") and flag in (*_FLAGS, "cpu"):
-            if "=" not in word and flag != "cpu":
-                left.pop(0)
-            continue
-        kept.append(word)
-    return kept
+def _own(words: Sequence[str]) -> list[str]:
+    """The words that the started processes get: all but `FLAGS`."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag, how in FLAGS.items():
+        parser.add_argument(flag, **how)
+    return parser.parse_known_args(words)[1]
 
 
 def _code(returned: int) -> int:
@@ -113,8 +143,16 @@ def _code(returned: int) -> int:
 
 def words_of(args: Namespace) -> list[str]:
     """The launch flags that a command was given, for the commands that it runs."""
-    given = [f"--{flag}={value}" for flag in _FLAGS if (value := getattr(args, flag)) is not None]
-    return given + ["--cpu"] * args.cpu
+    given = ((flag, getattr(args, flag[2:])) for flag in FLAGS)
+    return [flag if value is True else f"{flag}={value}" for flag, value in given if value not in (None, False)]
+
+
+def refuse_keys(overrides: Sequence[str], **instead: str) -> None:
+    """Raise ValueError for keys of a run that its command decides, naming the flag to use instead."""
+    for word in overrides:
+        key = word[2:].partition("=")[0]
+        if key in instead:
+            raise ValueError(f"{key} is decided for each run: {instead[key]}.")
 
 
 class Runner:

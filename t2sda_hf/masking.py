@@ -1,6 +1,7 @@
 """No secret leaves the process, in a text or in a file: known forms, values beside telling keys, the environment's own.
 
-Only the standard library is imported here, so that a command can mask what it prints before anything else is loaded.
+Only the standard library is imported here, so that a command can mask what it prints
+before any heavy library is loaded.
 """
 
 import logging

@@ -20,7 +20,7 @@ from t2sda_hf import cli
 from t2sda_hf.cli import COMMANDS, main, parser_of
 from t2sda_hf.commands import env, evaluate, train
 from t2sda_hf.config import RECIPES, RunConfig, keys, load_config
-from t2sda_hf.errors import CheckpointError, Ended, RunFailed, Stopped
+from t2sda_hf.errors import CheckpointError, Ended, NotFinite, RunFailed, Stopped
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy", "accelerate", "evaluate", "PIL", "cv2")
@@ -43,14 +43,22 @@ def as_read(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[Namespa
     """What `run` of a command is called with, instead of calling it. One process, whatever this machine has."""
     seen: list[Namespace] = []
     monkeypatch.setattr(module, "run", lambda args: seen.append(args) or 0)
-    monkeypatch.setattr("t2sda_hf.launching._several_gpus", lambda cpu: False)
+    monkeypatch.setattr("t2sda_hf.launching._num_gpus", lambda: 0)
+    monkeypatch.setattr("t2sda_hf.launching._file_of_user", lambda: None)
     return seen
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a launcher sets is not set, and what a test sets is gone after it."""
-    for name in ("LOCAL_RANK", "RANK", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "T2SDA_COMMAND"):
+    for name in (
+        "LOCAL_RANK",
+        "RANK",
+        "ACCELERATE_DYNAMO_BACKEND",
+        "ACCELERATE_MIXED_PRECISION",
+        "ACCELERATE_USE_CPU",
+        "T2SDA_COMMAND",
+    ):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
@@ -186,12 +194,12 @@ def test_seeds_that_are_none_are_refused(text):
     [
         (["trian"], "unknown command 'trian'. Did you mean 'train'?"),
         (["xyzzy"], "unknown command 'xyzzy'. usage: t2sda COMMAND"),
-        (["train", "--dry_runn"], "unknown flag --dry_runn. Did you mean --dry_run?"),
+        (["train", "--dry_runn"], "unknown flag --dry_runn. Did you mean --dry-run?"),
         (["train", "--optim.lrr", "1"], "unknown key 'optim.lrr' in the command line. Did you mean 'optim.lr'?"),
         (["train", "--set", "optim.lrr=1"], "unknown key 'optim.lrr' in the command line. Did you mean 'optim.lr'?"),
         (["train", "--set", "optim.lr"], "--set takes KEY=VALUE, got 'optim.lr'."),
         (["train", "--lr", "1"], "unknown key 'lr' in the command line. Did you mean 'optim.lr'?"),
-        (["train", "--optim.lr"], "argument --optim.lr: expected one argument. See `t2sda train --help`."),
+        (["train", "--optim.lr"], "--optim.lr needs a value."),
         (["train", "--optim.lr", "fast"], "optim.lr in the command line must be a number, got 'fast'."),
         (["train", "--model", "3"], "model in the command line is a section"),
         (["train", "--config", "dmeo"], "config file 'dmeo' does not exist."),
@@ -227,8 +235,9 @@ def test_a_word_that_is_not_understood_is_one_sentence_and_code_2(words, message
         (Stopped(signal.SIGTERM), 143, "Stopped: by SIGTERM; go on with --resume auto.\n"),
         (Stopped(signal.SIGINT), 130, "Stopped: by SIGINT; go on with --resume auto.\n"),
         (OSError(28, "No space left on device"), 1, "OSError: [Errno 28] No space left on device\n"),
-        (FloatingPointError("nan."), 1, "FloatingPointError: nan.\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (NotFinite("nan."), 1, "NotFinite: nan.\n"),
+        (KeyboardInterrupt(), 130, "Stopped: by SIGINT; what was finished before is kept.\n"),
+        (BrokenPipeError("worker"), 1, "BrokenPipeError: worker\n"),
         (ValueError("a token hf_" + "Q" * 34), 2, "ValueError: a token <masked>\n"),
     ],
     ids=repr,
@@ -312,7 +321,13 @@ def test_a_recipe_is_read_without_them_too():
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Namespace]:
     """What accelerate would start. Nobody works in this process: that would be an error."""
     seen: list[Namespace] = []
-    monkeypatch.setattr(accelerate_launch, "launch_command", seen.append)
+
+    def launch_command(asked: Namespace) -> None:
+        asked.command = os.environ["T2SDA_COMMAND"]  # for the record of the run
+        seen.append(asked)
+
+    monkeypatch.setattr(accelerate_launch, "launch_command", launch_command)
+    monkeypatch.setattr("t2sda_hf.launching._file_of_user", lambda: None)
     for module in (train, evaluate):
         monkeypatch.setattr(module, "run", lambda args: pytest.fail("this process was to start others"))
     return seen
@@ -341,8 +356,8 @@ def test_several_processes_are_started_as_accelerate_does(started):
     assert (asked.module, asked.training_script) == (True, "t2sda_hf")
     assert asked.training_script_args == ["train", "--config", "demo", "--optim.lr=0.5", "--dry-run"]
     assert os.environ["ACCELERATE_USE_CPU"] == "true"
-    command = "t2sda train --config demo --num-processes 2 --optim.lr=0.5 --cpu --dry-run"
-    assert os.environ["T2SDA_COMMAND"] == command  # for the record of the run
+    assert asked.command == "t2sda train --config demo --num_processes 2 --optim.lr=0.5 --cpu --dry-run"
+    assert "T2SDA_COMMAND" not in os.environ
 
 
 def test_a_launch_file_is_named_or_a_path(started, tmp_path):
@@ -365,9 +380,25 @@ def test_an_unknown_launch_file_is_refused_with_the_names(started, capsys):
 
 
 def test_several_gpus_or_a_config_of_the_user_start_as_many(started, monkeypatch):
-    monkeypatch.setattr("t2sda_hf.launching._several_gpus", lambda cpu: True)
+    monkeypatch.setattr("t2sda_hf.launching._num_gpus", lambda: 3)
     assert main(["train", "--config", "demo"]) == 0
-    assert (started[0].num_processes, started[0].multi_gpu) == (None, False)  # accelerate asks the machine or the file
+    assert (started[0].num_processes, started[0].multi_gpu) == (3, True)
+    own = RECIPES / "accelerate" / "multi_gpu.yaml"
+    monkeypatch.setattr("t2sda_hf.launching._file_of_user", lambda: own)  # what `accelerate config` has written
+    assert main(["train", "--config", "demo"]) == 0
+    # Nothing that the file says is overridden.
+    assert (started[1].config_file, started[1].num_processes, started[1].mixed_precision) == (str(own), None, None)
+
+
+def test_one_process_of_a_launch_file_is_this_one(monkeypatch, tmp_path):
+    """Or a signal would end the launcher, and leave the run alone."""
+    seen = as_read(monkeypatch, train)
+    file = tmp_path / "one.yaml"
+    text = (RECIPES / "accelerate" / "single_gpu.yaml").read_text(encoding="utf-8")
+    file.write_text(text.replace("mixed_precision: 'no'", "mixed_precision: bf16"), encoding="utf-8")
+    assert main(["train", "--config", "demo", "--accelerate_config", str(file)]) == 0
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    assert len(seen) == 1
 
 
 def test_what_is_wrong_with_a_config_is_said_before_anything_is_started(started, capsys):
@@ -376,11 +407,11 @@ def test_what_is_wrong_with_a_config_is_said_before_anything_is_started(started,
     assert started == []
 
 
-@pytest.mark.parametrize("variable", ["LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"])
+@pytest.mark.parametrize("variable", ["LOCAL_RANK", "ACCELERATE_DYNAMO_BACKEND"])
 def test_a_started_process_starts_none_and_refuses_flags_of_a_launcher(variable, started, monkeypatch, capsys):
     monkeypatch.setenv(variable, "0" if variable == "LOCAL_RANK" else "no")
     assert main(["train", "--config", "demo", "--num_processes", "2", "--cpu"]) == 2
-    assert "give --num_processes, --cpu to that, not to t2sda train" in capsys.readouterr().err
+    assert "give --num_processes=2 --cpu to that, not to t2sda train" in capsys.readouterr().err
     seen = as_read(monkeypatch, train)
     assert main(["train", "--config", "demo"]) == 0
     assert len(seen) == 1

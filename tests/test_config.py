@@ -374,7 +374,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(load, written, mea
 def test_an_unknown_key_like_no_other_is_refused_with_those_of_its_section(load, written, offered):
     with pytest.raises(ValueError, match=f"unknown key {written!r}") as caught:
         load(written, "1")
-    assert re.search(rf"(Keys there|Sections) are .*\b{re.escape(offered)}\b", str(caught.value))
+    assert re.search(rf"(Keys there|Keys and sections) are .*\b{re.escape(offered)}\b", str(caught.value))
 
 
 WRONG_TYPES = [

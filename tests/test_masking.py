@@ -74,7 +74,7 @@ def test_code_and_plain_words_are_published(text: str, tmp_path: Path) -> None:
     [
         ["--hub_token", CANARY, f"https://anna:{SECRET}@example.org/x"],
         [f"no such folder/{CANARY}"],
-        [f"no such folder/{CANARY}", "--domain", f"no such folder/{SECRET}", "--output", "out", "--to", "camvid"],
+        [f"no such folder/{CANARY}", "--domain", f"no such folder/{SECRET}", "--output", "out"],
         ["--config", f"no such folder/{CANARY}.yaml"],
     ],
     ids=["unknown flag", "folder", "folder and domain", "config"],

@@ -101,7 +101,7 @@ def domains(files: Path) -> Domains:
 
 @pytest.fixture(scope="module")
 def finished() -> dict[Path, dict]:
-    """Results by cell: rows that are the same run in several tables are run once, as run_tables.py does."""
+    """Results by cell: rows that are the same run in several tables are run once, as t2sda tables does."""
     return {}
 
 

@@ -97,7 +97,9 @@ def with_labels(args: Namespace, models: Models, sizes: Sizes, classes: tuple[st
             pdd[title] = pixel_discrimination_distance(stream(title, domain), of_target[title])
         if source and "similarity" in parts:
             similarity[title] = cross_domain_similarity(centres(stream(title, source), len(classes)), of_target[title])
-            scores = evaluate_model(model, domain, image_size=sizes[title], classes=classes)["iou"]
+            how = args.cfg.evaluation
+            seen = {"mode": how.mode, "window": how.window, "stride": how.stride}
+            scores = evaluate_model(model, domain, image_size=sizes[title], classes=classes, **seen)["iou"]
             iou[title] = np.array([np.nan if scores[name] is None else scores[name] for name in classes])
         if source and "tsne" in parts:
             samples = [sample_pixels(stream(title, of), len(classes), args.per_class) for of in (source, domain)]
@@ -121,7 +123,7 @@ def with_labels(args: Namespace, models: Models, sizes: Sizes, classes: tuple[st
 
 def without_labels(args: Namespace, models: Models, sizes: Sizes, classes: tuple[str, ...], domain: Domain) -> None:
     both = {title: (model, sizes[title]) for title, model in models.items()}
-    proxies, shares, unreadable = measure(both, domain, len(classes), args.threshold, args.limit)
+    proxies, shares, unreadable = measure(both, domain, len(classes), args.cfg.uda.pseudo_threshold, args.limit)
     with (args.output / "proxies.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["model", "proxy", "value"])

@@ -1,4 +1,4 @@
-"""Print what a shell needs to complete commands, flags and keys.
+"""Print what a shell needs to complete commands and flags.
 
 t2sda completion bash > ~/.local/share/bash-completion/completions/t2sda
 """

@@ -43,8 +43,10 @@ def run(args: Namespace) -> int:
         return predict_domain(args)
     if args.images is None:
         raise ValueError("there is nothing to segment: give an image, a video or a folder of them, or --compare.")
-    if args.domain:
-        raise ValueError("--domain names labelled images, which only --compare reads.")
+    unread = [word for word in args.overrides if word.startswith(("--test.", "--evaluation.limit"))]
+    if args.domain or unread:
+        flag = unread[0].partition("=")[0] if unread else "--domain"
+        raise ValueError(f"{flag} is about labelled images, which only --compare reads.")
     return predict_files(args)
 
 

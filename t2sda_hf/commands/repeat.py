@@ -21,7 +21,7 @@ from typing import Any
 from ..analysis.statistics import paired_difference
 from ..config import RunConfig, changes, differences, load_config
 from ..evaluation.table import markdown, spread
-from ..launching import Runner, words_of
+from ..launching import Runner, refuse_keys, words_of
 
 Scores = dict[str, dict[int, float]]  # model -> seed -> mIoU
 
@@ -54,6 +54,7 @@ def run(args: Namespace) -> int:
 
 
 def plan(args: Namespace) -> list[Planned]:
+    refuse_keys(args.overrides, seed="use --seeds", output_dir="use --output", resume="a run always goes on")
     if len(args.configs) > 2:
         raise ValueError(f"two configs are compared at most, got {len(args.configs)}.")
     names = [Path(config).stem for config in args.configs]

@@ -29,7 +29,7 @@ import yaml
 from ..config import RECIPES, RunConfig, changes, differences, find_recipe, load_config
 from ..evaluation.table import CLASS_SETS, markdown, spread, subset_miou
 from ..labels import THING_CLASSES
-from ..launching import Runner, words_of
+from ..launching import Runner, refuse_keys, words_of
 
 # One run of the base config, until there are cells to measure: two CPU cores for the first two; a GPU of 2019 for
 # "paper" (DAFormer's 16 hours, times 1.45 for the two more passes of T2S-DA).
@@ -44,9 +44,17 @@ FIRST_RELEASE: dict[str, Any] = {
     "loss_weights.feature_distance": 0.005,
     "feature_distance.classes": THING_CLASSES,
 }
+# Keys that change nothing of the result, but have always counted for the number.
+COUNTED = (
+    "model.activation_checkpointing",
+    "hrda.crops_at_once",
+    "train.non_finite",
+    "train.max_skipped_steps",
+)
 
 
 def run(args: Namespace) -> int:
+    refuse_keys(args.overrides, seed="use --seeds", output_dir="use --output", resume="a cell always goes on")
     tables = [read_table(name, args.scale, args.overrides) for name in args.tables]
     folder = args.output.resolve() / args.scale
     failed: list[str] = []
@@ -115,6 +123,8 @@ def read_table(name: str, scale: str, overrides: Sequence[str] = ()) -> Table:
     known = sorted(file.stem for file in (RECIPES / "ablations").glob("*.yaml"))
     path = find_recipe(name, "ablations", known)
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not isinstance(content.get("base"), dict) or "rows" not in content:
+        raise ValueError(f"{path} is no table: it must map base to recipes by scale, and list rows. See {known[0]}.")
     if scale not in content["base"]:
         raise ValueError(f"{path.stem} has no scale {scale!r}: it has {', '.join(content['base'])}.")
     if "evaluate" in content and scale not in content["evaluate"]:
@@ -153,7 +163,7 @@ def cell_of(row: Row, seed: int, folder: Path) -> Cell:
     changed = {
         key: value
         for key, (_, value) in differences(FIRST_RELEASE, asdict(cfg)).items()
-        if changes(key) != "nothing" and key != "seed"
+        if (changes(key) != "nothing" or key in COUNTED) and key != "seed"
     }
     if not cfg.loss_weights.feature_distance:
         changed.pop("feature_distance.classes", None)  # nothing reads it

@@ -83,10 +83,11 @@ def run(args: Namespace) -> int:
     with ExitStack() as held:
         decided_by_main(lambda: hold(held, lock_run(cfg)), accelerator, ValueError)
         starts = plan(cfg, described, accelerator)
-        with explained(accelerator), StopRequest() as stop:
+        with explained(accelerator):
             if accelerator.is_main_process:
                 record_run(Path(cfg.output_dir), command_of(args, accelerator), accelerator.num_processes)
-            results = train_all(cfg, domains, initial, accelerator, described, starts, stop)
+            with StopRequest() as stop:
+                results = train_all(cfg, domains, initial, accelerator, described, starts, stop)
             accelerator.end_training()
             if accelerator.is_main_process:
                 finish(cfg, domains, results)
@@ -124,9 +125,13 @@ def command_of(args: Namespace, accelerator: Accelerator) -> str:
 
 @contextmanager
 def explained(accelerator: Accelerator) -> Iterator[None]:
-    """Say of an error of the machine what it means for the run."""
+    """Say of an error of the machine what it means for the run; what shows only now is no fault of the input."""
     try:
         yield
+    except ValueError as error:
+        if isinstance(error, Ended):
+            raise
+        raise RuntimeError(f"in the middle of the run: {error}") from error
     except OSError as error:
         raise RunFailed(
             f"{type(error).__name__}: {error}. Checkpoints are intact; go on with --resume auto."
@@ -156,7 +161,7 @@ def prepare(cfg: RunConfig, accelerator: Accelerator) -> tuple[Domains, T2SDAFor
     if accelerator.distributed_type not in known:
         raise ValueError(
             f"accelerate was started with {accelerator.distributed_type.value}, which would do nothing here. Launch "
-            "as configs/accelerate/ does: one process, several with whole networks, or FSDP2."
+            "one process, several with whole networks, or FSDP2: see --accelerate_config in `t2sda train --help`."
         )
     if shards(accelerator) and cfg.train.compile != "none":
         raise ValueError(f"train.compile {cfg.train.compile!r} is not built for sharded networks. Set it to none.")

@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from ..config import NEEDS_TARGET, RunConfig, differences, load_config
+from ..config import RunConfig, differences, load_config
 from ..data.domains import Domain, load_domain
 from ..data.transforms import resize_image
 from ..launching import words_of
@@ -110,8 +110,8 @@ def asked(args: Namespace) -> tuple[list[RunConfig], Domain, Domain | None]:
     cfg = configs[0]
     source = load_domain(cfg.source, cfg.classes, labelled=False)
     target = load_domain(cfg.target, cfg.classes, labelled=False) if cfg.target.path else None
-    if target is None and NEEDS_TARGET[0] in engines:
-        raise ValueError(f"{args.config} has no target, and fda takes its style from one.")
+    if target is None and "fda" in engines:
+        raise ValueError("fda takes its style from a target: give --config with one, or --target PATH.")
     return configs, source, target
 
 

@@ -30,7 +30,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """Read a recipe or a YAML file of differences and apply command line overrides (`--optim.lr 1e-4`, `--seed=3`).
 
     Both use the same keys, nested or dotted, and values in YAML's form (`--data.crop_size "[64, 128]"`). A file may
-    name another one to start from (`base: demo`), which must not have a base itself.
+    name another one to start from (`base: base/demo`), which must not have a base itself.
 
     Args:
         path: of a YAML file, or the name of a recipe (see `recipe_names`); None is a run of defaults.
@@ -230,5 +230,5 @@ def unknown_key(key: str, where: str) -> str:
     elif inside:
         hint = f"Keys there are {', '.join(inside)}."
     else:
-        hint = f"Sections are {', '.join(sorted({k.split('.')[0] for k in known}))}."
+        hint = f"Keys and sections are {', '.join(sorted({k.split('.')[0] for k in known}))}."
     return f"unknown key {key!r} in {where}. {hint}"

@@ -221,7 +221,7 @@ def run_method(
         {"student": ..., "teacher": ...}, results of `evaluate_model`. No teacher for source_only.
 
     Raises:
-        Stopped, FloatingPointError, CheckpointError: see `train`.
+        Stopped, NotFinite, CheckpointError: see `train`.
         DamagedCheckpoint: if the checkpoint to start from cannot be used.
     """
     if start.results is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..batch import UdaBatch
 from ..config import LossWeights, RunConfig
+from ..errors import NotFinite
 from ..evaluation.watch import panel_due, save_panel_of_step
 from ..methods import Method, Step
 from ..teacher import ema_momentum, update_teacher
@@ -56,7 +57,7 @@ def train(
 
     Raises:
         Stopped: after a signal, with a checkpoint of the last finished update.
-        FloatingPointError: if losses or gradients are not finite; see `update`.
+        NotFinite: if losses or gradients are not finite; see `update`.
         CheckpointError: if a checkpoint cannot be written.
     """
     limit, networks, start = run.cfg.train, run.parts.networks, start or Progress()
@@ -107,7 +108,7 @@ def update(run: Run, step: int, tracker: Tracker) -> Mapping[str, Any]:
         What was seen in the last micro-batch, see `Graph.seen`.
 
     Raises:
-        FloatingPointError: naming what was not finite, the step and the process.
+        NotFinite: naming what was not finite, the step and the process.
     """
     cfg, accelerator, parts = run.cfg, run.accelerator, run.parts
     student, teacher = parts.networks.student, parts.networks.teacher
@@ -117,7 +118,7 @@ def update(run: Run, step: int, tracker: Tracker) -> Mapping[str, Any]:
     seen: Mapping[str, Any] = {}
     for micro in range(cfg.train.micro_batches):
         seen = {}  # the maps of the micro-batch before are large
-        seen = learn(run, next_batch(run, step, micro, tracker), logged)
+        seen = learn(run, next_step(run, step, micro, tracker), logged)
     # Before the average spreads it. Of a sharded student it is in the pieces of all processes already.
     own = _broken_gradient(student) if accelerator.num_processes > 1 else None
     average_gradients(student, accelerator, cfg.train.micro_batches)  # collective: every rank, every step
@@ -142,7 +143,7 @@ def update(run: Run, step: int, tracker: Tracker) -> Mapping[str, Any]:
     return seen
 
 
-def next_batch(run: Run, index: int, micro: int, tracker: Tracker) -> Step:
+def next_step(run: Run, index: int, micro: int, tracker: Tracker) -> Step:
     """The next micro-batch with all that the objective needs for it; the wait is put down."""
     cfg, accelerator, parts = run.cfg, run.accelerator, run.parts
     generator = seed_step(cfg.seed, index, accelerator.process_index * cfg.train.micro_batches + micro)
@@ -208,12 +209,12 @@ def _skip_or_stop(step: int, guilty: str | None, run: Run, tracker: Tracker) -> 
     reason = "; ".join(gather_object(named)) or "the average of the gradients is not finite"
     limit = run.cfg.train
     if limit.non_finite == "stop":
-        raise FloatingPointError(
+        raise NotFinite(
             f"{reason}, in step {step + 1}. Nothing was updated. Lower optim.lr, set optim.max_grad_norm, or leave out "
             "such steps with train.non_finite skip. Checkpoints are intact."
         )
     if tracker.skipped >= limit.max_skipped_steps:
-        raise FloatingPointError(
+        raise NotFinite(
             f"{reason}, in step {step + 1}, after {tracker.skipped} skipped ones, the most that "
             "train.max_skipped_steps allows. Nothing was updated. Checkpoints are intact."
         )

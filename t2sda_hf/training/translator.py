@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ..data.domains import Domain
 from ..data.transforms import pad_image, random_window
+from ..errors import NotFinite
 from ..translate.generator import TranslationGenerator, save_translator
 
 CYCLE_WEIGHT = 10.0
@@ -148,7 +149,7 @@ def train_translator(
         about: what else training.json says.
 
     Raises:
-        FloatingPointError: if the generators' loss is not finite.
+        NotFinite: if the generators' loss is not finite.
     """
     torch.manual_seed(settings.seed)
     translators = Translators(settings.width, settings.num_blocks)
@@ -190,7 +191,7 @@ def train_translator(
             log.append({"step": step + 1, "generators": loss.item(), "discriminators": doubt.item()})
             bar.set_postfix({name: f"{value:.3g}" for name, value in log[-1].items() if name != "step"})
             if not np.isfinite(log[-1]["generators"]):
-                raise FloatingPointError(f"the generators' loss is not finite at step {step + 1}; lower --lr.")
+                raise NotFinite(f"the generators' loss is not finite at step {step + 1}; lower --lr.")
     if accelerator.is_main_process:
         plain = accelerator.unwrap_model(translators).eval()
         sizes = {"width": settings.width, "num_blocks": settings.num_blocks}
