@@ -10,7 +10,7 @@ import pytest
 import yaml
 from tiny import tiny_config
 
-from t2sda_hf.config import DomainConfig, RunConfig, differences, dump_config, load_config
+from t2sda_hf.config import DomainConfig, RunConfig, differences, dump_config, keys, load_config
 from t2sda_hf.labels import CITYSCAPES_CLASSES
 
 Load = Callable[[str, str], RunConfig]
@@ -305,6 +305,15 @@ def test_every_open_point_has_its_key_and_its_default(point):
 
 def test_no_open_point_is_left_out():
     assert set(REGISTER) | WITHOUT_A_KEY == {f"A{number}" for number in range(1, 41)}
+
+
+def test_the_page_of_open_points_has_every_key_that_names_one():
+    page = (Path(__file__).parents[1] / "docs" / "open-points.md").read_text(encoding="utf-8")
+    rows = {row.split("|")[1].strip(): row for row in page.splitlines() if row.startswith("| A")}
+    assert set(rows) == set(REGISTER) | WITHOUT_A_KEY
+    for key in keys().values():
+        if key.source.startswith("O "):
+            assert f"`{key.name}`" in rows[key.source[2:]], key.name
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
