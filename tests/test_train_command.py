@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from PIL import Image
 from running import ROOT, TINY_RUN, launch, t2sda
 from transformers import AutoModelForSemanticSegmentation
 
 from t2sda_hf.cli import main
+from t2sda_hf.commands.train import explained
 from t2sda_hf.config import load_config
+from t2sda_hf.errors import CheckpointError, DamagedCheckpoint, NotFinite, RunFailed
 
 CLASSES = ["road", "sky", "car"]
 
@@ -223,3 +226,16 @@ def test_an_encoder_of_another_size_is_refused(
         SegformerConfig(depths=[1] * 4, hidden_sizes=[4, 4, 4, 4], num_attention_heads=[1] * 4)
     ).save_pretrained(tmp_path / "encoder")
     assert "hidden_sizes" in refused([*good, "--model.pretrained", str(tmp_path / "encoder")], capsys)
+
+
+def test_a_fault_that_shows_in_the_middle_of_a_run_keeps_its_trace():
+    """A ValueError before the first step is the user's, and one line; later it is ours, and needs its trace."""
+    accelerator = Accelerator(cpu=True)
+    with pytest.raises(RuntimeError, match="in the middle of the run: shapes differ") as caught, explained(accelerator):
+        raise ValueError("shapes differ")
+    assert isinstance(caught.value.__cause__, ValueError)
+    with pytest.raises(RunFailed, match=r"OSError: .*Checkpoints are intact"), explained(accelerator):
+        raise OSError("no space left")
+    for known in (DamagedCheckpoint("cut"), NotFinite("loss"), CheckpointError("disk")):
+        with pytest.raises(type(known)), explained(accelerator):
+            raise known
