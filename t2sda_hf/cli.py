@@ -1,7 +1,8 @@
-"""The command `t2sda`: every word that it knows, and the one place where an error becomes a line and an exit code.
+"""The command `t2sda`: its subcommands and flags, and the only place where an error becomes a line and an exit code.
 
-Words come in here and go, as a namespace, to `run(args)` of the module in `commands/` that has the command's name. That
-module, and all that is heavy, is imported only after the words were understood: help and refusals come at once.
+The words of a command line are read here. They go, as a namespace, to `run(args)` of the module in `commands/` that has
+the name of the subcommand. This module, and every heavy library, is imported only after the words were understood. So
+help and refusals are printed at once.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from .masking import mask, run_masked
 
 FOLDER: dict[str, Any] = {"type": Path, "metavar": "DIR"}
 SIZE: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("HEIGHT", "WIDTH")}
-MODEL = "folder or Hub id of a T2S-DA model or a SegFormer"
+MODEL = "folder or Hub id of a T2S-DA model or of a SegFormer"
 
 
 class Parser(argparse.ArgumentParser):
@@ -81,10 +82,13 @@ class Parser(argparse.ArgumentParser):
             how: of the argument `config`.
         """
         self.takes_keys = True
-        recipes = {"metavar": "CONFIG", "help": "a YAML file, or a recipe: see `t2sda train --list`"}
+        recipes = {"metavar": "CONFIG", "help": "a YAML file, or the name of a recipe (`t2sda train --list`)"}
         self.add_argument(config, **(recipes | how))
         self.add_argument(
-            "--set", action=_Set, metavar="KEY=VALUE", help="any key of a run, also as --KEY VALUE: see `t2sda config`"
+            "--set",
+            action=_Set,
+            metavar="KEY=VALUE",
+            help="set any key of the config; the same as --KEY VALUE; see `t2sda config`",
         )
         self.set_defaults(overrides=[])
         for name in keys():
@@ -106,7 +110,7 @@ class Parser(argparse.ArgumentParser):
             nargs="+",
             default=[],
             metavar="PATH",
-            help="what to read instead of test.path of the config: names of domains, parquet, folders, data sets",
+            help="read these instead of test.path of the config: parquet, folders, data sets, or toy streets",
         )
         others = ", ".join(name[5:] for name in keys() if name.startswith("test.") and name != "test.path")
         for name in (name for name in keys() if name.startswith("test.") and name != "test.path"):
@@ -114,13 +118,17 @@ class Parser(argparse.ArgumentParser):
             self.takes_key(
                 f"--{name[5:]}", name, keys()[name].meaning.replace("%", "%%") if shown else argparse.SUPPRESS
             )
-        self.epilog = fill(f"Every key of a domain is a flag, with or without test. before it: {others}.", 79)
+        self.epilog = fill(
+            f"Every key of a domain is also a flag: --split is the same as --test.split. The keys are: {others}.", 79
+        )
 
     def takes_inference(self) -> None:
         """How a model looks at an image."""
         for name in ("mode", "window", "stride"):
             self.takes_key(f"--{name}", f"evaluation.{name}", keys()[f"evaluation.{name}"].meaning)
-        self.add_argument("--image_size", **SIZE, help="network input; default: what is saved with the model")
+        self.add_argument(
+            "--image_size", **SIZE, help="size of the network input; default: the one saved with the model"
+        )
 
 
 class _List(argparse.Action):
@@ -192,13 +200,13 @@ def _launching(parser: Parser) -> None:
 
 def _train(parser: Parser) -> None:
     parser.takes_a_run()
-    parser.add_argument("--list", action=_List, nargs=0, help="name the recipes that are shipped")
+    parser.add_argument("--list", action=_List, nargs=0, help="print the names of all recipes and stop")
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="two updates, a checkpoint and an evaluated image; says what memory and time the run takes",
+        help="try every part of the run once, and print how much memory and time the whole run needs",
     )
-    overfit = "learn one batch over and over, to find faults"
+    overfit = "learn the same batch again and again; losses that do not fall mean a fault"
     parser.add_argument(
         "--overfit-batch", action="append_const", dest="overrides", const="--train.overfit_batch=true", help=overfit
     )
@@ -209,150 +217,270 @@ def _evaluate(parser: Parser) -> None:
     parser.add_argument("models", nargs="+", metavar="[TITLE=]MODEL", help=f"{MODEL}, or the folder of a run")
     parser.takes_a_test_domain()
     parser.takes_key("--limit", "evaluation.limit", keys()["evaluation.limit"].meaning)
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every so many-th image")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="score only every N-th image; default: 1")
     parser.add_argument(
-        "--subset", nargs="+", default=[], metavar="NAME=CLASS,CLASS", help="also the mIoU over these classes"
+        "--subset", nargs="+", default=[], metavar="NAME=CLASS,CLASS", help="print also the mean over these classes"
     )
     parser.takes_inference()
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="scores and matrices; a .csv of the table too")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.json",
+        help="write the scores and confusion matrices to this file, and the table to a .csv file beside it",
+    )
     _launching(parser)
 
 
 def _predict(parser: Parser) -> None:
     parser.add_argument("model", help=MODEL)
-    parser.add_argument("images", type=Path, nargs="?", help="an image, a video or a folder of them")
-    parser.add_argument("--output", required=True, **FOLDER)
-    parser.add_argument("--overwrite", action="store_true", help="replace files that exist in DIR")
-    parser.add_argument("--confidence", action="store_true", help="also how sure the model is of every pixel")
+    parser.add_argument("images", type=Path, nargs="?", help="an image, a video, or a folder of images and videos")
+    parser.add_argument("--output", required=True, help="write the predictions into this folder", **FOLDER)
+    parser.add_argument("--overwrite", action="store_true", help="replace files that already exist in DIR")
+    parser.add_argument("--confidence", action="store_true", help="write also how sure the model is of every pixel")
     parser.add_argument(
         "--compare",
         action="store_true",
-        help="a labelled domain instead of images: truth and errors beside predictions",
+        help="read a labelled domain instead of images, and show true labels and errors beside the predictions",
     )
     parser.takes_a_test_domain()
-    parser.takes_key("--limit", "evaluation.limit", "with --compare, only the first so many images")
+    parser.takes_key("--limit", "evaluation.limit", "with --compare: use only the first VALUE images")
     parser.takes_inference()
 
 
 def _check(parser: Parser) -> None:
     parser.takes_a_run()
-    parser.add_argument("--output", default=Path("outputs/check"), **FOLDER)
+    parser.add_argument(
+        "--output",
+        default=Path("outputs/check"),
+        help="write the page and the pictures into this folder; default: outputs/check",
+        **FOLDER,
+    )
     domains = ("source", "target", "test")
-    parser.add_argument("--only", nargs="+", choices=domains, default=list(domains), help="default: all three")
-    parser.add_argument("--pictures", type=int, default=8, metavar="N", help="images on a sheet")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N")
+    parser.add_argument(
+        "--only", nargs="+", choices=domains, default=list(domains), help="check only these domains; default: all three"
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=8, metavar="N", help="number of images on each sheet; default: 8"
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="number of processes that read files; default: one for each core",
+    )
 
 
 def _prepare(parser: Parser) -> None:
-    parser.add_argument("name", metavar="NAME", help=", ".join(LAYOUTS), choices=tuple(LAYOUTS))
-    parser.add_argument("--root", required=True, metavar="DIR", help="folder of the unpacked download; only read")
-    parser.add_argument("--output", required=True, **FOLDER)
-    parser.add_argument("--size", **SIZE, help="default: keep the files")
-    parser.add_argument("--resize_mode", choices=("keep_ratio", "exact"), default="keep_ratio")
-    parser.add_argument("--encoding", choices=("png", "jpeg", "raw"), default="png", help="of resized images")
-    parser.add_argument("--splits", nargs="+", default=[], help="default: all")
-    parser.add_argument("--unlabelled", nargs="+", default=[], metavar="SPLIT", help="splits prepared without labels")
+    parser.add_argument(
+        "name", metavar="NAME", help=f"name of the data set: {', '.join(LAYOUTS)}", choices=tuple(LAYOUTS)
+    )
+    parser.add_argument(
+        "--root", required=True, metavar="DIR", help="folder of the unpacked download; nothing in it is changed"
+    )
+    parser.add_argument("--output", required=True, help="write the parquet files into this folder", **FOLDER)
+    parser.add_argument("--size", **SIZE, help="resize the images to this size; default: keep the files as they are")
+    parser.add_argument(
+        "--resize_mode",
+        choices=("keep_ratio", "exact"),
+        default="keep_ratio",
+        help="keep the ratio of height and width, or reach --size exactly; default: keep_ratio",
+    )
+    parser.add_argument(
+        "--encoding",
+        choices=("png", "jpeg", "raw"),
+        default="png",
+        help="format of resized images; raw is not compressed, large, and the fastest to read; default: png",
+    )
+    parser.add_argument(
+        "--splits", nargs="+", default=[], metavar="SPLIT", help="prepare only these splits; default: all splits"
+    )
+    parser.add_argument(
+        "--unlabelled", nargs="+", default=[], metavar="SPLIT", help="prepare these splits without their labels"
+    )
     parser.add_argument("--incomplete", action="store_true", help="accept fewer images than the complete download has")
-    parser.add_argument("--processes", type=int, metavar="N", help="default: one per core")
+    parser.add_argument("--processes", type=int, metavar="N", help="number of processes; default: one for each core")
 
 
 def _analyze(parser: Parser) -> None:
-    parser.add_argument("models", nargs="+", metavar="[TITLE=]MODEL", help="model folders or Hub ids, of equal classes")
-    parser.takes_a_test_domain(without=("source",))
-    parser.add_argument("--no_labels", action="store_true", help="the domain has no labels")
     parser.add_argument(
-        "--source", metavar="PATH", help="the source, for similarity and t-SNE; default: source.path of the config"
+        "models", nargs="+", metavar="[TITLE=]MODEL", help=f"{MODEL}; all models must have the same classes"
+    )
+    parser.takes_a_test_domain(without=("source",))
+    parser.add_argument("--no_labels", action="store_true", help="use this if the domain has no labels")
+    parser.add_argument(
+        "--source",
+        metavar="PATH",
+        help="source domain, for similarity and t-SNE; default: source.path of the config",
     )
     parts = ("similarity", "distances", "tsne", "pictures")
-    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="default: all")
     parser.add_argument(
-        "--feature", choices=("head", "encoder_concat", "proj"), default="head", help="which map of the model"
+        "--parts", nargs="+", choices=parts, default=list(parts), help="make only these parts; default: all parts"
     )
-    parser.add_argument("--limit", type=int, default=500, metavar="N", help="at most so many images of each domain")
-    parser.add_argument("--per_class", type=int, default=256, metavar="N", help="pixels per class and domain for t-SNE")
-    threshold = "confidence for the coverage, with --no_labels; default: that of the config"
+    parser.add_argument(
+        "--feature",
+        choices=("head", "encoder_concat", "proj"),
+        default="head",
+        help="which features of the model: of its head, its encoder or its projector; default: head",
+    )
+    parser.add_argument(
+        "--limit", type=int, default=500, metavar="N", help="use at most N images of each domain; default: 500"
+    )
+    parser.add_argument(
+        "--per_class",
+        type=int,
+        default=256,
+        metavar="N",
+        help="for t-SNE: use N pixels of each class and domain; default: 256",
+    )
+    threshold = "with --no_labels: confidence from which a pixel counts in the coverage; default: that of the config"
     parser.takes_key("--threshold", "uda.pseudo_threshold", threshold)
-    parser.add_argument("--num_pictures", type=int, default=4, metavar="N")
-    parser.add_argument("--output", default=Path("outputs/analysis"), **FOLDER)
+    parser.add_argument(
+        "--num_pictures", type=int, default=4, metavar="N", help="number of images in pictures.png; default: 4"
+    )
+    parser.add_argument(
+        "--output",
+        default=Path("outputs/analysis"),
+        help="write all files into this folder; default: outputs/analysis",
+        **FOLDER,
+    )
 
 
 def _compare(parser: Parser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that `t2sda train` wrote")
     parser.add_argument(
-        "--proxies", action="store_true", help="instead: how well proxies without labels choose among runs and weights"
+        "--proxies",
+        action="store_true",
+        help="instead of the page: print how well proxies choose among runs and weights without target labels",
     )
     parser.add_argument(
         "--output",
         type=Path,
         metavar="PATH",
-        help="folder of the page (default: outputs/comparison), or CSV of proxies",
+        help="folder of the page (default: outputs/comparison); with --proxies a CSV file",
     )
 
 
 def _repeat(parser: Parser) -> None:
     parser.takes_a_run("configs", nargs="+")
-    parser.add_argument("--seeds", type=seeds_of, default=[0, 1, 2], help="0..4 or 0,3,7; default: 0..2")
-    parser.add_argument("--output", default=Path("outputs/repeat"), **FOLDER)
+    parser.add_argument("--seeds", type=seeds_of, default=[0, 1, 2], help="for example 0..4 or 0,3,7; default: 0..2")
+    parser.add_argument(
+        "--output",
+        default=Path("outputs/repeat"),
+        help="write the runs into this folder; default: outputs/repeat",
+        **FOLDER,
+    )
     _launching(parser)
 
 
 def _tables(parser: Parser) -> None:
-    parser.takes_a_run("tables", nargs="+", metavar="TABLE", help="table02 ... table17, or a file of that form")
-    parser.add_argument("--seeds", type=seeds_of, default=[0, 1, 2], help="0..4 or 0,3,7; default: 0..2")
-    parser.add_argument("--scale", choices=("demo", "camvid", "paper"), default="paper")
-    parser.add_argument("--output", default=Path("outputs/ablations"), **FOLDER)
-    parser.add_argument("--dry-run", action="store_true", help="list the cells and their estimated time")
+    parser.takes_a_run("tables", nargs="+", metavar="TABLE", help="table02 ... table17, or a file of the same form")
+    parser.add_argument("--seeds", type=seeds_of, default=[0, 1, 2], help="for example 0..4 or 0,3,7; default: 0..2")
+    parser.add_argument(
+        "--scale",
+        choices=("demo", "camvid", "paper"),
+        default="paper",
+        help="which runs: small ones on toy streets or on CamVid, or the paper's own; default: paper",
+    )
+    parser.add_argument(
+        "--output",
+        default=Path("outputs/ablations"),
+        help="write the runs and tables into this folder; default: outputs/ablations",
+        **FOLDER,
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="train nothing; list the cells and the time that they should take"
+    )
     _launching(parser)
 
 
 def _estimate(parser: Parser) -> None:
     parser.takes_a_run("config", nargs="?")
-    parser.add_argument("--measure", type=int, metavar="N", help="make N real updates here, at least 2, and compare")
+    parser.add_argument(
+        "--measure", type=int, metavar="N", help="make also N real updates here (at least 2), and compare"
+    )
 
 
 def _demo(parser: Parser) -> None:
     parser.add_argument("model", help=MODEL)
-    parser.add_argument("--compare", metavar="MODEL", help="the source-only model, shown beside it")
-    parser.add_argument("--examples", **FOLDER, help="images to pick; default: drawn streets")
-    parser.add_argument("--title", default="Street scenes, adapted without labels")
-    parser.add_argument("--port", type=int)
-    parser.add_argument("--space", **FOLDER, help="write a Space of the Hub here instead")
+    parser.add_argument("--compare", metavar="MODEL", help="show this source-only model beside the other one")
+    parser.add_argument(
+        "--examples", help="folder of images that one can choose from; default: three toy streets", **FOLDER
+    )
+    parser.add_argument(
+        "--title",
+        default="Street scenes, adapted without labels",
+        help="title of the page; default: Street scenes, adapted without labels",
+    )
+    parser.add_argument(
+        "--port", type=int, metavar="N", help="port of the server; default: the first free one from 7860"
+    )
+    parser.add_argument(
+        "--space", help="write a Space of the Hub into this folder instead of opening the page", **FOLDER
+    )
 
 
 def _export(parser: Parser) -> None:
     parser.add_argument("model", help=MODEL)
-    parser.add_argument("output", type=Path, metavar="FILE.onnx")
+    parser.add_argument("output", type=Path, metavar="FILE.onnx", help="file to write")
 
 
 def _push(parser: Parser) -> None:
-    parser.add_argument("run_folder", type=Path, help="folder that `t2sda train` wrote, or a method's folder in it")
-    parser.add_argument("repo_id", help="user/name")
-    parser.add_argument("--private", action="store_true", help="if the repository is made now")
-    parser.add_argument("--create-pr", action="store_true", help="offer a pull request")
-    parser.add_argument("--license", default="", help="of the weights, an id of the Hub; default: the run's config")
     parser.add_argument(
-        "--terms", nargs="+", default=[], metavar="DOMAIN=TEXT", help="source=..., target=..., test=..."
+        "run_folder", type=Path, help="folder that `t2sda train` wrote, or the folder of one method in it"
     )
-    parser.add_argument("--source_only", default="", metavar="DIR", help="a source-only run to compare with")
+    parser.add_argument("repo_id", help="name of the repository on the Hub, as user/name")
+    parser.add_argument("--private", action="store_true", help="make the repository private, if it does not exist yet")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of a direct commit")
     parser.add_argument(
-        "--fact", action="append", default=[], metavar="NAME=TEXT", help="of the card, where no file has it"
+        "--license", default="", help="license of the weights, as an id of the Hub; default: that of the config"
+    )
+    parser.add_argument(
+        "--terms",
+        nargs="+",
+        default=[],
+        metavar="DOMAIN=TEXT",
+        help="terms of use of the images: source=..., target=..., test=...",
+    )
+    parser.add_argument(
+        "--source_only", default="", metavar="DIR", help="folder of a source-only run, to compare with in the card"
+    )
+    parser.add_argument(
+        "--fact",
+        action="append",
+        default=[],
+        metavar="NAME=TEXT",
+        help="a fact for the card that is in no file of the run; can be given several times",
     )
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--output", **FOLDER, help="write the files here, send nothing")
-    where.add_argument("--card", **FOLDER, help="write the card, its facts and pictures here")
+    where.add_argument("--output", help="write the files into this folder and send nothing", **FOLDER)
+    where.add_argument(
+        "--card", help="write the card, its facts and its pictures into this folder and send nothing", **FOLDER
+    )
 
 
 def _convert(parser: Parser) -> None:
-    parser.add_argument("source", type=Path, metavar="SRC.pth", help="of DAFormer, HRDA, MIC, SegFormer or DeepLab-V2")
-    parser.add_argument("output", help="must not exist", **FOLDER)
-    parser.add_argument("--weights", choices=("student", "teacher"), default="student", help="default: student")
     parser.add_argument(
-        "--classes", nargs="+", metavar="NAME", help="in the order of the outputs; default: of SRC, else Cityscapes' 19"
+        "source",
+        type=Path,
+        metavar="SRC.pth",
+        help="checkpoint of DAFormer, HRDA, MIC, SegFormer or DeepLab-V2",
+    )
+    parser.add_argument("output", help="folder to write; it must not exist", **FOLDER)
+    parser.add_argument(
+        "--weights", choices=("student", "teacher"), default="student", help="which network to keep; default: student"
+    )
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="NAME",
+        help="class names, in the order of the outputs; default: those in SRC.pth, or else Cityscapes' 19",
     )
     parser.add_argument(
         "--image_size",
         **SIZE,
-        help="network input; default for Cityscapes' classes: 512 1024, HRDA 1024 2048; for others images keep theirs",
+        help="size of the network input; default for Cityscapes' classes: 512 1024, for HRDA 1024 2048; for other "
+        "classes images keep their size",
     )
 
 
@@ -360,31 +488,52 @@ def _translator(parser: Parser) -> None:
     parser.add_argument(
         "action",
         choices=("train", "preview", "apply"),
-        help="train a network; show what engines of a config do; write the translations of all source images",
+        help="train a network; show in a picture what engines do; or translate all source images",
     )
     parser.takes_a_run(without=("source", "target"))
-    parser.takes_key("--source", "source.path", "default: that of the config")
-    parser.takes_key("--target", "target.path", "default: that of the config")
+    parser.takes_key("--source", "source.path", "source domain; default: that of the config")
+    parser.takes_key("--target", "target.path", "target domain; default: that of the config")
     train = parser.add_argument_group("train")
-    train.add_argument("--crop", type=int, nargs=2, default=[256, 256], metavar=("HEIGHT", "WIDTH"))
-    train.add_argument("--steps", type=int, default=100_000, metavar="N")
-    train.add_argument("--batch_size", type=int, default=1, metavar="N", help="per process")
-    train.add_argument("--lr", type=float, default=2e-4)
-    train.add_argument("--width", type=int, default=32, help="channels of the generators at full resolution")
-    train.add_argument("--blocks", type=int, default=6, help="residual blocks of a generator")
+    train.add_argument(
+        "--crop",
+        type=int,
+        nargs=2,
+        default=[256, 256],
+        metavar=("HEIGHT", "WIDTH"),
+        help="size of the training crops; default: 256 256",
+    )
+    train.add_argument("--steps", type=int, default=100_000, metavar="N", help="number of updates; default: 100000")
+    train.add_argument(
+        "--batch_size", type=int, default=1, metavar="N", help="crops of each domain, per process; default: 1"
+    )
+    train.add_argument("--lr", type=float, default=2e-4, help="learning rate of both optimisers; default: 2e-4")
+    train.add_argument(
+        "--width", type=int, default=32, help="channels of the generators at full resolution; default: 32"
+    )
+    train.add_argument("--blocks", type=int, default=6, help="residual blocks of a generator; default: 6")
     show = parser.add_argument_group("preview and apply")
-    show.add_argument("--engine", nargs="+", metavar="ENGINE", help="default: that of the config")
-    show.add_argument("--count", type=int, default=4, metavar="N", help="source images in the picture")
+    show.add_argument(
+        "--engine",
+        nargs="+",
+        metavar="ENGINE",
+        help="translation engines; apply takes one; default: that of the config",
+    )
+    show.add_argument(
+        "--count", type=int, default=4, metavar="N", help="number of source images in the picture; default: 4"
+    )
     parser.add_argument(
-        "--output", type=Path, metavar="PATH", help="folder; picture of preview (default: outputs/translation.png)"
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="folder to write; for preview a picture (default: outputs/translation.png)",
     )
     _launching(parser)
 
 
 def _config(parser: Parser) -> None:
-    parser.add_argument("keys", nargs="*", metavar="KEY", help="explain these; sections and parts of names, too")
-    parser.add_argument("--schema", action="store_true", help="the JSON schema of a YAML file, for editors")
-    parser.add_argument("--resolve", metavar="CONFIG", help="every key of a recipe or file with its value")
+    parser.add_argument("keys", nargs="*", metavar="KEY", help="explain these keys; a section or a part of a name, too")
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema of a config file, for editors")
+    parser.add_argument("--resolve", metavar="CONFIG", help="print every key of a recipe or file with its value")
 
 
 def _env(parser: Parser) -> None:
@@ -392,12 +541,12 @@ def _env(parser: Parser) -> None:
 
 
 def _completion(parser: Parser) -> None:
-    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="the shell that you use")
 
 
 @dataclass(frozen=True)
 class Command:
-    """One word after `t2sda`: what it does in one line, its flags, and when one process per GPU does it."""
+    """A subcommand: what it does in one line, its flags, and when it runs with one process for each GPU."""
 
     summary: str
     flags: Callable[[Parser], None]
@@ -408,25 +557,25 @@ COMMANDS = {
     "train": Command("adapt a segmentation model to an unlabelled domain", _train, lambda args: True),
     "evaluate": Command("score models on labelled domains", _evaluate, lambda args: True),
     "predict": Command("segment images, folders and videos", _predict),
-    "check": Command("find what is wrong with the data of a run before the run does", _check),
-    "prepare": Command("turn the download of a public data set into parquet shards", _prepare),
+    "check": Command("find faults in the data of a run before you start it", _check),
+    "prepare": Command("turn the download of a public data set into parquet files", _prepare),
     "analyze": Command("look into models as the paper does: similarity, distances, t-SNE", _analyze),
-    "compare": Command("several runs on one page; or how well proxies choose among them", _compare),
-    "repeat": Command("one or two configs with several seeds: mean, sd, paired difference", _repeat),
-    "tables": Command("train what is missing of a table of the paper, and print it", _tables),
-    "estimate": Command("memory and time of a run before it starts, here and on GPUs", _estimate),
+    "compare": Command("show several runs on one page, or test proxies that choose among them", _compare),
+    "repeat": Command("train one or two configs with several seeds, and compare them", _repeat),
+    "tables": Command("train the missing cells of a table of the paper, and print it", _tables),
+    "estimate": Command("estimate the memory and time of a run before it starts", _estimate),
     "demo": Command("try a model in the browser, or write a Space", _demo),
-    "export": Command("write a model as ONNX, for any image size", _export),
+    "export": Command("write a model as an ONNX file that takes images of any size", _export),
     "push": Command("publish a finished run on the Hub, with a model card", _push),
     "convert": Command("turn a released checkpoint into a folder for from_pretrained", _convert),
     "translator": Command(
-        "train a translator, look at engines, or translate a source domain",
+        "train a translation network, compare engines, or translate source images",
         _translator,
         lambda args: args.action == "train",
     ),
-    "config": Command("what every key of a run means", _config),
-    "env": Command("versions and devices, for a bug report", _env),
-    "completion": Command("print what a shell needs to complete these words", _completion),
+    "config": Command("explain the keys of a config", _config),
+    "env": Command("print versions and devices, for a bug report", _env),
+    "completion": Command("print the script with which a shell completes subcommands and flags", _completion),
 }
 
 
@@ -443,13 +592,13 @@ def overview() -> str:
     lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: t2sda COMMAND ...   (t2sda COMMAND --help says more)",
+            "usage: t2sda COMMAND ...   (`t2sda COMMAND --help` explains a command)",
             "",
-            "Take a segmentation model to images nobody has labelled.",
+            "Adapt a semantic segmentation model to images that nobody has labelled.",
             "",
             *lines,
             "",
-            "To begin: t2sda train --config demo",
+            "To start: t2sda train --config demo",
         ]
     )
 

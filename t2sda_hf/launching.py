@@ -1,4 +1,4 @@
-"""How many processes a command is: this one, those that accelerate starts, or one after the other."""
+"""In which processes a command runs: in this one, in those that accelerate starts, or in one after the other."""
 
 import argparse
 import os
@@ -20,15 +20,22 @@ from .errors import Stopped
 
 # The flags of commands that several processes may run.
 FLAGS: dict[str, dict[str, Any]] = {
-    "--num_processes": {"type": int, "metavar": "N", "help": "on this machine or in all; default: one per GPU"},
+    "--num_processes": {
+        "type": int,
+        "metavar": "N",
+        "help": "number of processes on all machines; default: one for each GPU",
+    },
     "--accelerate_config": {
         "metavar": "FILE",
-        "help": "a file of `accelerate config`, or single_gpu, multi_gpu, multi_node, fsdp2",
+        "help": "single_gpu, multi_gpu, multi_node, fsdp2, or a file that `accelerate config` wrote",
     },
-    "--cpu": {"action": "store_true", "help": "leave GPUs alone"},
-    "--machine_rank": {"type": int, "metavar": "N", "help": "of this machine, with multi_node"},
-    "--main_process_ip": {"metavar": "HOST", "help": "of machine 0, with multi_node"},
-    "--mixed_precision": {"choices": ("no", "bf16"), "help": "instead of what the file says"},
+    "--cpu": {"action": "store_true", "help": "use only the CPU"},
+    "--machine_rank": {"type": int, "metavar": "N", "help": "with multi_node: the number of this machine, from 0"},
+    "--main_process_ip": {"metavar": "HOST", "help": "with multi_node: the address of machine 0"},
+    "--mixed_precision": {
+        "choices": ("no", "bf16"),
+        "help": "precision of the networks; overrides that of the accelerate config file",
+    },
 }
 _OF_ACCELERATE = ("num_processes", "machine_rank", "main_process_ip", "mixed_precision")
 # Set in the processes that a launcher starts: by those of several, by accelerate's of one, by this module.

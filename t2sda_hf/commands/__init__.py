@@ -1,1 +1,1 @@
-"""What the words of the command line do: one module for each, with `run(args) -> exit code`. See `cli`."""
+"""The subcommands of `t2sda`: one module for each, with a function `run(args)` that gives the exit code. See `cli`."""

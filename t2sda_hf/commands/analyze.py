@@ -1,18 +1,27 @@
-"""Look into models as the paper does: figures, each with a CSV of its numbers beside it.
+"""Look into models as the paper does. Each chart has a CSV file with its numbers beside it.
 
     t2sda analyze source-only=outputs/run/source_only/student T2S-DA=outputs/run/t2sda/student --config mine.yaml
     t2sda analyze outputs/demo/t2sda/student --domain streets-target --source streets-source --output outputs/analysis
     t2sda analyze outputs/run/t2sda/student --domain photos --no_labels
 
-similarity.png  per class: similarity of source and target features, and IoU on the target (Fig. 1)
-relation.png    the same as points, with Pearson and Spearman correlation
-distances.png   CCD and PDD per class on the target, lower is better (equations 19 and 20, Fig. 7)
-tsne_*.png      features of 256 pixels per class and domain in a plane (Fig. 8)
-pictures.png    images, truth, predictions, errors of the last model (Fig. 9-11)
+The command writes these files:
 
-The target is the test domain of the config, the source its source, both as training reads them; --domain and --source
-replace their paths. Without a source there are no similarity and no t-SNE. --no_labels is for a domain that has none:
-proxies.csv, class shares, pictures. Needs pip install "t2sda_hf[analysis]"
+similarity.png  for each class: the similarity of its source and target features, and its IoU on the target (Fig. 1)
+relation.png    the same numbers as points, with their Pearson and Spearman correlation
+distances.png   CCD and PDD of each class on the target (equations 19 and 20, Fig. 7); lower is better for both
+tsne_*.png      features of 256 pixels per class and domain, placed in a plane by t-SNE (Fig. 8)
+pictures.png    images, true labels, predictions, and the errors of the last model (Fig. 9-11)
+
+CCD (class center distance) is the spread of the features of a class, relative to the distance to the other classes.
+PDD (pixel discrimination distance) compares each pixel with the centre of its own class and with the other centres.
+
+The target is the test domain of the config, and the source is its source domain. Both are read as in training.
+--domain and --source replace their paths. Without a source there are no similarity and no t-SNE.
+
+If the domain has no labels, use --no_labels. Then the command writes pictures, the share of each predicted class, and
+proxies.csv. A proxy is a number that needs no labels and may tell good models from bad ones.
+
+The command needs pip install "t2sda_hf[analysis]".
 """
 
 import csv

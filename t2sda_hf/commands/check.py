@@ -1,10 +1,15 @@
-"""Find what is wrong with the data of a run before the run does.
+"""Find faults in the data of a run before you start the run.
 
     t2sda check --config camvid/t2sda --output outputs/check
     t2sda check --source.path photos --source.label_path masks --source.label_space camvid
 
-Reads every file of source, target and test, as far as they have a path. Writes index.html and a sheet of pictures per
-domain. Exit code 0: no fault; 1: faults; 2: there is nothing to check.
+The command reads every file of the source, target and test domains that have a path. It prints what it found, and
+writes index.html with a sheet of pictures for each domain.
+
+Exit codes:
+    0   there is no fault
+    1   there are faults
+    2   the input is wrong, or there is nothing to check
 """
 
 from argparse import Namespace

@@ -1,21 +1,27 @@
-"""Several runs on one page that opens offline: scores, curves, and in what their configs differ.
+"""Show several runs on one page: their scores, their curves, and the differences between their configs.
 
     t2sda compare outputs/demo_0 outputs/demo_1 --output outputs/comparison
     t2sda compare --proxies outputs/repeat/*/seed_* --output proxies.csv
 
-The page of each run, its index.html, is brought up to date first. A run that is still going has one, too.
+The page needs no server and no network. The command first updates the page of each run, its index.html. It also writes
+this page for a run that is still going.
 
---proxies: how far can a checkpoint or a run be chosen without target labels? Proxies against labelled mIoU over many
-runs, from what training wrote (train.evaluate_every must be several times smaller than max_steps):
+With --proxies the command answers another question. A proxy is a number that needs no labels of the target and may
+tell good models from bad ones. Can it choose the best weights of a run, or the best of several runs? The command reads
+what training wrote, and compares each proxy with the mIoU on labelled images. train.evaluate_every of the runs must be
+several times smaller than train.max_steps. The columns of the table are:
 
-within   Spearman correlation of the proxy with the student's mIoU over the evaluations of one run, mean over runs
-regret   points of mIoU lost by taking the weights with the best proxy instead of the best weights: mean, worst run
-across   the same two for choosing one of the runs by the proxies of their last weights, with a 95% interval that takes
-         runs as independent (two seeds of one config are less than that)
-last     the row of the number of updates: always taking the last weights, and one of the runs at random. A proxy that
-         does not beat it is no help
+within          Spearman correlation between the proxy and the student's mIoU, over the evaluations of one run (mean
+                over the runs; "lowest" is the lowest run)
+regret          points of mIoU that are lost by taking the weights with the best proxy instead of the best weights (mean
+                over the runs; "worst" is the worst run)
+across          the same correlation over the last weights of all runs, with a 95% interval. The interval assumes that
+                runs are independent, but two seeds of one config are not quite independent
+regret across   points of mIoU that are lost by taking the run whose last weights have the best proxy
+n               number of runs
 
---output then is a CSV file of every evaluation with its proxies.
+The row "last" always takes the last weights of a run, and one of the runs at random. A proxy that is not better than
+this row is of no use. With --proxies, --output is a CSV file with every evaluation and its proxies.
 """
 
 import csv

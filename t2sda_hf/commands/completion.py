@@ -1,4 +1,4 @@
-"""Print what a shell needs to complete commands and flags.
+"""Print the script with which a shell completes subcommands and flags.
 
 t2sda completion bash > ~/.local/share/bash-completion/completions/t2sda
 """

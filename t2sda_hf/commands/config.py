@@ -1,13 +1,18 @@
-"""What every key of a run means: its type, default, range and source, and what another value changes.
+"""Explain the keys of a config: type, default, range and source of each key, and what a change of its value affects.
 
-    t2sda config                          all keys by section
-    t2sda config pull.temperature uda     one key, a section, or whatever has the word in its name
-    t2sda config --resolve demo           every key of a recipe or file, as a run of it would have it
-    t2sda config --schema                 the JSON schema that editors complete and check YAML files by
+    t2sda config                          all keys, by section
+    t2sda config pull.temperature uda     one key; a section; or all keys that have this word in their name
+    t2sda config --resolve demo           every key of a recipe or file, with the value that a run of it would use
+    t2sda config --schema                 the JSON schema with which editors complete and check YAML files
 
-Below a key and its default stand what it means, who says so, and what it takes. [P] the paper states the value, [D] the
-public DAFormer code that it builds on, [O A3] it is a choice that the paper leaves open, by its entry in the register
-of open points; without one the value is ours. The last line says where another value does not change what is learned.
+Below a key and its default stand its meaning, the source of the default in brackets, and the values that it takes.
+
+[P]      the paper states the value
+[D]      the public DAFormer code, on which the paper builds, has the value
+[O A3]   the paper leaves this choice open; A3 is its entry in docs/open-points.md
+none     the value is our own choice
+
+The last line of a key also says if another value does not change what is learned.
 """
 
 import json

@@ -1,12 +1,15 @@
-"""Turn a released checkpoint into a folder for from_pretrained.
+"""Turn a released checkpoint into a folder that from_pretrained can load.
 
     t2sda convert iter_40000_relevant.pth models/mic
     t2sda convert theirs.pth models/two --weights teacher --classes road other --image_size 512 1024
 
-Reads what mmsegmentation's forks write: DAFormer, HRDA and MIC, SegFormer (NVIDIA's own and DAFormer's), DeepLab-V2 on
-a ResNet v1c. Architecture and widths are read from the names and shapes of the tensors. Each of them must find a place,
-or nothing is written. What tensors cannot say is as released: dilations, 1-2-5-8 attention heads, detail crops of 512.
-The projector, which these networks do not have, is a new one. The file is only read, no code in it is run.
+The command reads checkpoints of DAFormer, HRDA, MIC, SegFormer (NVIDIA's own and DAFormer's) and DeepLab-V2 on a
+ResNet v1c, as forks of mmsegmentation write them. It derives the architecture and its sizes from the names and shapes
+of the tensors. If a tensor does not fit anywhere, nothing is written.
+
+Some values cannot be seen in the tensors. For these the command takes the released ones: the dilations, 1-2-5-8
+attention heads, and detail crops of 512 pixels. These networks have no projector, so the result gets a new one. The
+file is only read: no code in it is run.
 """
 
 from argparse import Namespace

@@ -1,11 +1,11 @@
-"""Try models in the browser: what they see, how sure they are, how large every class is. Works offline.
+"""Try models in the browser: what they predict, how sure they are, and how large each class is. It works offline.
 
     t2sda demo outputs/demo/t2sda/student --compare outputs/demo/source_only/student
     t2sda demo USER/streets-t2sda --examples photos
     t2sda demo USER/streets-t2sda --compare USER/source-only --space space     # then: hf upload USER/NAME space ...
 
---space DIR writes a Space of the Hub instead of opening the page; its models must be on the Hub, and come with their
-own code. Needs gradio (pip install "t2sda_hf[demo]").
+With --space DIR the command writes a Space of the Hub instead of opening the page. The models of a Space must be on the
+Hub, and the Space runs the code that comes with them. The command needs gradio (pip install "t2sda_hf[demo]").
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The labelled domains that a command line names, as training would read them."""
+"""Reads the labelled domains that a command line names, in the same way as training reads them."""
 
 import sys
 from argparse import Namespace

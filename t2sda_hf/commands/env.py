@@ -1,4 +1,4 @@
-"""What a bug report needs: versions, devices, threads, and where things are cached."""
+"""Print what a bug report needs: versions, devices, threads, and the folders of the caches."""
 
 import os
 import platform

@@ -1,17 +1,21 @@
-"""Memory and time of a run before it starts, here and on GPUs; operations, too.
+"""Estimate the memory and the time of a run before it starts, on this machine and on GPUs. Also count its operations.
 
     t2sda estimate demo
     t2sda estimate gta_cityscapes/t2sda_daformer --train.precision bf16
     t2sda estimate mine.yaml --measure 3
 
-No data and no weights are read. Times are a roofline: what the arithmetic and the memory of a device allow at best,
-from its data sheet (this machine: from a short measurement). Real steps take longer, often two to three times; on a GPU
-small kernels also wait for their launch. Memory is that of tensors; a GPU needs about 1 GB more for its context and its
-libraries (not measured here). Evaluations are not counted.
+The command reads no data and no weights.
 
---measure N makes N real updates here (not those of a baseline), with random images and weights, and prints their
-memory beside the estimate.
-glibc keeps freed memory for itself; with MALLOC_MMAP_THRESHOLD_=65536 in the environment it gives it back.
+Times are lower bounds: the shortest time that the arithmetic and the memory of a device allow (its "roofline"). The
+figures of a GPU are from its data sheet, those of this machine from a short measurement. Real steps take longer, often
+two to three times. On a GPU small operations also wait until they are started. Evaluations are not counted.
+
+Memory is the memory of tensors. A GPU needs about 1 GB more for its context and its libraries (we have not measured
+this).
+
+With --measure N the command makes N real updates here, with random images and weights, and prints their memory beside
+the estimate. It does not measure the baseline. For this measurement set MALLOC_MMAP_THRESHOLD_=65536 in the
+environment: otherwise glibc keeps freed memory for itself.
 """
 
 import tempfile

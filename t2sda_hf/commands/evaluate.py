@@ -1,13 +1,16 @@
-"""Score trained models on labelled domains: per-class IoU, mIoU, accuracies, confusion matrices, in %.
+"""Score trained models on labelled domains: IoU of each class, mIoU, accuracies and confusion matrices, in %.
 
-    t2sda evaluate outputs/run/t2sda/student --config mine.yaml          the test domain of a config, as training saw it
+    t2sda evaluate outputs/run/t2sda/student --config mine.yaml          the test domain of a config, as in training
     t2sda evaluate outputs/run --domain data/city --label_map "{human: person}" --output scores.json
     t2sda evaluate outputs/demo_0 outputs/demo_1 --domain streets-target streets-source
     t2sda evaluate mine=outputs/run/t2sda/student --config mine.yaml --num_processes 2
 
-A model is a folder or Hub id of a T2S-DA model or a SegFormer, or the folder of a run: then all it trained, and the
-teacher of its newest checkpoint. TITLE=MODEL names its column; models of one title are seeds of one method and are
-shown as mean ± sd (sample). Means over 16 and 13 classes (SYNTHIA's benchmarks) are shown when the model has the 19.
+A model is a folder or the Hub id of a T2S-DA model or of a SegFormer. You can also give the folder of a run. Then all
+models that the run trained are scored, and the teacher of its newest checkpoint.
+
+TITLE=MODEL sets the title of a model's column in the table. Models with the same title count as seeds of one method.
+They are shown as mean ± sd (sample standard deviation). If a model has the 19 classes of Cityscapes, the table also
+shows the means over 16 and 13 classes of SYNTHIA's benchmarks.
 """
 
 import copy

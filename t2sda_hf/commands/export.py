@@ -1,9 +1,10 @@
-"""Write a model as ONNX, for any image size.
+"""Write a model as an ONNX file that takes images of any size.
 
     t2sda export outputs/demo/t2sda/student model.onnx
 
-Input pixel_values (batch, 3, height, width), normalised; output logits (batch, classes, height/4, width/4). The file is
-checked with onnxruntime on three sizes before it gets its name. Needs pip install "t2sda_hf[export]".
+The input is pixel_values (batch, 3, height, width), normalised. The output is logits (batch, classes, height/4,
+width/4). The file is checked with onnxruntime on three sizes, and only then gets its name. The command needs
+pip install "t2sda_hf[export]".
 """
 
 from argparse import Namespace

@@ -1,16 +1,23 @@
-"""Segment an image, a video or all of a folder, at their own size; or a labelled domain, with the truth beside it.
+"""Segment an image, a video, or all images and videos of a folder. Or segment a labelled domain and show the errors.
 
     t2sda predict outputs/run/t2sda/student photos --output out
     t2sda predict USER/streets-t2sda drive.mp4 --output out --confidence
     t2sda predict outputs/run/t2sda/student --compare --config mine.yaml --output out     the test domain of a config
     t2sda predict outputs/run/t2sda/student --compare --domain data/city --label_map "{human: person}" --output out
 
-photo.jpg gives photo_ids.png (grey value = class id), photo_color.png (with a palette) and photo_overlay.png; with
---confidence also photo_confidence.png (grey value 255 = sure). drive.mp4 gives drive_overlay.mp4 and a folder
-drive_ids/ with one PNG for each frame; with --confidence also drive_confidence/.
+Predictions have the size of the original images. For photo.jpg the command writes:
 
---compare takes a labelled domain as `t2sda evaluate` does, instead of images. Row 7 of it gives 000007_NAME_ids.png and
-so on, and 000007_NAME_compare.png: image, truth, prediction and errors side by side.
+photo_ids.png          the grey value of a pixel is its class id
+photo_color.png        each class has a colour
+photo_overlay.png      these colours on top of the image
+photo_confidence.png   with --confidence: how sure the model is (the grey value 255 means sure)
+
+For drive.mp4 it writes drive_overlay.mp4 and a folder drive_ids/ with one PNG for each frame. With --confidence it also
+writes a folder drive_confidence/.
+
+With --compare the command reads a labelled domain, as `t2sda evaluate` does, instead of images. For the image with
+index 7 it writes 000007_NAME_ids.png and so on. It also writes 000007_NAME_compare.png, which shows the image, the
+true labels, the prediction and the errors side by side.
 """
 
 from argparse import Namespace

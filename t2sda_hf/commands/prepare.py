@@ -1,11 +1,13 @@
-"""Turn the unpacked download of a public data set into parquet shards: class ids, original names, class counts.
+"""Turn the unpacked download of a public data set into parquet files, with class ids, file names and class counts.
 
     t2sda prepare gta5 --root /downloads/gta5 --output data/gta5 --size 720 1280
     t2sda prepare cityscapes --root /downloads/cityscapes --output data/cityscapes --unlabelled train
 
-Then `path: data/gta5` in a config. A killed command goes on where it was. --size is that of training: what is already
-small is read in a fraction of the time, and gives the same pixels. Test sets keep their size: labels are compared
-there.
+Then write `path: data/gta5` in a config. If the command was stopped, call it again: it continues its work.
+
+For --size give the size at which you will train. Images that are already small are read in a fraction of the time, and
+training sees the same pixels. Do not change the size of test sets, because scores are measured at the size of their
+labels.
 """
 
 from argparse import Namespace

@@ -5,9 +5,12 @@
     t2sda push outputs/mine USER/name --output staged          write the files, send nothing
     t2sda push outputs/mine USER/name --card model_cards/mine  write the card, its facts and its pictures
 
-One commit, or nothing. Repeat the command after a failure: what is there already is not sent again. What the card says
-is read from the files of the run; --fact gives what they do not hold: command, commit, hardware, software, start (what
-the encoder's weights are), note (what else a reader of the scores must know).
+All files are sent in one commit. If something fails, nothing is published. Then repeat the command: files that are
+already on the Hub are not sent again.
+
+The card is written from the files of the run. With --fact you can give facts that these files do not hold: command,
+commit, hardware, software, start (what the weights of the encoder are) and note (what else a reader of the scores must
+know).
 """
 
 from argparse import Namespace

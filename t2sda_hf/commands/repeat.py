@@ -1,12 +1,15 @@
-"""Is it better, or was it luck? Train one or two configs with several seeds and compare them pair by pair.
+"""Find out whether a difference is real or luck: train one or two configs with several seeds, and compare seed by seed.
 
     t2sda repeat demo --seeds 0..4
     t2sda repeat a.yaml b.yaml --seeds 0..4 --output outputs/ab --train.max_steps 400
 
-Every key of a run is a flag, and counts for all runs; launch flags are those of `t2sda train`. Runs lie in
-OUTPUT/<config>/seed_N. Finished ones are not run again, stopped ones go on: the same command serves every start. Prints
-mean, sd (sample) and n of every model, and the paired difference with its 95% confidence interval; writes them to
-OUTPUT/repeat.json. Exit code 1 if a run failed.
+Every key of a config is also a flag, and applies to all runs. The flags that start several processes are those of
+`t2sda train`. A run is written to OUTPUT/<config>/seed_N. If you call the same command again, it skips finished runs
+and continues stopped ones.
+
+The command prints the mean, the sd (sample standard deviation) and the number n of runs for every model. For two models
+it prints the mean of their differences, taken seed by seed, with a 95% confidence interval. It writes all of this to
+OUTPUT/repeat.json. The exit code is 1 if a run failed.
 """
 
 import json

@@ -1,17 +1,28 @@
-"""Make a table of the paper: train its missing cells, print it with mean, sd and the paper's figure.
+"""Make a table of the paper: train the cells that are missing, and print our figures beside the paper's.
 
     t2sda tables table07 --seeds 0..2 --scale demo
     t2sda tables table07 table08 --scale camvid --dry-run
     t2sda tables table12 --train.max_steps 400 --num_processes 2
 
-TABLE is one of table02 ... table17, or the path of a file like those in configs/ablations/. A cell is one row with one
-seed: a run of `t2sda train`, in outputs/ablations/SCALE/ under a number made of its config. So rows that are the same
-run in several tables are trained once, and a changed config is another cell. A finished cell is left alone; an
-interrupted one goes on where its checkpoint is. Every key of a run is a flag, for every cell of this call. Ctrl-C or
-SIGTERM lets the running cell write its checkpoint.
+TABLE is one of table02 ... table17, or the path of your own file with the same form as those in configs/ablations/.
 
-Written beside the cells: TABLE.md and TABLE.json. Exit code 0; 1 if cells failed (the others were still run); 2 when
-the input is at fault; 130 or 143 after a signal.
+A cell is one row of the table with one seed, and it is one run of `t2sda train`. It is stored in
+outputs/ablations/SCALE/, in a folder whose name is a number computed from its config. So a run that belongs to several
+tables is trained only once. If you change the config of a row, this makes a new cell.
+
+A finished cell is not trained again. A cell that was interrupted continues from its checkpoint. Every key of a config
+is also a flag, and applies to every cell of this call. After Ctrl-C or SIGTERM the running cell first writes its
+checkpoint.
+
+The files TABLE.md and TABLE.json are written beside the cells. They have the mean and sd (sample standard deviation)
+over the seeds.
+
+Exit codes:
+    0     all cells are there
+    1     some cells failed; the other cells were still run
+    2     the input is wrong
+    130   the command was stopped by Ctrl-C
+    143   the command was stopped by SIGTERM
 """
 
 import hashlib

@@ -1,19 +1,31 @@
-"""Adapt a segmentation model to an unlabelled domain.
+"""Adapt a segmentation model to an unlabelled target domain.
 
-    t2sda train --config demo                                       a recipe: --list names them
-    t2sda train --config mine.yaml --seed 1 --optim.lr 1e-4         every key works as a flag: t2sda config
-    t2sda train --config mine.yaml --dry-run                        will it work, how long, how large
-    t2sda train --config mine.yaml --resume auto                    starts it, goes on, or says that all is done
+    t2sda train --config demo                                       run a recipe: --list names all recipes
+    t2sda train --config mine.yaml --seed 1 --optim.lr 1e-4         every key of a config is also a flag: t2sda config
+    t2sda train --config mine.yaml --dry-run                        test the run, estimate its time and memory
+    t2sda train --config mine.yaml --resume auto                    start, continue, or report that all is done
     t2sda train --config mine.yaml --num_processes 4 --accelerate_config fsdp2
 
---dry-run makes two updates, a checkpoint and an evaluated image of everything the run will do, says what memory and
-time the run takes on this machine, and leaves nothing behind but the label statistics that `datasets` caches.
---overfit-batch (train.overfit_batch) learns one batch over and over: losses that do not fall then mean a fault.
---resume auto goes on where the run in output_dir stopped, or starts it: the same command serves every start.
+A recipe is a config file that comes with the package.
 
-`accelerate launch scripts/train_uda.py --config ...` does the same in a checkout. Exit code 0; 2 when the input is at
-fault; 143 or 130 after SIGTERM or SIGINT, with a checkpoint; 1 for what else ends a run. Each with one line that says
-why.
+--dry-run makes two updates, saves and loads a checkpoint, and evaluates one image for everything that the run will do.
+Then it prints how much memory and time the whole run needs on this machine. It deletes all that it has written, except
+the label statistics that `datasets` caches.
+
+--overfit-batch (the key train.overfit_batch) learns one batch again and again. If the losses do not fall, there is a
+fault.
+
+--resume auto continues the run in output_dir. If there is no such run, it starts one. So you can use the same command
+for every start.
+
+In a checkout of the repository, `accelerate launch scripts/train_uda.py --config ...` does the same.
+
+Exit codes. With every code except 0 the command prints one line that says why:
+    0     the run is finished
+    1     another error has ended the run
+    2     the input is wrong
+    130   the run was stopped by SIGINT (Ctrl-C), and has written a checkpoint
+    143   the run was stopped by SIGTERM, and has written a checkpoint
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Train a translator, show what translation engines do, or write the translations of all source images.
+"""Train a translation network, compare translation engines in a picture, or translate all source images.
 
     t2sda translator train --config mine.yaml --output outputs/translators/mine
     t2sda translator train --source streets-source --target streets-target --steps 2000 --crop 96 128 --output streets
@@ -6,17 +6,21 @@
     t2sda translator preview --config demo --engine trained --translate.trained.model outputs/translators/streets
     t2sda translator apply --config demo --engine trained --translate.trained.model streets --output outputs/translated
 
-Domains are those of the config, with all its keys: --source and --target change the path, --source.resize the size. No
-label is read. On the target, use training images only.
+A translation engine is a method that gives a source image the style of the target. The two domains are those of the
+config, with all their keys. --source and --target replace their paths, and keys such as --source.resize are also flags.
+No label is read. As the target, use only images that you may train with.
 
-train: CycleGAN (Zhu et al. 2017), between the looks of both domains, one process per GPU. Writes config.json and
-model.safetensors (source to target; what translate.trained.model reads), backward/ (target to source), training.json
-(domains, settings, losses) and preview.png. --output must be empty or not exist.
+train     trains a CycleGAN (Zhu et al. 2017), which learns to translate between the two domains. One process runs for
+          each GPU. It writes config.json and model.safetensors (from source to target; translate.trained.model reads
+          them), backward/ (from target to source), training.json (domains, settings, losses) and preview.png.
 
-preview: a picture with a column for each source image: the image, the target image of its pair, and a row per engine.
+preview   writes one picture with a column for each source image. A column shows the image, the target image of its
+          pair, and one row for each engine.
 
-apply: every source image at its working size, and manifest.json, for translate.trained.folder. --output must be empty
-or not exist.
+apply     writes the translation of every source image, at its size after source.resize, and manifest.json.
+          translate.trained.folder reads this folder.
+
+For train and apply, --output must be an empty folder or must not exist.
 """
 
 from argparse import Namespace
