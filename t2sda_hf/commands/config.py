@@ -10,7 +10,7 @@ Below a key and its default stand its meaning, the source of the default in brac
 [P]      the paper states the value
 [D]      the public DAFormer code, on which the paper builds, has the value
 [O A3]   the paper leaves this choice open; A3 is its entry in docs/open-points.md
-none     the value is our own choice
+no mark  the value is our own choice
 
 The last line of a key also says if another value does not change what is learned.
 """
