@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 
 from .config import RECIPES, find_recipe
 from .errors import Stopped
@@ -95,7 +96,13 @@ def _alone(args: Namespace, file: Path | None) -> bool:
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.utils import DistributedType
 
-    asked = load_config_from_file(str(file))
+    try:
+        asked = load_config_from_file(str(file))
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is no file of `accelerate config`: {error}. Mend or remove it, or give another "
+            "--accelerate_config."
+        ) from error
     if asked.distributed_type != DistributedType.NO or (args.num_processes or asked.num_processes) != 1:
         return False
     os.environ["ACCELERATE_MIXED_PRECISION"] = str(asked.mixed_precision)

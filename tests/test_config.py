@@ -316,6 +316,13 @@ def test_the_page_of_open_points_has_every_key_that_names_one():
             assert f"`{key.name}`" in rows[key.source[2:]], key.name
 
 
+def test_what_nothing_reads_is_no_difference():
+    """So a run of the first release, whose feature distance had classes and no weight, goes on."""
+    assert differences({"feature_distance.classes": ["car"]}, {}) == {}
+    weighed = {"feature_distance.classes": ["car"], "loss_weights.feature_distance": 0.1}
+    assert set(differences(weighed, {})) == set(weighed)
+
+
 # ------------------------------------------------------------------------------------------------ what is refused
 
 UNKNOWN = [  # what was written: the key that was meant
@@ -524,6 +531,8 @@ OUT_OF_RANGE = [
     ("train.max_steps", "0"),
     ("train.batch_size", "0"),
     ("train.micro_batches", "0"),
+    ("train.num_threads", "0"),
+    ("train.timeout_seconds", "1e15"),
     ("train.log_every", "0"),
     ("train.evaluate_every", "0"),
     ("train.save_every", "-4000"),
@@ -570,6 +579,33 @@ def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path, text, words):
     with pytest.raises(ValueError, match=r"broken\.yaml") as caught:
         load_config(path)
     assert all(word in str(caught.value) for word in words)
+
+
+def test_a_file_that_names_itself_is_refused(tmp_path):
+    path = tmp_path / "loop.yaml"
+    path.write_text("traget: &s {a: *s}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"unknown key 'traget\.a"):
+        load_config(path)
+
+
+def test_a_file_of_another_encoding_is_named(tmp_path):
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(b"output_dir: Stra\xdfe\n")
+    with pytest.raises(ValueError, match=r"latin\.yaml is not a text in UTF-8"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "nul\0"])
+def test_what_is_no_name_of_a_file_is_refused(name):
+    with pytest.raises(ValueError, match=r"does not exist"):
+        load_config(name)
+
+
+def test_a_base_that_is_missing_says_who_names_it(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: nope\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^base in .*mine\.yaml: config file 'nope' does not exist"):
+        load_config(path)
 
 
 def test_a_missing_file_is_named():

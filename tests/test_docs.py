@@ -2,7 +2,7 @@
 that the command understands.
 
 Every `t2sda` line goes through the real front. Runs are shortened by flags that stand behind the reader's own words:
-few images, two updates, small crops. A block under "parsed only" needs what a test cannot have.
+few images, one update, small crops. A block under "parsed only" needs what a test cannot have.
 """
 
 import re
@@ -21,8 +21,8 @@ from t2sda_hf.cli import COMMANDS, main, parser_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FEW = ["--source.num_images=5", "--target.num_images=5", "--test.num_images=2", "--evaluation.source_images=1"]
-SHORT = ["--train.max_steps=2", "--train.evaluate_every=1", "--train.save_every=2", "--train.batch_size=1"]
+FEW = ["--source.num_images=5", "--target.num_images=5", "--test.num_images=2", "--evaluation.source_images=0"]
+SHORT = ["--train.max_steps=1", "--train.evaluate_every=1", "--train.batch_size=1", "--train.log_with=[]"]
 SMALL = ["--data.crop_size=[64, 64]", "--data.outer_crop_size=[64, 96]", "--rcs.min_pixels=1"]
 SHORTENED = {"train": [*FEW, *SHORT, *SMALL], "repeat": [*FEW, *SHORT, *SMALL], "translator": FEW[:2]}
 SHORTENED |= {"evaluate": ["--limit=2"], "analyze": ["--limit=2", "--per_class=8", "--num_pictures=1"]}

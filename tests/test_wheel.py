@@ -13,8 +13,8 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 BUILT_FROM = ("t2sda_hf", "configs", "model_cards", "pyproject.toml", "README.md", "LICENSE")
-FEW = ["--source.num_images=6", "--target.num_images=6", "--test.num_images=2", "--evaluation.source_images=1"]
-SHORT = ["--train.max_steps=2", "--train.evaluate_every=1", "--train.batch_size=1"]
+FEW = ["--source.num_images=6", "--target.num_images=6", "--test.num_images=2", "--evaluation.source_images=0"]
+SHORT = ["--train.max_steps=1", "--train.evaluate_every=1", "--train.batch_size=1"]
 
 
 @pytest.fixture(scope="module")

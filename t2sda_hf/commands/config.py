@@ -32,7 +32,7 @@ CHANGES = {
 def run(args: Namespace) -> int:
     if args.schema:
         print(json.dumps(json_schema(), indent=1, ensure_ascii=False))
-    elif args.resolve:
+    elif args.resolve is not None:
         print(dump_config(load_config(args.resolve)), end="")
     else:
         print("\n".join(explain(args.keys)))

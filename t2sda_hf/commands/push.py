@@ -39,7 +39,10 @@ def publish(args: Namespace) -> str:
     if args.output is not None:
         if args.output.exists():
             raise ValueError(f"{args.output} exists: nothing is overwritten, choose another --output.")
-        stage_run(args.run_folder, args.repo_id, args.output, given)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=args.output.parent) as temporary:  # renamed last: it exists whole or not at all
+            stage_run(args.run_folder, args.repo_id, Path(temporary) / "all", given)
+            (Path(temporary) / "all").rename(args.output)
         return f"Written, not sent: {args.output}"
     if args.card is not None:
         with TemporaryDirectory() as temporary:

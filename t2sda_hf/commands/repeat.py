@@ -48,6 +48,8 @@ def run(args: Namespace) -> int:
         for one in missing:
             print(f"\n{one.name}, seed {one.seed}: {shlex.join(('t2sda', *one.words))}", flush=True)
             code = runner.t2sda(*one.words)
+            if code == 2:
+                raise ValueError("the run was refused, see above, and the others would be, too.")
             if code:
                 failed.append(f"{one.name}, seed {one.seed} (exit code {code})")
     report(args.output, planned)

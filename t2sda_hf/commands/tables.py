@@ -35,9 +35,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..config import RECIPES, RunConfig, changes, differences, find_recipe, load_config
+from ..config import RECIPES, RunConfig, changes, differences, find_recipe, load_config, read_yaml
 from ..evaluation.table import CLASS_SETS, markdown, spread, subset_miou
 from ..labels import THING_CLASSES
 from ..launching import Runner, refuse_keys, words_of
@@ -133,15 +131,24 @@ def read_table(name: str, scale: str, overrides: Sequence[str] = ()) -> Table:
     """
     known = sorted(file.stem for file in (RECIPES / "ablations").glob("*.yaml"))
     path = find_recipe(name, "ablations", known)
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or not isinstance(content.get("base"), dict) or "rows" not in content:
-        raise ValueError(f"{path} is no table: it must map base to recipes by scale, and list rows. See {known[0]}.")
+    content = read_yaml(path)
+    missing = [name for name in ("question", "labels", "scores", "base", "rows") if not content.get(name)]
+    if missing or not isinstance(content["base"], dict) or not isinstance(content["rows"], list):
+        raise ValueError(
+            f"{path} is no table: it needs {', '.join(missing) or 'base by scale, and a list of rows'}. "
+            f"{known[0]} is one."
+        )
     if scale not in content["base"]:
         raise ValueError(f"{path.stem} has no scale {scale!r}: it has {', '.join(content['base'])}.")
     if "evaluate" in content and scale not in content["evaluate"]:
         raise ValueError(f"{path.stem} does not say what to evaluate at scale {scale!r}.")
     rows = []
-    for entry in content["rows"]:
+    for number, entry in enumerate(content["rows"], 1):
+        paper = entry.get("paper") if isinstance(entry, dict) else None
+        if not isinstance(paper, list) or len(paper) != len(content["scores"]) or not all(map(bool, paper)):
+            raise ValueError(f"row {number} of {path} needs under paper one list for each of {content['scores']}.")
+        if not {"label", "set"} <= entry.keys() and not entry.get("quoted"):
+            raise ValueError(f"row {number} of {path} needs label and set, or quoted.")
         config: str | None = None
         arguments: tuple[str, ...] = ()
         if not entry.get("quoted"):
@@ -150,8 +157,8 @@ def read_table(name: str, scale: str, overrides: Sequence[str] = ()) -> Table:
             texts = (f"--{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changed.items())
             arguments = (*texts, "--baseline=none", *overrides)
             load_config(config, arguments)
-        paper = tuple((cell[0], cell[1] if len(cell) > 1 else None) for cell in entry["paper"])
-        rows.append(Row(tuple(entry["label"]), paper, config, arguments))
+        cells = tuple((cell[0], cell[1] if len(cell) > 1 else None) for cell in paper)
+        rows.append(Row(tuple(entry["label"]), cells, config, arguments))
     return Table(
         path.stem,
         content["question"],

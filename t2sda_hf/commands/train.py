@@ -54,7 +54,7 @@ from ..evaluation.run_folder import write_data_record
 from ..evaluation.table import format_table
 from ..hub.card import record_run
 from ..hub.push import check_push, push_after_training
-from ..masking import MaskFilter, mask
+from ..masking import MaskFilter, mask_known
 from ..models import T2SDAForSemanticSegmentation
 from ..training.build import (
     Domains,
@@ -89,7 +89,7 @@ def run(args: Namespace) -> int:
         with StopRequest() as stop:
             said = rehearse(cfg, initial, domains, accelerator, described, stop)
         if accelerator.is_main_process:
-            print(f"{mask(dump_config(cfg))}\n{said}")
+            print(f"{mask_known(dump_config(cfg))}\n{said}")
         accelerator.end_training()
         return 0
     with ExitStack() as held:

@@ -8,6 +8,7 @@ from .load import (
     find_recipe,
     json_schema,
     load_config,
+    read_yaml,
     recipe_names,
     unknown_key,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "json_schema",
     "keys",
     "load_config",
+    "read_yaml",
     "recipe_names",
     "unknown_key",
 ]

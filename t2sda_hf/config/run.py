@@ -20,8 +20,8 @@ class DomainConfig(Section):
     path: str = key(
         "",
         "a parquet file or folder, a folder of images (with label_path, or as imagefolder with metadata), a list of "
-        "pairs (.txt, .csv, .tsv), a video (target), a data set of the Hub, the root of a layout, or drawn streets: "
-        "streets-source, streets-target",
+        "pairs (.txt, .csv, .tsv), a video (target), a data set of the Hub, the root of a layout, or generated toy "
+        "streets: streets-source, streets-target",
         changes="placement",
     )
     split: str = key("train", "split of the data set that is read")
@@ -519,9 +519,15 @@ class TrainConfig(Section):
         10, "of the whole run with non_finite skip; one more stops it", changes="nothing", at_least=0
     )
     timeout_seconds: Number = key(
-        60.0, "how long a process waits for the others, also while one writes a checkpoint", changes="nothing", above=0
+        60.0,
+        "how long a process waits for the others, also while one writes a checkpoint",
+        changes="nothing",
+        above=0,
+        at_most=864_000,
     )
-    num_threads: Whole | None = key(None, "CPU threads of torch; null leaves torch's choice", changes="nothing")
+    num_threads: Whole | None = key(
+        None, "CPU threads of torch; null leaves torch's choice", changes="nothing", at_least=1
+    )
     log_with: tuple[str, ...] = key(("tensorboard",), "trackers of accelerate; [] is none", changes="nothing")
 
 
@@ -556,7 +562,7 @@ class PushConfig(Section):
     create_pr: Flag = key(False, "offer a pull request instead of writing to the main branch", changes="nothing")
     license: str = key(
         "",
-        'of the weights, an id of the Hub; "" is worked out where nothing but drawn streets was used',
+        'of the weights, an id of the Hub; "" is worked out where nothing but the toy streets was used',
         changes="nothing",
     )
     terms: dict[str, str] = key({}, "{source, target, test: under which terms its images come}", changes="nothing")

@@ -202,8 +202,8 @@ def refuse_secrets(folder: Path) -> None:
         content = path.read_bytes() if path.is_file() else b""
         if holds_secret(content) or (len(own) >= 8 and own in content):
             raise ValueError(
-                f"{path.relative_to(folder)} holds what looks like an access token: nothing was sent. Remove it, and "
-                "revoke the token if it is one."
+                f"{path.relative_to(folder)} holds what looks like an access token, so nothing was sent. Remove it, "
+                "and revoke the token if it is one."
             )
 
 

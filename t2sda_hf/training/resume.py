@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from ..config import RunConfig, changes, differences, dump_config
 from ..data.domains import Domain
-from ..masking import mask
+from ..masking import mask_known
 from ..models import T2SDAForSemanticSegmentation
 from .checkpoint import (
     Content,
@@ -109,7 +109,7 @@ def config_of(cfg: RunConfig, method: Any) -> RunConfig:
 def describe(cfg: RunConfig, source: str, target: str | None, accelerator: Accelerator) -> dict[str, Any]:
     """What a method's weights depend on, for JSON. `source` and `target` are fingerprints of the data it reads."""
     return {
-        "config": json.loads(json.dumps(yaml.safe_load(mask(dump_config(cfg))))),  # as it will be read
+        "config": json.loads(json.dumps(yaml.safe_load(mask_known(dump_config(cfg))))),  # as it will be read
         "source_data": source,
         "target_data": target,
         "num_processes": accelerator.num_processes,

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..config import RunConfig, dump_config
 from ..evaluation.watch import SELECTED, SELECTED_FILE, describe_selected, drop_selected_after, selects
-from ..masking import mask
+from ..masking import mask_known
 from ..models import T2SDAImageProcessor
 from .checkpoint import (
     CheckpointError,
@@ -54,7 +54,7 @@ class Store:
         """Make the folder, and write down the config; results of an earlier start are taken away."""
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / "resolved_config.yaml", mask(dump_config(self.cfg)))
+            write_text(self.folder / "resolved_config.yaml", mask_known(dump_config(self.cfg)))
             (self.folder / "metrics.json").unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
 
