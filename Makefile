@@ -10,7 +10,7 @@ export THP_MEM_ALLOC_ENABLE ?= 1
 .PHONY: demo test browser install benchmark faults cards
 
 demo: install
-	$(VENV)/bin/accelerate launch scripts/train_uda.py --config configs/demo.yaml $(ARGS)
+	$(VENV)/bin/t2sda train --config demo $(ARGS)
 
 test: install
 	$(VENV)/bin/ruff check .

@@ -10,6 +10,7 @@ mmcv, timm, kornia 0.5.8 and prettytable beside this package. A row whose other 
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import platform
@@ -45,14 +46,13 @@ from t2sda_hf.hub.card import cpu_name
 from t2sda_hf.losses.pull import num_queries_per_class, pull_loss, sample_pull
 from t2sda_hf.losses.segmentation import segmentation_loss
 from t2sda_hf.masking import run_masked
-from t2sda_hf.methods import METHODS, Method, Parts
-from t2sda_hf.methods.parts import ClassMemory
+from t2sda_hf.methods import METHODS, Graph, Method, Step
 from t2sda_hf.models import T2SDAConfig, T2SDAForSemanticSegmentation
 from t2sda_hf.teacher import make_teacher, update_teacher
 from t2sda_hf.training.build import build_student
 from t2sda_hf.training.checkpoint import Progress
 from t2sda_hf.training.loop import Run, update
-from t2sda_hf.training.optim import make_optimizer
+from t2sda_hf.training.parts import make_parts
 from t2sda_hf.training.tracking import Tracker
 from t2sda_hf.translate import build_engine
 from t2sda_hf.translate.fda import low_amplitude, with_low_amplitude
@@ -180,29 +180,10 @@ def make_step(
 ) -> Callable[[], object]:
     """One update of the real loop, on one batch that is there already or on those `given`."""
     batch = random_batch(cfg)
-    student = build_student(cfg).train()
-    parts = Parts(
-        student=student,
-        teacher=make_teacher(student),
-        imagenet=None,
-        translate=build_engine(cfg.translate),
-        memory=ClassMemory(len(cfg.classes), cfg.projector.dim),
-    )
-    optimizer = make_optimizer(student.encoder, student, cfg.optim)
-    folder = Path(tempfile.mkdtemp())
-    run = Run(
-        cfg,
-        folder,
-        accelerator,
-        parts,
-        method or METHODS[cfg.method],
-        given or iter(lambda: batch, None),
-        optimizer,
-        lambda _: {},
-        lambda *_: None,
-    )
+    parts = make_parts(cfg, build_student(cfg).train(), build_engine(cfg.translate), accelerator)
+    run = Run(cfg, accelerator, parts, method or METHODS[cfg.method], given or itertools.repeat(batch))
     steps = iter(range(cfg.train.max_steps))
-    tracker = Tracker(accelerator, folder, cfg.train.max_steps, Progress(), cfg.method, show=False)
+    tracker = Tracker(accelerator, Path(tempfile.mkdtemp()), cfg.train.max_steps, Progress(), cfg.method, show=False)
     return lambda: update(run, next(steps), tracker)
 
 
@@ -425,9 +406,6 @@ def metric_rows(options: Options) -> Iterator[Row]:
         found["ours"] = scores(confusion_matrix(predictions, labels, 19))["mean_iou"]
 
     others: dict[str, tuple[str, Callable[[], object] | str]] = {}
-    # `evaluate` is the library here, and not the script of that name beside this one.
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
-    sys.modules.pop("evaluate", None)
     try:
         metric = importlib.import_module("evaluate").load(options.mean_iou)
 
@@ -567,8 +545,9 @@ def step_of_b5(kind: str) -> Callable[[], object]:
     cfg = small_run("mit_b5", "daformer", 512, batch_size=1)
     objective = METHODS["t2sda"]
 
-    def joined(*arguments: Any) -> Iterator[dict[str, torch.Tensor]]:
-        yield {name: value for terms in objective(*arguments) for name, value in terms.items()}
+    def joined(step: Step) -> Iterator[Graph]:
+        graphs = list(objective(step))
+        yield Graph({name: loss for graph in graphs for name, loss in graph.losses.items()}, graphs[-1].seen)
 
     return make_step(cfg, Accelerator(cpu=True), joined if kind == "joined" else objective)
 

@@ -1,6 +1,6 @@
 """How a command ends when something goes wrong: what the user did is a ValueError, the rest is one of these.
 
-Only the standard library is imported here: the command line front knows them before anything else is loaded.
+Only the standard library is imported here: the command line front knows them before any heavy library is loaded.
 """
 
 import signal
@@ -19,10 +19,10 @@ class Ended(Exception):
 
 
 class Stopped(Ended):
-    """The run ends because it was told to; `exit_code` is 128 + number of the signal."""
+    """A command ends because it was told to; `exit_code` is 128 + number of the signal."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(f"by {signal.Signals(number).name}; go on with --resume auto.")
+    def __init__(self, number: int, advice: str = "go on with --resume auto") -> None:
+        super().__init__(f"by {signal.Signals(number).name}; {advice}.")
         self.exit_code = 128 + number
 
 
@@ -40,6 +40,16 @@ class PushFailed(Ended):
     """The Hub did not take the files; the message says why and how to push again. The run folder is as it was."""
 
     exit_code = 2
+
+
+class NotFinite(Ended, FloatingPointError):
+    """Losses, gradients or weights are not finite; the text says which, and what to do."""
+
+
+class RunFailed(Ended):
+    """The machine failed the run: the disk, the network. The text says what remains."""
+
+    alone = True
 
 
 class LostContact(Ended, RuntimeError):

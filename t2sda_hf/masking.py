@@ -1,6 +1,7 @@
 """No secret leaves the process, in a text or in a file: known forms, values beside telling keys, the environment's own.
 
-Only the standard library is imported here, so that a command can mask what it prints before anything else is loaded.
+Only the standard library is imported here, so that a command can mask what it prints
+before any heavy library is loaded.
 """
 
 import logging
@@ -20,24 +21,30 @@ _KEYS = {
 # random bytes of weights have them. Each begins with plain letters, which makes the search in gigabytes fast.
 _FORMS = (
     *(f"{start}(?<![A-Za-z0-9]{start}){letter}{{16,}}" for letter, starts in _KEYS.items() for start in starts),
-    r"(?<=://)[\w!-.;-?A-~]+:[\w!-.:-?A-~]+(?=@)",  # user:password in a URL; no blank, / or @ is in them
-    r"(?i)(?<=Bearer )[\w.~+/=-]{8,}",
+    r"(?<=://)[\w!-.;-?A-~]+:[\w!-.:-~]+(?=@)",  # user:password in a URL; no blank or / is in them
+    r"(?i)(?P<kept>\bBearer\s+)[\w.~+/=-]{8,}",
 )
 _IN_TEXT = [re.compile(form) for form in _FORMS]
 _IN_BYTES = [re.compile(form.encode()) for form in _FORMS]
-_TELLING = r"(?:token|secret|password|passwd|api_?key|credential)"
+_TELLING = r"(?:token|secret|password|passwd|api[_-]?key|credential)"
 _BESIDE_KEY = re.compile(
-    rf"(?i)(--[\w.-]*{_TELLING}[\w.-]*\s+|\b[\w.-]*{_TELLING}[\w.-]*['\"]?\s*[=:]\s*['\"]?)(?!null|none|true|false)([^\s'\",&}}]{{5,}})"
+    rf"(?i)(--[\w.-]*{_TELLING}[\w.-]*\s+|\b[\w.-]*{_TELLING}[\w.-]*['\"]?\s*[=:]\s*[\[({{]?\s*['\"]?)(?!null|none|true|false)"
+    r"((?<=')[^'\n]{5,}(?=')|(?<=\")[^\"\n]{5,}(?=\")|[^\s'\",&}\]]{5,})"
 )
 
 
 def mask(text: str) -> str:
     """`text` with everything that looks like a secret, or is one in the environment, replaced."""
+    return _BESIDE_KEY.sub(rf"\1{MASK}", mask_known(text))
+
+
+def mask_known(text: str) -> str:
+    """The same without values beside telling keys: for configs, where `password_sign` may be the name of a class."""
     for value in _of_environment():
         text = text.replace(value, MASK)
     for form in _IN_TEXT:
-        text = form.sub(MASK, text)
-    return _BESIDE_KEY.sub(rf"\1{MASK}", text)
+        text = form.sub(lambda found: (found.groupdict().get("kept") or "") + MASK, text)
+    return text
 
 
 def holds_secret(content: bytes) -> bool:
@@ -77,7 +84,10 @@ class _MaskedStream:
 
 
 def run_masked(main: Callable[[], int]) -> int:
-    """`main()`, with a mask over all that the process prints, tracebacks too. The last line of every script."""
+    """`main()`, with a mask over all that the process prints, tracebacks too. Every door goes through it."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started the process
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (as long as the process)
     make_record = logging.getLogRecordFactory()
 
     def masked_record(*args: Any, **kwargs: Any) -> logging.LogRecord:  # some handlers have kept the bare stream

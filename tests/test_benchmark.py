@@ -1,18 +1,11 @@
 """The speed table: what it prints, never how fast this machine is."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-SPEC = importlib.util.spec_from_file_location(
-    "benchmark_script", Path(__file__).parents[1] / "scripts" / "benchmark.py"
-)
-benchmark = importlib.util.module_from_spec(SPEC)
-sys.modules["benchmark_script"] = benchmark  # dataclasses look themselves up there
-SPEC.loader.exec_module(benchmark)
+from scripts import benchmark
 
 
 def test_a_ratio_is_the_median_over_rounds_not_the_ratio_of_medians() -> None:

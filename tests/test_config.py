@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
+from dataclasses import FrozenInstanceError, asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 import yaml
 from tiny import tiny_config
 
-from t2sda_hf.config import DomainConfig, RunConfig, dump_config, load_config
+from t2sda_hf.config import DomainConfig, RunConfig, differences, dump_config, keys, load_config
 from t2sda_hf.labels import CITYSCAPES_CLASSES
 
 Load = Callable[[str, str], RunConfig]
@@ -307,6 +307,22 @@ def test_no_open_point_is_left_out():
     assert set(REGISTER) | WITHOUT_A_KEY == {f"A{number}" for number in range(1, 41)}
 
 
+def test_the_page_of_open_points_has_every_key_that_names_one():
+    page = (Path(__file__).parents[1] / "docs" / "open-points.md").read_text(encoding="utf-8")
+    rows = {row.split("|")[1].strip(): row for row in page.splitlines() if row.startswith("| A")}
+    assert set(rows) == set(REGISTER) | WITHOUT_A_KEY
+    for key in keys().values():
+        if key.source.startswith("O "):
+            assert f"`{key.name}`" in rows[key.source[2:]], key.name
+
+
+def test_what_nothing_reads_is_no_difference():
+    """So a run of the first release, whose feature distance had classes and no weight, goes on."""
+    assert differences({"feature_distance.classes": ["car"]}, {}) == {}
+    weighed = {"feature_distance.classes": ["car"], "loss_weights.feature_distance": 0.1}
+    assert set(differences(weighed, {})) == set(weighed)
+
+
 # ------------------------------------------------------------------------------------------------ what is refused
 
 UNKNOWN = [  # what was written: the key that was meant
@@ -374,7 +390,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(load, written, mea
 def test_an_unknown_key_like_no_other_is_refused_with_those_of_its_section(load, written, offered):
     with pytest.raises(ValueError, match=f"unknown key {written!r}") as caught:
         load(written, "1")
-    assert re.search(rf"(Keys there|Sections) are .*\b{re.escape(offered)}\b", str(caught.value))
+    assert re.search(rf"(Keys there|Keys and sections) are .*\b{re.escape(offered)}\b", str(caught.value))
 
 
 WRONG_TYPES = [
@@ -515,6 +531,8 @@ OUT_OF_RANGE = [
     ("train.max_steps", "0"),
     ("train.batch_size", "0"),
     ("train.micro_batches", "0"),
+    ("train.num_threads", "0"),
+    ("train.timeout_seconds", "1e15"),
     ("train.log_every", "0"),
     ("train.evaluate_every", "0"),
     ("train.save_every", "-4000"),
@@ -561,6 +579,33 @@ def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path, text, words):
     with pytest.raises(ValueError, match=r"broken\.yaml") as caught:
         load_config(path)
     assert all(word in str(caught.value) for word in words)
+
+
+def test_a_file_that_names_itself_is_refused(tmp_path):
+    path = tmp_path / "loop.yaml"
+    path.write_text("traget: &s {a: *s}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"unknown key 'traget\.a"):
+        load_config(path)
+
+
+def test_a_file_of_another_encoding_is_named(tmp_path):
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(b"output_dir: Stra\xdfe\n")
+    with pytest.raises(ValueError, match=r"latin\.yaml is not a text in UTF-8"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "nul\0"])
+def test_what_is_no_name_of_a_file_is_refused(name):
+    with pytest.raises(ValueError, match=r"does not exist"):
+        load_config(name)
+
+
+def test_a_base_that_is_missing_says_who_names_it(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: nope\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^base in .*mine\.yaml: config file 'nope' does not exist"):
+        load_config(path)
 
 
 def test_a_missing_file_is_named():
@@ -649,6 +694,21 @@ def test_a_run_translates_only_where_the_objective_needs_it(overrides, translate
     assert cfg.uses_outer_crop == translates
     for choice in ("true", "false"):
         assert replace(cfg, data=replace(cfg.data, outer_crop=choice)).uses_outer_crop == (choice == "true")
+
+
+def test_differences_are_those_of_values_whatever_the_form_and_the_age_of_a_file():
+    cfg = load_config(None, ["--optim.lr=1", "--source.label_map={wall: building}", "--data.crop_size=[32, 64]"])
+    expected = {
+        "data.crop_size": ([512, 512], [32, 64]),
+        "optim.lr": (6e-5, 1.0),
+        "source.label_map.wall": (None, "building"),
+    }
+    assert differences(asdict(RunConfig()), asdict(cfg)) == expected
+    assert differences({}, yaml.safe_load(dump_config(cfg))) == expected
+    old = {"optim.lr": 1, "model.encoder_ln_eps_fix": False, "source": {"drawing_seed": 0, "label_map": {}}}
+    assert differences(old, asdict(cfg)) == {key: value for key, value in expected.items() if key != "optim.lr"} | {
+        "model.encoder_ln_eps_fix": (False, True)
+    }
 
 
 def test_own_class_names_need_no_label_space():

@@ -17,13 +17,11 @@ from accelerate import Accelerator
 from t2sda_hf.config import load_config
 from t2sda_hf.data.pairs import PairDataset, batches
 from t2sda_hf.data.rare_class_sampling import rare_classes
-from t2sda_hf.methods import METHODS, Parts
-from t2sda_hf.methods.parts import ClassMemory
-from t2sda_hf.teacher import make_teacher
+from t2sda_hf.methods import METHODS, Graph, Step
 from t2sda_hf.training.build import build_student, open_domains
 from t2sda_hf.training.checkpoint import Progress
 from t2sda_hf.training.loop import Run, update
-from t2sda_hf.training.optim import make_optimizer
+from t2sda_hf.training.parts import make_parts
 from t2sda_hf.training.tracking import Tracker
 
 REFERENCE = Path(__file__).with_name("invariants.json")
@@ -37,20 +35,18 @@ def first_losses(method: str, folder: Path) -> list[dict[str, float]]:
     cfg = replace(cfg, **few, train=replace(cfg.train, log_with=()))
     accelerator = Accelerator(cpu=True)
     domains = open_domains(cfg, accelerator)
-    student = build_student(cfg).train()
-    parts = Parts(student, make_teacher(student), None, domains.translate, ClassMemory(len(cfg.classes), 64))
+    parts = make_parts(cfg, build_student(cfg).train(), domains.translate, accelerator)
     rare = rare_classes(domains.source_counts, cfg.rcs.temperature, cfg.rcs.min_pixels)
     loader = batches(PairDataset(cfg, domains.source, domains.target if method == "t2sda" else None, rare))
     seen: list[dict[str, float]] = []
 
-    def noted(*arguments) -> Iterator[dict[str, torch.Tensor]]:
+    def noted(step: Step) -> Iterator[Graph]:
         seen.append({})
-        for terms in METHODS[method](*arguments):
-            seen[-1] |= {name: value.item() for name, value in terms.items()}
-            yield terms
+        for graph in METHODS[method](step):
+            seen[-1] |= {name: value.item() for name, value in graph.logged.items()}
+            yield graph
 
-    optimizer = make_optimizer(student.encoder, student, cfg.optim)
-    run = Run(cfg, folder, accelerator, parts, noted, iter(loader), optimizer, lambda _: {}, lambda *_: None)
+    run = Run(cfg, accelerator, parts, noted, iter(loader))
     with Tracker(accelerator, folder, cfg.train.max_steps, Progress(), method, show=False) as tracker:
         for step in range(STEPS):
             update(run, step, tracker)

@@ -1,4 +1,4 @@
-"""A secret comes out nowhere: of no command of scripts/, however it ends, and of no file that is published."""
+"""A secret comes out nowhere: of no command, however it ends, and of no file that is published."""
 
 import logging
 import runpy
@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from t2sda_hf.cli import COMMANDS
 from t2sda_hf.hub.push import refuse_secrets
 from t2sda_hf.masking import mask
 
-SCRIPTS = sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))
+SCRIPTS = {path.name: path for path in sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))}
 CANARY, SECRET = "hf_CANARYcanary0123456789CANARY", "correct-horse-battery"
 # Made up; cut in two, so that nobody who looks for secrets finds them here. What must go is the second part.
 FORMS = {
@@ -73,14 +74,14 @@ def test_code_and_plain_words_are_published(text: str, tmp_path: Path) -> None:
     [
         ["--hub_token", CANARY, f"https://anna:{SECRET}@example.org/x"],
         [f"no such folder/{CANARY}"],
-        [f"no such folder/{CANARY}", "--domain", f"no such folder/{SECRET}", "--output", "out", "--to", "camvid"],
+        [f"no such folder/{CANARY}", "--domain", f"no such folder/{SECRET}", "--output", "out"],
         ["--config", f"no such folder/{CANARY}.yaml"],
     ],
     ids=["unknown flag", "folder", "folder and domain", "config"],
 )
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("command", [*COMMANDS, *SCRIPTS])
 def test_a_canary_comes_out_of_no_command(
-    script: Path,
+    command: str,
     arguments: list[str],
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
@@ -90,13 +91,16 @@ def test_a_canary_comes_out_of_no_command(
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [script.name, *arguments])
+    monkeypatch.setattr(sys, "argv", [command, *arguments] if command in SCRIPTS else ["t2sda", command, *arguments])
     for stream in ("stdout", "stderr"):  # comes back after the test
         monkeypatch.setattr(sys, stream, getattr(sys, stream))
     make_record = logging.getLogRecordFactory()
     code: object = 1
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        if command in SCRIPTS:
+            runpy.run_path(str(SCRIPTS[command]), run_name="__main__")
+        else:
+            runpy.run_module("t2sda_hf", run_name="__main__")
     except SystemExit as end:
         code = end.code
     except BaseException:  # what the interpreter does with it

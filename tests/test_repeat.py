@@ -1,50 +1,58 @@
-"""scripts/repeat.py: real runs of few steps, started in this process instead of in one of their own."""
+"""t2sda repeat: real runs of few steps, started in this process instead of in one of their own."""
 
-import importlib.util
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from accelerate import Accelerator
-from faults.arena import ROOT, RUN, load_script
+from faults.arena import RUN
 
+from t2sda_hf.cli import main
+from t2sda_hf.commands import train
 from t2sda_hf.config import load_config
+from t2sda_hf.launching import Runner
 
-TRAIN = load_script()
-SHORT = ["--train.max_steps", "2", "--train.evaluate_every", "100", "--baseline", "source_only"]
+SHORT = ["--train.max_steps=2", "--train.evaluate_every=100", "--baseline=source_only"]
 
 
 @pytest.fixture
-def repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The script; `started` lists the command of every run, `codes` are exit codes to return instead of running."""
-    spec = importlib.util.spec_from_file_location("repeat_script", ROOT / "scripts" / "repeat.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`started` lists the command of every run, `codes` are exit codes to return instead of running."""
+    seen = SimpleNamespace(started=[], codes=[])
     for name, lr in (("a", "1e-3"), ("b", "5e-3")):
         (tmp_path / f"{name}.yaml").write_text(RUN.replace("lr: 1e-3", f"lr: {lr}"), encoding="utf-8")
-    domains = TRAIN.open_domains(load_config(tmp_path / "a.yaml"), Accelerator(cpu=True))
-    monkeypatch.setattr(TRAIN, "open_domains", lambda *_: domains)
-    monkeypatch.setattr(TRAIN, "save_panel", lambda *_: None)
-    monkeypatch.setattr(TRAIN, "write_page", lambda folder: folder / "index.html")
-    script.started, script.codes = [], []
+    domains = train.open_domains(load_config(tmp_path / "a.yaml"), Accelerator(cpu=True))
+    monkeypatch.setattr(train, "open_domains", lambda *_: domains)
+    monkeypatch.setattr(train, "save_panel", lambda *_: None)
+    monkeypatch.setattr(train, "write_page", lambda folder: folder / "index.html")
 
-    def run(command: list[str], check: bool) -> SimpleNamespace:
-        script.started.append(command)
-        at = command.index(str(ROOT / "scripts" / "train_uda.py"))
-        return SimpleNamespace(returncode=script.codes.pop(0) if script.codes else TRAIN.main(command[at + 1 :]))
+    def run(self: Runner, command: Sequence[str]) -> int:
+        seen.started.append(list(command))
+        return seen.codes.pop(0) if seen.codes else main(command[3:])
 
-    monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=run))
-    return script
+    monkeypatch.setattr(Runner, "run", run)
+    return seen
 
 
-def test_two_configs_are_compared_seed_by_seed_and_nothing_runs_twice(repeat, tmp_path: Path, capsys) -> None:
+def test_two_configs_are_compared_seed_by_seed_and_nothing_runs_twice(runs, tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
-    command = [str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), "--seeds", "0,3", "--output", str(out), *SHORT]
-    assert repeat.main(command) == 0
+    command = [
+        "repeat",
+        str(tmp_path / "a.yaml"),
+        str(tmp_path / "b.yaml"),
+        "--seeds",
+        "0,3",
+        "--output",
+        str(out),
+        *SHORT,
+    ]
+    assert main(command) == 0
     printed = capsys.readouterr().out
-    assert len(repeat.started) == 4
+    assert len(runs.started) == 4
     miou = {
         name: [
             json.loads((out / name / f"seed_{seed}" / "summary.json").read_text())["t2sda"]["miou"] for seed in (0, 3)
@@ -61,26 +69,54 @@ def test_two_configs_are_compared_seed_by_seed_and_nothing_runs_twice(repeat, tm
     assert saved["miou"]["a"]["t2sda"] == dict(zip(("0", "3"), miou["a"], strict=True))
     assert saved["differences"]["b over a"]["n"] == 2
 
-    assert repeat.main(command) == 0
-    assert len(repeat.started) == 4
-    assert repeat.main([*command[:2], "--seeds", "0", *command[4:], "--optim.lr", "2e-3"]) == 2
+    assert main(command) == 0
+    assert len(runs.started) == 4
+    assert main([*command[:3], "--seeds", "0", *command[5:], "--optim.lr", "2e-3"]) == 2
     assert "holds a finished run of another config" in capsys.readouterr().err
 
 
-def test_a_failed_run_is_named_and_a_stopped_one_ends_it_all(repeat, tmp_path: Path, capsys) -> None:
-    command = [str(tmp_path / "a.yaml"), "--seeds", "0..1", "--output", str(tmp_path / "out"), *SHORT]
-    repeat.codes = [1, 143]
-    assert repeat.main(command) == 143
-    assert "The same command goes on" in capsys.readouterr().err
-    repeat.codes = [1, 1]
-    assert repeat.main(command) == 1
+def test_a_failed_run_is_named_and_a_stopped_one_ends_it_all(runs, tmp_path: Path, capsys) -> None:
+    command = ["repeat", str(tmp_path / "a.yaml"), "--seeds", "0..1", "--output", str(tmp_path / "out"), *SHORT]
+    runs.codes = [1, 143]
+    assert main(command) == 143
+    assert "the same command goes on" in capsys.readouterr().err
+    runs.codes = [1, 1]
+    assert main(command) == 1
     said = capsys.readouterr()
     assert "Failed and not in these figures: a, seed 0 (exit code 1); a, seed 1 (exit code 1)" in said.err
-    assert repeat.started[0][1:] == [
-        str(ROOT / "scripts" / "train_uda.py"),
-        *("--config", str(tmp_path / "a.yaml"), *SHORT, "--seed", "0"),
-        *("--output_dir", str(tmp_path / "out" / "a" / "seed_0"), "--resume", "auto"),
+    assert runs.started[0] == [
+        *(sys.executable, "-m", "t2sda_hf", "train", "--config", str(tmp_path / "a.yaml"), *SHORT, "--seed=0"),
+        *(f"--output_dir={tmp_path / 'out' / 'a' / 'seed_0'}", "--resume=auto"),
     ]
+
+
+def test_a_finished_run_is_the_same_whatever_does_not_count(runs, tmp_path: Path, capsys) -> None:
+    command = ["repeat", str(tmp_path / "a.yaml"), "--seeds", "0", "--output", str(tmp_path / "out"), *SHORT]
+    assert main(command) == 0
+    free = [
+        "--data.num_workers",
+        "1",
+        "--train.log_every",
+        "1",
+        "--train.num_threads",
+        "2",
+        "--allow_changes",
+        "[seed]",
+    ]
+    elsewhere = ["--source.path", "streets-moved", "--cpu"]
+    assert main([*command, *free, *elsewhere]) == 0
+    assert len(runs.started) == 1
+    for counted in (["--test.path", "streets-source"], ["--evaluation.limit", "1"], ["--target.num_images", "5"]):
+        assert main([*command, *counted]) == 2
+        assert f"another config, by {counted[0][2:]}. Give another --output" in capsys.readouterr().err
+    assert len(runs.started) == 1
+
+
+def test_launch_flags_are_those_of_the_runs(runs, tmp_path: Path) -> None:
+    runs.codes = [0]
+    flags = ["--num_processes", "2", "--accelerate-config", "fsdp2", "--cpu"]
+    assert main(["repeat", str(tmp_path / "a.yaml"), "--seeds", "0", "--output", str(tmp_path / "out"), *flags]) == 0
+    assert runs.started[0][-3:] == ["--num_processes=2", "--accelerate_config=fsdp2", "--cpu"]
 
 
 @pytest.mark.parametrize(
@@ -92,8 +128,8 @@ def test_a_failed_run_is_named_and_a_stopped_one_ends_it_all(repeat, tmp_path: P
         (["--optim.lrr", "1"], "lrr"),
     ],
 )
-def test_mistakes_are_told_before_the_first_run(repeat, tmp_path: Path, options: list, message: str, capsys) -> None:
-    assert repeat.main([str(tmp_path / "a.yaml"), *options, "--output", str(tmp_path / "out")]) == 2
+def test_mistakes_are_told_before_the_first_run(runs, tmp_path: Path, options: list, message: str, capsys) -> None:
+    assert main(["repeat", str(tmp_path / "a.yaml"), *options, "--output", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
-    assert not repeat.started
+    assert not runs.started
     assert not (tmp_path / "out").exists()

@@ -10,39 +10,39 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from faults.arena import RUN, load_script, outcome
+from faults.arena import RUN, outcome
 from filelock import FileLock
 from torch import Tensor
 
+from t2sda_hf.cli import main
+from t2sda_hf.commands import train as command
 from t2sda_hf.config import load_config
 from t2sda_hf.data.pairs import PositionSampler
 from t2sda_hf.masking import mask
 from t2sda_hf.methods import METHODS
 from t2sda_hf.training import loop
-from t2sda_hf.training.build import Interruptible
 from t2sda_hf.training.checkpoint import Progress, checkpoints
+from t2sda_hf.training.scores import Interruptible
 from t2sda_hf.training.stopping import Stopped, StopRequest
 from t2sda_hf.training.tracking import Tracker
-
-SCRIPT = load_script()
 
 
 @pytest.fixture(scope="module")
 def domains(tmp_path_factory: pytest.TempPathFactory):
     config = tmp_path_factory.mktemp("config") / "run.yaml"
     config.write_text(RUN, encoding="utf-8")
-    return SCRIPT.open_domains(load_config(config), Accelerator(cpu=True))
+    return command.open_domains(load_config(config), Accelerator(cpu=True))
 
 
 @pytest.fixture
 def run(tmp_path: Path, domains, monkeypatch: pytest.MonkeyPatch):
     """A function that trains in tmp_path/<name> and returns the exit code."""
-    monkeypatch.setattr(SCRIPT, "open_domains", lambda *_: domains)
-    monkeypatch.setattr(SCRIPT, "save_panel", lambda *_: None)
+    monkeypatch.setattr(command, "open_domains", lambda *_: domains)
+    monkeypatch.setattr(command, "save_panel", lambda *_: None)
     (tmp_path / "run.yaml").write_text(RUN, encoding="utf-8")
 
     def train(name: str, *arguments: str) -> int:
-        return SCRIPT.main(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / name), *arguments])
+        return main(["train", "--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / name), *arguments])
 
     return train
 
@@ -54,12 +54,12 @@ def stop_after(monkeypatch: pytest.MonkeyPatch):
     def plan(updates: int, number: int = signal.SIGTERM) -> None:
         update, made = loop.update, [0]
 
-        def planted(*arguments: object) -> float:
-            factor = update(*arguments)
+        def planted(*arguments: object) -> object:
+            seen = update(*arguments)
             made[0] += 1
             if made[0] == updates:
                 os.kill(os.getpid(), number)
-            return factor
+            return seen
 
         monkeypatch.setattr(loop, "update", planted)
 
@@ -132,7 +132,7 @@ def test_other_data_is_refused(run, stop_after, domains, capsys, monkeypatch: py
     assert run("out") == 143
     fewer = replace(domains.source, table=domains.source.table.select(range(5)))
     other = replace(domains, source=fewer, source_counts=domains.source_counts[:5])
-    monkeypatch.setattr(SCRIPT, "open_domains", lambda *_: other)
+    monkeypatch.setattr(command, "open_domains", lambda *_: other)
     assert run("out", "--resume", "auto") == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "source_data" in said
@@ -142,9 +142,9 @@ def test_other_data_is_refused(run, stop_after, domains, capsys, monkeypatch: py
 def test_another_number_of_processes_is_refused(run, stop_after, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_after(2)
     assert run("out") == 143
-    records = SCRIPT.records
+    records = command.records
     others = {"num_processes": 4, "sharded": True}
-    monkeypatch.setattr(SCRIPT, "records", lambda *given: {m: r | others for m, r in records(*given).items()})
+    monkeypatch.setattr(command, "records", lambda *given: {m: r | others for m, r in records(*given).items()})
     assert run("out", "--resume", "auto") == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "num_processes: 1 before, 4 now; sharded: False before, True now" in said
@@ -222,7 +222,7 @@ def test_a_signal_in_the_evaluation_saves_the_step_before_it(run, tmp_path: Path
         return whole(self, index)
 
     twice = replace(domains.test, table=domains.test.table.select([0, 0]))
-    monkeypatch.setattr(SCRIPT, "open_domains", lambda *_: replace(domains, test=twice))
+    monkeypatch.setattr(command, "open_domains", lambda *_: replace(domains, test=twice))
     with monkeypatch.context() as patch:
         patch.setattr(Interruptible, "labels", labels)
         assert run("out") == 130
@@ -265,11 +265,10 @@ def test_a_skipped_step_is_said_and_no_mean_shows_it(run, tmp_path: Path, monkey
     """The loss of step 4 is infinite; the line of step 4 is the mean of step 3 alone, as log_every is 2."""
     method = METHODS["t2sda"]
 
-    def spoiled(batch, parts, cfg, step, generator, all_sum):
-        for terms in method(batch, parts, cfg, step, generator, all_sum):
-            yield {
-                name: value * (float("inf") if step == 3 and name == "target" else 1) for name, value in terms.items()
-            }
+    def spoiled(step):
+        for graph in method(step):
+            factors = {name: float("inf") if step.index == 3 and name == "target" else 1 for name in graph.losses}
+            yield replace(graph, losses={name: value * factors[name] for name, value in graph.losses.items()})
 
     assert run("whole") == 0
     monkeypatch.setitem(METHODS, "t2sda", spoiled)
@@ -291,11 +290,11 @@ def test_a_batch_of_ignored_pixels_is_a_finite_zero(run, tmp_path: Path, monkeyp
     method = METHODS["source_only"]
     seen: list[Tensor] = []
 
-    def all_ignored(batch, *rest):
-        batch.source_labels.fill_(255)
-        for terms in method(batch, *rest):
-            seen.append(terms["source"].detach())
-            yield terms
+    def all_ignored(step):
+        step.batch.source_labels.fill_(255)
+        for graph in method(step):
+            seen.append(graph.losses["source"].detach())
+            yield graph
 
     monkeypatch.setitem(METHODS, "source_only", all_ignored)
     assert run("out", "--method", "source_only", "--train.max_steps", "2") == 0

@@ -9,12 +9,13 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from test_scripts import load_script
-from test_two_processes import ROOT
+from running import ROOT
 from transformers import SegformerConfig, SegformerModel
 
 from t2sda_hf import T2SDAForSemanticSegmentation
-from t2sda_hf.config import RunConfig, load_config
+from t2sda_hf.cli import parser_of
+from t2sda_hf.commands import tables
+from t2sda_hf.config import RunConfig, differences, load_config
 from t2sda_hf.data.layouts import LAYOUTS
 from t2sda_hf.training.build import Domains, build_student, open_domains, run_method
 from t2sda_hf.training.resume import Start
@@ -22,7 +23,6 @@ from t2sda_hf.training.stopping import StopRequest
 from t2sda_hf.translate import build_engine
 from t2sda_hf.translate.generator import TranslationGenerator, save_translator
 
-ablation = load_script("run_ablation")
 TABLES = sorted((ROOT / "configs" / "ablations").rglob("*.yaml"))
 SIZES = {"depths": [1] * 4, "hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1, 1, 2, 2]}
 # What makes a run of the paper small. Nothing here is a key that a row of a table changes.
@@ -47,13 +47,13 @@ TARGET = "--target={path: streets-target, split: train, num_images: 2, resize: [
 
 @cache
 def table_at(name: str, scale: str = "paper"):
-    return ablation.read_table(name, scale)
+    return tables.read_table(name, scale)
 
 
 @cache
 def cell_folder(table: str, number: int) -> Path:
     """The name of a row's run, the same for rows that are the same run."""
-    return ablation.cell_of(table_at(table).rows[number], 0, Path()).folder
+    return tables.cell_of(table_at(table).rows[number], 0, Path()).folder
 
 
 @cache
@@ -78,7 +78,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(table: str, number: int, files: Path) -> RunConfig:
     """The row's config, made small."""
     row = table_at(table).rows[number]
-    given = ablation.config_of(row)
+    given = tables.config_of(row)
     own = [f"--output_dir={files / 'out'}", MARGINS]
     if given.method != "generalization":
         own.append(TARGET)
@@ -101,7 +101,7 @@ def domains(files: Path) -> Domains:
 
 @pytest.fixture(scope="module")
 def finished() -> dict[Path, dict]:
-    """Results by cell: rows that are the same run in several tables are run once, as run_ablation.py does."""
+    """Results by cell: rows that are the same run in several tables are run once, as t2sda tables does."""
     return {}
 
 
@@ -117,6 +117,13 @@ def test_the_rows_that_are_run_are_counted() -> None:
     assert (len(cells), len(set(cells.values()))) == (83, 64)
     ablations = {cell for (table, _), cell in cells.items() if 7 <= int(table[-2:]) <= 16}
     assert len(ablations) == 40  # trainings per seed for all of the paper's ablations (method 5.14)
+
+
+def test_no_row_has_lost_its_cell() -> None:
+    """cells.json holds the numbers of the rows at every scale, of the first release: finished runs lie under them."""
+    for name, numbers in json.loads((ROOT / "tests" / "cells.json").read_text(encoding="utf-8")).items():
+        made = [row for row in table_at(*name.split()).rows if row.config is not None]
+        assert [tables.cell_of(row, 0, Path()).folder.parts[0] for row in made] == numbers, name
 
 
 @pytest.mark.parametrize(("table", "number"), rows(), ids=lambda value: str(value))
@@ -153,13 +160,13 @@ def test_every_domain_at_the_papers_scale_has_the_split_that_is_read(path: Path)
     """A table must not find out after a week of training that what it is scored on is not there."""
     table = table_at(path.stem)
     if table.evaluate:
-        arguments = load_script("evaluate").parse_arguments(["model", *table.evaluate])
+        arguments = parser_of("evaluate").read(["model", *table.evaluate])
         (domain,) = arguments.domain
-        assert arguments.split in LAYOUTS[Path(domain).name].splits
+        assert load_config(None, arguments.overrides).test.split in LAYOUTS[Path(domain).name].splits
     for row in table.rows:
         if row.config is None:
             continue
-        cfg = ablation.config_of(row)
+        cfg = tables.config_of(row)
         for given in (cfg.source, cfg.target, cfg.test):
             assert not given.path or given.split in LAYOUTS[Path(given.path).name].splits
 
@@ -177,13 +184,9 @@ def test_every_row_is_a_valid_config_at_every_scale_and_changes_what_it_names(pa
             assert all(mean is None or 30 < mean < 90 for mean, _ in row.paper)
             if row.config is None:
                 continue
-            base, changed = (
-                ablation.flat(asdict(load_config(row.config))),
-                ablation.flat(asdict(ablation.config_of(row))),
-            )
             named = entry["set"] | entry.get("set_at", {}).get(scale, {})
-            different = {key for key in base if base[key] != changed[key]} - {"baseline"}
-            assert different <= set(named)
+            different = differences(asdict(load_config(row.config)), asdict(tables.config_of(row)))
+            assert set(different) - {"baseline"} <= set(named)
 
 
 def test_figures_of_the_paper_agree_between_tables() -> None:

@@ -1,62 +1,20 @@
 """Two gloo processes on this machine against one."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from running import TINY_RUN, launch, t2sda
 from safetensors.torch import load_file
 from transformers import SegformerConfig, SegformerModel
 from two_process_case import case, statistics
 
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.two_processes
-# A few steps on drawn streets with an encoder of a few thousand parameters.
-TINY_RUN = """
-method: t2sda
-classes: [road, sidewalk, building, pole, traffic sign, vegetation, sky, person, car, bus]
-source: {path: streets-source, num_images: 6}
-target: {path: streets-target, num_images: 6}
-test: {path: streets-target, split: validation, num_images: 3}
-model: {size: mit_b0, pretrained: null, head: all_mlp, depths: [1, 1, 1, 1], hidden_sizes: [8, 8, 16, 16],
-        num_attention_heads: [1, 1, 2, 2], decoder_hidden_size: 8}
-projector: {hidden: 8, dim: 8}
-data: {crop_size: [32, 64], outer_crop_size: [64, 96], cat_max_ratio: 0.9}
-rcs: {min_pixels: 5}
-uda: {ignore_top: 0, ignore_bottom: 0, pseudo_threshold: 0.1}
-pull: {num_queries: 8, num_negatives: 16}
-optim: {lr: 1e-3, warmup_steps: 0}
-train: {max_steps: 3, batch_size: 1, log_every: 1, num_threads: 1, log_with: []}
-loss_weights: {feature_distance: 0}
-"""
 
 
-def launch(processes: int, script: str, *arguments: str, launch_file: str | None = None) -> str:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    # On a CPU accelerate starts several processes only this way: --cpu would silently start one.
-    command += ["--main_process_port", "0"] if processes > 1 else ["--cpu"]
-    if launch_file is not None:
-        command += ["--config_file", launch_file]
-    elif processes > 1:
-        command += ["--multi_gpu"]
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-    }
-    done = subprocess.run(
-        [*command, script, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def train(folder: Path, processes: int, *arguments: str, launch_file: str | None = None) -> dict:
+def train(folder: Path, processes: int, *arguments: str) -> dict:
     folder.parent.mkdir(parents=True, exist_ok=True)
     config = folder.parent / "tiny.yaml"
     config.write_text(TINY_RUN, encoding="utf-8")
@@ -65,8 +23,7 @@ def train(folder: Path, processes: int, *arguments: str, launch_file: str | None
     torch.manual_seed(0)
     SegformerModel(SegformerConfig(**sizes)).save_pretrained(encoder)
     arguments += ("--model.pretrained", str(encoder), "--loss_weights.feature_distance", "0.005")
-    run = ("--config", str(config), "--output_dir", str(folder), *arguments)
-    launch(processes, "scripts/train_uda.py", *run, launch_file=launch_file)
+    t2sda("train", "--config", str(config), "--output_dir", str(folder), *arguments, f"--num_processes={processes}")
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
@@ -136,7 +93,8 @@ def assert_weights_close(one: Path, other: Path) -> None:
 def test_a_sharded_run_equals_the_whole_one_and_goes_on_as_one(two: Path, tmp_path: Path) -> None:
     """FSDP2 by its launch file; on a CPU accelerate itself would drop it."""
     out = tmp_path / "sharded"
-    train(out, 2, *LOCAL, "--train.save_every", "2", launch_file="configs/accelerate/fsdp2.yaml")
+    launch_file = ("--accelerate_config", "fsdp2", "--mixed_precision", "no")
+    train(out, 2, *LOCAL, "--train.save_every", "2", *launch_file)
     assert_losses_close(out, two)
     older, newest = (out / "t2sda" / f"checkpoint-00000{step}" for step in (2, 3))
     assert json.loads((newest / "state.json").read_text())["sharded"] is True

@@ -1,14 +1,16 @@
 """A run, networks and a batch that fit in milliseconds, for tests of what stands above the mathematics."""
 
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Generator, Tensor
 
 from t2sda_hf.batch import UdaBatch
 from t2sda_hf.config import RunConfig, load_config
-from t2sda_hf.methods import Parts
-from t2sda_hf.methods.parts import ClassMemory
+from t2sda_hf.methods import METHODS, ClassMemory, Graph, Networks, Step, make_networks
 from t2sda_hf.models import T2SDAConfig, T2SDAForSemanticSegmentation
-from t2sda_hf.teacher import make_teacher
 from t2sda_hf.translate import build_engine
 
 CLASSES = ("road", "building", "sky", "person", "car")
@@ -29,6 +31,27 @@ TINY = [
 def tiny_config(*overrides: str) -> RunConfig:
     """A small run; `overrides` are those of the command line. Nothing here reads a pretrained encoder."""
     return load_config(None, [*TINY, *overrides])
+
+
+def small_recipe(folder: str, name: str, *overrides: str) -> RunConfig:
+    """A recipe of configs/`folder` with a tiny network and tiny crops; everything else is its own."""
+    path = Path(__file__).parents[1] / "configs" / folder / f"{name}.yaml"
+    recipe = load_config(path)
+    sizes = "[16, 16, 24, 32]" if recipe.model.head == "deeplabv2" else "[8, 16, 24, 32]"
+    crop, outer = ("[64, 128]", "[96, 192]") if recipe.hrda.enabled else ("[32, 64]", "[48, 96]")
+    return load_config(
+        path,
+        [
+            f"--model={{depths: [1, 1, 1, 1], hidden_sizes: {sizes}, num_attention_heads: [1, 2, 3, 4]}}",
+            "--model.decoder_hidden_size=8",
+            "--projector={hidden: 8, dim: 8}",
+            f"--data={{crop_size: {crop}, outer_crop_size: {outer}}}",
+            "--hrda.crop_size=[32, 32]",
+            "--uda={ignore_top: 2, ignore_bottom: 4}",
+            "--pull={num_queries: 4, num_negatives: 8}",
+            *overrides,
+        ],
+    )
 
 
 def tiny_model(cfg: RunConfig | None = None, seed: int = 0) -> T2SDAForSemanticSegmentation:
@@ -57,20 +80,16 @@ def tiny_model(cfg: RunConfig | None = None, seed: int = 0) -> T2SDAForSemanticS
     )
 
 
-def tiny_parts(cfg: RunConfig, seed: int = 0) -> Parts:
-    """Student in training mode, a teacher with other weights, the frozen encoder, and the run's engine."""
-    student = tiny_model(cfg, seed).train()
-    teacher = make_teacher(tiny_model(cfg, seed + 1))
-    head = teacher.decode_head  # new ones predict every class with the same confidence
+def tiny_networks(cfg: RunConfig, seed: int = 0) -> Networks:
+    """Student in training mode, a teacher and a frozen encoder with other weights, and the run's engine."""
+    networks = make_networks(cfg, tiny_model(cfg, seed).train(), build_engine(cfg.translate))
+    networks.teacher.load_state_dict(tiny_model(cfg, seed + 1).state_dict())
+    head = networks.teacher.decode_head  # new ones predict every class with the same confidence
     for classifier in head.branches if cfg.model.head == "deeplabv2" else [head.classifier]:
         classifier.weight.data *= 100
-    return Parts(
-        student=student,
-        teacher=teacher,
-        imagenet=make_teacher(tiny_model(cfg, seed + 2).encoder).eval() if cfg.loss_weights.feature_distance else None,
-        translate=build_engine(cfg.translate),
-        memory=ClassMemory(len(cfg.classes), cfg.projector.dim),
-    )
+    if networks.imagenet is not None:
+        networks.imagenet.load_state_dict(tiny_model(cfg, seed + 2).encoder.state_dict())
+    return networks
 
 
 def tiny_batch(cfg: RunConfig, seed: int = 0) -> UdaBatch:
@@ -91,6 +110,44 @@ def tiny_batch(cfg: RunConfig, seed: int = 0) -> UdaBatch:
     )
     batch.source_images.copy_(batch.crop_inner(outer))  # the crop is the window's
     return batch
+
+
+def tiny_step(
+    cfg: RunConfig,
+    networks: Networks | None = None,
+    batch: UdaBatch | None = None,
+    index: int = 0,
+    seed: int = 0,
+    memory: ClassMemory | None = None,
+    sum_over_processes: Callable[[Tensor], Tensor] | None = None,
+) -> Step:
+    """A step of `cfg`; what is not given is that of `tiny_...`, and a process alone."""
+    return Step(
+        batch or tiny_batch(cfg),
+        networks or tiny_networks(cfg),
+        cfg,
+        memory or ClassMemory(len(cfg.classes), cfg.projector.dim),
+        Generator().manual_seed(seed),
+        sum_over_processes or alone,
+        index,
+    )
+
+
+def tiny_graphs(cfg: RunConfig, *args: object, seed: int = 0, **fields: object) -> Iterator[Graph]:
+    """What the method of `cfg` yields for `tiny_step`, with the networks' own randomness seeded, too."""
+    step = tiny_step(cfg, *args, seed=seed, **fields)
+    torch.manual_seed(seed)
+    yield from METHODS[cfg.method](step)
+
+
+def together(graphs: Iterable[Graph]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Losses and what was seen, of all graphs."""
+    losses: dict[str, Tensor] = {}
+    seen: dict[str, Any] = {}
+    for graph in graphs:
+        losses |= graph.losses
+        seen |= graph.seen
+    return losses, seen
 
 
 def alone(statistics: Tensor) -> Tensor:

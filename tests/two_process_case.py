@@ -6,10 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from t2sda_hf.batch import UdaBatch
 from t2sda_hf.config import RunConfig
 from t2sda_hf.losses.pull import class_counts
-from t2sda_hf.methods.parts import ClassMemory, Parts
-from t2sda_hf.methods.t2sda import dynamic_weights, pull_against
+from t2sda_hf.methods import ClassMemory, Networks, Step
+from t2sda_hf.methods.pseudo_labels import PseudoLabels, dynamic_weights
+from t2sda_hf.methods.pull import pull_against
 
 NUM_CLASSES, DIM = 4, 6
 
@@ -36,22 +38,14 @@ def share_of(arrays: dict[str, Tensor], rank: int, world: int) -> dict[str, Tens
 def statistics(
     arrays: dict[str, Tensor], cfg: RunConfig, sum_over_processes: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    nothing = torch.nn.Identity()
-    parts = Parts(nothing, nothing, None, lambda s, t, g: s, ClassMemory(NUM_CLASSES, DIM))
-    trust = torch.ones_like(arrays["confidence"])
-    importance = dynamic_weights(arrays["y_t"], arrays["confidence"], trust, parts, cfg, sum_over_processes)
+    nothing, images = torch.nn.Identity(), torch.zeros(len(arrays["y_s"]), 3, 32, 32)
+    networks, memory = Networks(nothing, nothing, None, lambda s, t, g: s), ClassMemory(NUM_CLASSES, DIM)
     random = torch.Generator().manual_seed(0)
-    samples, prototypes, importance = pull_against(
-        arrays["y_s"],
-        arrays["y_t"],
-        arrays["confidence"],
-        arrays["keys_s"],
-        importance,
-        parts,
-        cfg,
-        random,
-        sum_over_processes,
-    )
+    step = Step(UdaBatch(images, arrays["y_s"]), networks, cfg, memory, random, sum_over_processes, 0)
+    y_t, confidence, everywhere = arrays["y_t"], arrays["confidence"], torch.ones_like(arrays["confidence"])
+    weights = dynamic_weights(step, y_t, confidence, everywhere)
+    pseudo_labels = PseudoLabels(torch.empty(0), y_t, confidence, everywhere, everywhere, weights)
+    samples, prototypes, importance = pull_against(step, arrays["keys_s"], pseudo_labels)
     small = arrays["y_s"][:, ::4, ::4]
     wanted = torch.zeros(NUM_CLASSES)
     wanted[samples.classes] = torch.tensor([float(len(rows)) for rows in samples.queries])

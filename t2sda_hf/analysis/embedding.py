@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 from torch import Generator, Tensor
 
 
@@ -59,8 +57,15 @@ def embed(samples: Sequence[Sample], perplexity: float = 30, seed: int = 0) -> l
         (N,2) float32 for each sample, in its order.
 
     Raises:
-        ValueError: for too few pixels for the perplexity.
+        ValueError: for too few pixels for the perplexity, or without scikit-learn.
     """
+    try:
+        from sklearn.decomposition import PCA
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise ValueError(
+            "t-SNE needs scikit-learn: pip install 't2sda_hf[analysis]', or leave out --parts tsne."
+        ) from error
     features = torch.nn.functional.normalize(torch.cat([sample.features for sample in samples]), dim=1).numpy()
     if len(features) <= 3 * perplexity:
         raise ValueError(

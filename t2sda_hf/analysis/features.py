@@ -12,6 +12,7 @@ from ..evaluation.inference import to_pixel_values
 from ..labels import IGNORE_INDEX
 from ..models import T2SDAForSemanticSegmentation
 from ..models.heads import upsample
+from ..models.image_processing_t2sda import sample_nearest
 
 Kind = Literal["head", "encoder_concat", "proj"]
 KINDS: tuple[Kind, ...] = ("head", "encoder_concat", "proj")
@@ -62,8 +63,6 @@ def labelled_features(
     for index in range(len(domain) if limit is None else min(limit, len(domain))):
         features = feature_map(model, to_pixel_values(domain.image(index), image_size, device), kind)[0]
         labels = torch.from_numpy(domain.labels(index)).long()
-        rows = torch.arange(features.shape[1]) * labels.shape[0] // features.shape[1]
-        columns = torch.arange(features.shape[2]) * labels.shape[1] // features.shape[2]
-        sampled = labels[rows[:, None], columns].flatten()
+        sampled = sample_nearest(labels, (features.shape[1], features.shape[2])).flatten()
         known = sampled != IGNORE_INDEX
         yield features.flatten(1).T.cpu()[known], sampled[known]

@@ -16,7 +16,7 @@ from .embedding import Sample
 
 
 def save_bars(
-    path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]], classes: Sequence[str], title: str = ""
+    path: Path, panels: Mapping[str, Mapping[str, np.ndarray]], classes: Sequence[str], title: str = ""
 ) -> None:
     """Bars per class for several models, one panel under the other: `path` (PNG) and the CSV beside it.
 
@@ -72,9 +72,7 @@ def save_scatter(path: Path, points: Mapping[str, tuple[np.ndarray, Sample]], cl
     _write_csv(path, ["domain", "class", "x", "y"], rows)
 
 
-def save_relation(
-    path: Path, relations: Mapping[str, tuple[Sequence[float], Sequence[float]]], classes: Sequence[str]
-) -> None:
+def save_relation(path: Path, relations: Mapping[str, tuple[np.ndarray, np.ndarray]], classes: Sequence[str]) -> None:
     """Similarity against IoU, a point per class, a colour per model (the claim of Fig. 1): PNG and CSV.
 
     Args:

@@ -1,7 +1,17 @@
 """The configuration of a run: its keys (`run`), how files and flags become one (`load`)."""
 
 from .keys import Key, flatten, in_words
-from .load import GONE, RECIPES, dump_config, find_recipe, json_schema, load_config, recipe_names, unknown_key
+from .load import (
+    RECIPES,
+    differences,
+    dump_config,
+    find_recipe,
+    json_schema,
+    load_config,
+    read_yaml,
+    recipe_names,
+    unknown_key,
+)
 from .run import (
     NEEDS_TARGET,
     ColorJitterConfig,
@@ -23,7 +33,6 @@ from .run import (
 )
 
 __all__ = [
-    "GONE",
     "NEEDS_TARGET",
     "RECIPES",
     "ColorJitterConfig",
@@ -42,6 +51,7 @@ __all__ = [
     "TranslateConfig",
     "UdaConfig",
     "changes",
+    "differences",
     "dump_config",
     "find_recipe",
     "flatten",
@@ -49,6 +59,7 @@ __all__ = [
     "json_schema",
     "keys",
     "load_config",
+    "read_yaml",
     "recipe_names",
     "unknown_key",
 ]

@@ -132,10 +132,12 @@ class Key:
     changes: Changes
 
     @property
-    def is_list(self) -> bool:
-        """Whether it takes several words."""
+    def list_of(self) -> tuple[Any, int | None] | None:
+        """Of a list the type of an item and how many there are, None for any number; None for what is no list."""
         kinds = get_args(self.type) if get_origin(self.type) in _UNIONS else (self.type,)
-        return any(get_origin(kind) is tuple for kind in kinds)
+        for items in (get_args(kind) for kind in kinds if get_origin(kind) is tuple):
+            return items[0], None if items[-1] is Ellipsis else len(items)
+        return None
 
 
 def walk(section: Any, prefix: str = "") -> Iterator[Key]:

@@ -3,6 +3,7 @@
 import difflib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from .keys import in_words
+from .keys import flatten, in_words
 from .run import RunConfig, keys
 
 # The recipes of configs/: beside the package in a checkout, inside it in a wheel.
@@ -30,7 +31,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """Read a recipe or a YAML file of differences and apply command line overrides (`--optim.lr 1e-4`, `--seed=3`).
 
     Both use the same keys, nested or dotted, and values in YAML's form (`--data.crop_size "[64, 128]"`). A file may
-    name another one to start from (`base: demo`), which must not have a base itself.
+    name another one to start from (`base: base/demo`), which must not have a base itself.
 
     Args:
         path: of a YAML file, or the name of a recipe (see `recipe_names`); None is a run of defaults.
@@ -65,6 +66,26 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(_plain(asdict(config)))
 
 
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> its value in one and in the other config, for all keys whose values are not equal.
+
+    What a difference means for a run is said by `changes(key)`.
+
+    Args:
+        one, other: nested or dotted keys, as files hold them or `asdict` makes them. A key that is not there, because
+            the file is older, or holds differences only, has its default; one of `GONE` the value it always had.
+    """
+    defaults, first, second = GONE | _entries(asdict(RunConfig())), _entries(one), _entries(other)
+    pairs = {
+        key: (first.get(key, defaults.get(key)), second.get(key, defaults.get(key)))
+        for key in sorted(first.keys() | second.keys())
+    }
+    weight = "loss_weights.feature_distance"
+    if not first.get(weight, defaults[weight]) and not second.get(weight, defaults[weight]):  # then nothing reads these
+        pairs = {key: pair for key, pair in pairs.items() if not key.startswith("feature_distance.")}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
 def recipe_names() -> list[str]:
     """The names that `load_config` knows: files of configs/ without their ending."""
     found = (path.relative_to(RECIPES) for path in sorted(RECIPES.rglob("*.yaml")))
@@ -77,11 +98,10 @@ def find_recipe(name: str | Path, folder: str = "", known: Sequence[str] | None 
     Raises:
         ValueError: if it is neither, naming the nearest of `known` (default: the recipes).
     """
-    shipped = RECIPES / folder / f"{name}.yaml"
-    if Path(name).is_file():
-        return Path(name)
-    if shipped.is_file():
-        return shipped
+    for path in (Path(name), RECIPES / folder / f"{name}.yaml"):
+        with suppress(OSError):  # a name that is no name of a file
+            if path.is_file():
+                return path
     known = recipe_names() if known is None else known
     near = difflib.get_close_matches(str(name).removeprefix("configs/").removesuffix(".yaml"), known, 1, 0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -113,18 +133,26 @@ def _plain(value: Any) -> Any:
     return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
+def _entries(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys of a config. A mapping (label_map) is there by its entries alone, so an empty one is not."""
+    return {key: value for key, value in flatten(_plain(tree)).items() if value != {}}
+
+
 def _with_base(path: str | Path) -> list[tuple[Path, dict[str, Any]]]:
     """The content of a file, after that of its base if it names one."""
     file = find_recipe(path)
-    content = _read(file)
+    content = read_yaml(file)
     base = content.pop("base", None)
     if base is None:
         return [(file, content)]
     if not isinstance(base, str):
         raise ValueError(f"base in {file} must be text, the name of a recipe or a path, got {base!r}.")
     beside = file.parent / base
-    below = find_recipe(beside if beside.is_file() else base)
-    inherited = _read(below)
+    try:
+        below = find_recipe(beside if beside.is_file() else base)
+    except ValueError as error:
+        raise ValueError(f"base in {file}: {error}") from None
+    inherited = read_yaml(below)
     if "base" in inherited:
         raise ValueError(
             f"base in {file} is {base!r}, which has a base itself. Name {inherited['base']!r}, or copy it."
@@ -132,8 +160,17 @@ def _with_base(path: str | Path) -> list[tuple[Path, dict[str, Any]]]:
     return [(below, inherited), (file, content)]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    content = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file; {} of an empty one.
+
+    Raises:
+        ValueError: naming the file, if it cannot be read, or is something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8: {error}.") from error
+    content = _parse_yaml(text, str(path))
     if content is not None and not isinstance(content, dict):
         raise ValueError(f"{path} must map keys to values, got a {type(content).__name__}.")
     return content or {}
@@ -160,7 +197,7 @@ def _merge(tree: dict[str, Any], values: Mapping[str, Any], prefix: str, where: 
         for position, part in enumerate([*sections, leaf]):
             types = {item.name: item.type for item in fields(kind)} if is_dataclass(kind) else {}
             if part not in types:
-                while isinstance(value, dict) and value:  # "traget: {path: x}" is about traget.path
+                while isinstance(value, dict) and value and key.count(".") < 4:  # "traget: {path: x}": traget.path
                     inner, value = next(iter(value.items()))
                     key += f".{inner}"
                 raise ValueError(unknown_key(key, where))
@@ -208,5 +245,5 @@ def unknown_key(key: str, where: str) -> str:
     elif inside:
         hint = f"Keys there are {', '.join(inside)}."
     else:
-        hint = f"Sections are {', '.join(sorted({k.split('.')[0] for k in known}))}."
+        hint = f"Keys and sections are {', '.join(sorted({k.split('.')[0] for k in known}))}."
     return f"unknown key {key!r} in {where}. {hint}"

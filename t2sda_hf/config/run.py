@@ -20,8 +20,8 @@ class DomainConfig(Section):
     path: str = key(
         "",
         "a parquet file or folder, a folder of images (with label_path, or as imagefolder with metadata), a list of "
-        "pairs (.txt, .csv, .tsv), a video (target), a data set of the Hub, the root of a layout, or drawn streets: "
-        "streets-source, streets-target",
+        "pairs (.txt, .csv, .tsv), a video (target), a data set of the Hub, the root of a layout, or generated toy "
+        "streets: streets-source, streets-target",
         changes="placement",
     )
     split: str = key("train", "split of the data set that is read")
@@ -32,7 +32,7 @@ class DomainConfig(Section):
         changes="placement",
     )
     image_suffix: str = key("", "ending of image names, before the extension, that does not count in the matching")
-    label_suffix: str = key("", "the same of the names of label maps")
+    label_suffix: str = key("", "ending of label map names, before the extension, that does not count in the matching")
     image_column: str = key("image", "column of the images in a data set")
     label_column: str = key("label", "column of the label maps in a data set")
     streaming: Flag = key(
@@ -43,9 +43,9 @@ class DomainConfig(Section):
     shuffle_buffer: Whole = key(128, "images of a stream that are held to shuffle them", at_least=1)
     frame_step: Whole = key(1, "of a video, every so many frames", at_least=1)
     label_space: str = key("cityscapes", f"what ids in label maps mean: {', '.join(LABEL_SPACES)}")
-    class_names: tuple[str, ...] = key((), "instead of a label_space the names themselves, position = id")
-    label_ids: dict[Whole, str] = key({}, "or {id: name}, where ids have gaps")
-    label_colors: dict[str, str] = key({}, 'or {"R,G,B" or "#RRGGBB": name}, for coloured label maps')
+    class_names: tuple[str, ...] = key((), "names of the ids in label maps, position = id; instead of label_space")
+    label_ids: dict[Whole, str] = key({}, "names of ids in label maps as {id: name}; instead of label_space")
+    label_colors: dict[str, str] = key({}, 'names of colours in label maps as {"R,G,B" or "#RRGGBB": name}')
     ignore_id: Whole | None = key(None, "an id in label maps that has no class; 255 is always one")
     label_map: dict[str, str] = key({}, "{class name of the data set: class name of the run}, where names differ")
     crop_box: tuple[Whole, Whole, Whole, Whole] | None = key(
@@ -106,8 +106,10 @@ class ModelConfig(Section):
         False, "keep less for backward and compute it once more: less memory, more time", changes="nothing"
     )
     depths: tuple[Whole, ...] | None = key(None, "blocks of the four stages, for an encoder of your own size")
-    hidden_sizes: tuple[Whole, ...] | None = key(None, "channels of the four stages, for the same")
-    num_attention_heads: tuple[Whole, ...] | None = key(None, "attention heads of the four stages, for the same")
+    hidden_sizes: tuple[Whole, ...] | None = key(None, "channels of the four stages, for an encoder of your own size")
+    num_attention_heads: tuple[Whole, ...] | None = key(
+        None, "attention heads of the stages, for an encoder of your own size"
+    )
 
     @property
     def logits_stride(self) -> int:
@@ -232,12 +234,20 @@ class UdaConfig(Section):
         0, "rows at the top of the target crop whose pseudo-labels are not trusted; Cityscapes: 15", at_least=0
     )
     ignore_bottom: Whole = key(
-        0, "the same at the bottom; Cityscapes: 120, where the car shows its own bonnet", at_least=0
+        0,
+        "rows at the bottom of the target crop whose pseudo-labels are not trusted; Cityscapes: 120",
+        at_least=0,
     )
     ignore_left: Whole = key(
-        0, "columns at the left of the target image, after resizing, wherever the crop lies", at_least=0
+        0,
+        "columns at the left of the resized target image whose pseudo-labels are not trusted",
+        at_least=0,
     )
-    ignore_right: Whole = key(0, "the same at the right", at_least=0)
+    ignore_right: Whole = key(
+        0,
+        "columns at the right of the resized target image whose pseudo-labels are not trusted",
+        at_least=0,
+    )
 
 
 @dataclass(frozen=True)
@@ -319,7 +329,7 @@ class StyleConfig(Section):
     images: str = key("", "folder of style images (paintings), for fda and adain")
     adain: str = key("", "folder or Hub repository with vgg_normalised and decoder, .safetensors or .pth")
     randomization: str = key(
-        "", "the same with checkpoint_transformer, checkpoint_stylepredictor, checkpoint_embeddings"
+        "", "folder or Hub repository with checkpoint_transformer, checkpoint_stylepredictor and checkpoint_embeddings"
     )
 
     def check(self) -> None:
@@ -421,9 +431,7 @@ class PullConfig(Section):
     )
     start_step: Whole = key(0, "updates before the first pull", "O A31")
     augment: Flag = key(False, "colour-augment the pseudo-target image", "O A33")
-    bn_track_ptarget: Flag = key(
-        True, "whether pseudo-target images count in the running statistics of a ResNet (method 2.2)"
-    )
+    bn_track_ptarget: Flag = key(True, "whether pseudo-target images count in the running statistics of a ResNet")
     proto_momentum: Number = key(0.0, "memory of prototypes across steps; 0 is none", "O A34", at_least=0, below=1)
     proto_prenorm: Flag = key(False, "bring keys to unit length before they are averaged", "O A35")
 
@@ -511,9 +519,15 @@ class TrainConfig(Section):
         10, "of the whole run with non_finite skip; one more stops it", changes="nothing", at_least=0
     )
     timeout_seconds: Number = key(
-        60.0, "how long a process waits for the others, also while one writes a checkpoint", changes="nothing", above=0
+        60.0,
+        "how long a process waits for the others, also while one writes a checkpoint",
+        changes="nothing",
+        above=0,
+        at_most=864_000,
     )
-    num_threads: Whole | None = key(None, "CPU threads of torch; null leaves torch's choice", changes="nothing")
+    num_threads: Whole | None = key(
+        None, "CPU threads of torch; null leaves torch's choice", changes="nothing", at_least=1
+    )
     log_with: tuple[str, ...] = key(("tensorboard",), "trackers of accelerate; [] is none", changes="nothing")
 
 
@@ -548,7 +562,7 @@ class PushConfig(Section):
     create_pr: Flag = key(False, "offer a pull request instead of writing to the main branch", changes="nothing")
     license: str = key(
         "",
-        'of the weights, an id of the Hub; "" is worked out where nothing but drawn streets was used',
+        'of the weights, an id of the Hub; "" is worked out where nothing but the toy streets was used',
         changes="nothing",
     )
     terms: dict[str, str] = key({}, "{source, target, test: under which terms its images come}", changes="nothing")

@@ -6,7 +6,7 @@ what is in a file in `files`; what the ids mean is settled here, once, by class 
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -65,7 +65,7 @@ class Domain:
     def image(self, index: int) -> np.ndarray:
         """(H,W,3) uint8 RGB at the size of the file or the crop box, turned upright if its EXIF data says so."""
         row = self.table[index]
-        return self._cut(read_image(row["image"], self.where(row, index), self.config.max_pixels))
+        return self.cut(read_image(row["image"], self.where(row, index), self.config.max_pixels))
 
     def labels(self, index: int) -> np.ndarray:
         """(H,W) uint8 class ids of the run, 255 ignored, at the size of the file or the crop box.
@@ -80,7 +80,7 @@ class Domain:
         """`labels` of a row."""
         if self.rule is None:
             raise ValueError(f"domain {self.name} was loaded without labels.")
-        labels = cv2.LUT(self._cut(read_ids(row["label"], where, self.rule, self.config.max_pixels)), self.rule.ids)
+        labels = cv2.LUT(self.cut(read_ids(row["label"], where, self.rule, self.config.max_pixels)), self.rule.ids)
         if self.valid is not None:
             labels[~resize_labels(self.valid, (labels.shape[0], labels.shape[1]))] = IGNORE_INDEX
         return labels
@@ -109,7 +109,12 @@ class Domain:
         file = row.get("file_name") or (row["image"] or {}).get("path")
         return f"row {index}{f' ({file})' if file else ''} of {self.name}"
 
-    def _cut(self, array: np.ndarray) -> np.ndarray:
+    def cut(self, array: np.ndarray) -> np.ndarray:
+        """The crop box of an image or a label map; all of it without one.
+
+        Raises:
+            ValueError: if the box reaches beyond it.
+        """
         if self.config.crop_box is None:
             return array
         top, left, height, width = self.config.crop_box
@@ -125,56 +130,63 @@ class Domain:
 class StreamedDomain(Domain):
     """Images alone, as a stream brings them. `table` has its first rows: they are what is checked and compared.
 
-    Every process takes its own share of the stream: whole shards where they divide evenly, otherwise every so many-th
-    row. Its workers take shards of that. After the last row comes another round in another order.
-    Unreadable images are left out and told: nobody looked at them before.
-
     Attributes:
-        stream: undecoded rows.
-        share: (number of this process, number of processes).
-        seed: of the order.
+        stream: undecoded rows; their images come from an `ImageStream`.
     """
 
     stream: IterableDataset
-    share: tuple[int, int] = (0, 1)
-    seed: int = 0
-    running: list[Iterator[np.ndarray]] = field(default_factory=list, compare=False)  # at most one, of this worker
 
-    def for_process(self, process_index: int, num_processes: int, seed: int) -> "StreamedDomain":
-        """The part of one process, from its beginning."""
-        return replace(self, share=(process_index, num_processes), seed=seed, running=[])
 
-    def resized_image(self, index: int) -> np.ndarray:
-        """The next image, whatever the index.
+class ImageStream(Iterator[np.ndarray]):
+    """The images of a streamed domain for one process, resized like those of any other, without an end.
+
+    Every process takes its own share of the stream: whole shards where they divide evenly, otherwise every so many-th
+    row. Its workers take shards of that: until the first image is asked for, a copy for a worker is all that it is.
+    After the last row comes another round in another order.
+    Unreadable images are left out and told: nobody looked at them before.
+
+    Args:
+        domain: with the stream.
+        process_index, num_processes: whose share.
+        seed: of the order.
+    """
+
+    def __init__(self, domain: StreamedDomain, process_index: int, num_processes: int, seed: int) -> None:
+        self._domain, self._process, self._num_processes, self._seed = domain, process_index, num_processes, seed
+        self._images: Iterator[np.ndarray] | None = None
+
+    def __next__(self) -> np.ndarray:
+        """The next image, (H,W,3) uint8 RGB.
 
         Raises:
             ValueError: if a whole round has no readable image.
         """
-        if not self.running:
-            self.running.append(self._images())
-        return next(self.running[0])
+        if self._images is None:
+            self._images = self._rounds()
+        return next(self._images)
 
-    def _images(self) -> Iterator[np.ndarray]:
-        process, processes = self.share
-        mixed = self.stream.shuffle(seed=self.seed, buffer_size=self.config.shuffle_buffer)
-        mine = split_dataset_by_node(mixed, process, processes)  # `datasets` itself gives workers their shards of it
+    def _rounds(self) -> Iterator[np.ndarray]:
+        domain, config = self._domain, self._domain.config
+        mixed = domain.stream.shuffle(seed=self._seed, buffer_size=config.shuffle_buffer)
+        # `datasets` itself gives workers their shards of it.
+        mine = split_dataset_by_node(mixed, self._process, self._num_processes)
         for round_ in count():
             mine.set_epoch(round_)
             readable = 0
             for row in mine:
-                where = f"an image {row.get('file_name') or (row[self.config.image_column] or {}).get('path') or ''}"
-                where = f"{where.strip()} of {self.name}"
+                where = f"an image {row.get('file_name') or (row[config.image_column] or {}).get('path') or ''}"
+                where = f"{where.strip()} of {domain.name}"
                 try:
-                    image = self._cut(read_image(row[self.config.image_column], where, self.config.max_pixels))
+                    image = domain.cut(read_image(row[config.image_column], where, config.max_pixels))
                 except ValueError as error:
                     logger.warning("left out: %s", error)
                     continue
                 readable += 1
-                yield resize_image(image, self.working_size((image.shape[0], image.shape[1])))
+                yield resize_image(image, domain.working_size((image.shape[0], image.shape[1])))
             if not readable:
                 raise ValueError(
-                    f"process {process} of {processes}, or a worker of it, gets no readable image of {self.name}. Set "
-                    "data.num_workers to at most the shards that a process has, or do not stream."
+                    f"process {self._process} of {self._num_processes}, or a worker of it, gets no readable image of "
+                    f"{domain.name}. Set data.num_workers to at most the shards that a process has, or do not stream."
                 )
 
 

@@ -1,6 +1,6 @@
 """(source, target) samples as a pure function of (seed, position): no sampler or worker has a state to lose.
 
-The exception is a target that is streamed, see `domains.StreamedDomain`.
+The exception is a target that is streamed, see `domains.ImageStream`.
 """
 
 import logging
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..batch import UdaBatch
 from ..config import RunConfig
 from ..translate.trained import TranslatedFolder
-from .domains import Domain, StreamedDomain
+from .domains import Domain, ImageStream, StreamedDomain
 from .rare_class_sampling import RareClasses
 from .transforms import (
     Window,
@@ -46,6 +46,7 @@ class PairDataset(Dataset):
     target: Domain | None
     rare: RareClasses | None
     translated: TranslatedFolder | None = None  # of the source images, instead of an engine that runs along
+    stream: ImageStream | None = None  # of the target's images, instead of those that are drawn by index
 
     def __getitem__(self, position: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng([self.config.seed, _DATA_STREAM, position])
@@ -64,11 +65,11 @@ class PairDataset(Dataset):
         if self.target is None:
             return sample
 
-        target_image = self.target.resized_image(int(rng.integers(len(self.target))))
+        target_image = self._draw_target(self.target, rng)
         if self.config.translates:
             style = target_image
             if self.config.translate.reference == "random":
-                style = self.target.resized_image(int(rng.integers(len(self.target))))
+                style = self._draw_target(self.target, rng)
             style = resize_image(style, outer_size)
             if self.translated is not None:  # the translation itself stands where others have its style
                 whole = resize_image(self.translated.image(index), size)
@@ -94,6 +95,10 @@ class PairDataset(Dataset):
             trusted &= (columns >= uda.ignore_left) & (columns < unpadded[1] - uda.ignore_right)
             sample["target_valid"] = _flipped(crop.of(trusted), flip_target)
         return sample | {"target_images": _flipped(crop.of(target_image), flip_target)}
+
+    def _draw_target(self, target: Domain, rng: np.random.Generator) -> np.ndarray:
+        index = int(rng.integers(len(target)))  # drawn for a stream too: crops and flips do not depend on it
+        return target.resized_image(index) if self.stream is None else next(self.stream)
 
     def _source_window(
         self, labels: np.ndarray, outer_size: tuple[int, int], wanted: int | None, rng: np.random.Generator
@@ -160,10 +165,10 @@ def batches(
     A function of the seed and the step; but a streamed target begins anew at `start_step`, in another order.
     """
     train = dataset.config.train
-    if isinstance(dataset.target, StreamedDomain):
+    target = dataset.target
+    if isinstance(target, StreamedDomain):
         seed = int(np.random.default_rng([dataset.config.seed, _DATA_STREAM, start_step]).integers(2**31))
-        target = dataset.target.for_process(process_index, num_processes, seed)
-        dataset = replace(dataset, target=target)
+        dataset = replace(dataset, stream=ImageStream(target, process_index, num_processes, seed))
         if start_step:
             logger.warning("%s is streamed: its images come in another order than without a stop.", target.name)
     sampler = PositionSampler(

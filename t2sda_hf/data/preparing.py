@@ -228,7 +228,7 @@ def _describe(output: Path, name: str, space: str) -> None:
     ids = ", ".join(f"{label_id} {label}" for label_id, label in enumerate(LABEL_SPACES[space]) if label != VOID)
     (output / "README.md").write_text(
         f"---\nconfigs:\n{configs}\n---\n"
-        f"{name}, prepared by scripts/prepare_domain.py. `label` holds class ids, 255 ignored: {ids}. `{COUNTS}` are "
+        f"{name}, prepared by `t2sda prepare`. `label` holds class ids, 255 ignored: {ids}. `{COUNTS}` are "
         "pixels per class at the size of the original file. The terms of the original data set apply.\n",
         encoding="utf-8",
     )

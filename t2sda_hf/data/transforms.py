@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..labels import IGNORE_INDEX
+from ..models.image_processing_t2sda import sample_nearest
 
 Size = tuple[int, int]  # (height, width)
 PADDING_COLOR = (124, 116, 104)  # ImageNet's mean, which normalises to about 0
@@ -36,11 +37,7 @@ def resize_image(image: np.ndarray, size: Size) -> np.ndarray:
 
 def resize_labels(labels: np.ndarray, size: Size) -> np.ndarray:
     """Nearest neighbour, output row i from input row ⌊i·H/h⌋ (OpenCV's INTER_NEAREST), (H,W) -> (h,w)."""
-    if labels.shape == size:
-        return labels
-    rows = np.arange(size[0]) * labels.shape[0] // size[0]
-    columns = np.arange(size[1]) * labels.shape[1] // size[1]
-    return labels[rows[:, None], columns]
+    return labels if labels.shape == size else sample_nearest(labels, size)
 
 
 def pad_image(image: np.ndarray, size: Size) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Confusion matrices of label maps, and the scores read off them.
 
-Apart from `mean_iou`, because that imports the evaluate library: in a run of `python scripts/...` the name `evaluate`
-means scripts/evaluate.py, so nothing that a script needs may import it.
+Apart from `mean_iou`, because that imports the evaluate library and `evaluate.load` runs a copy of it.
 """
 
 from collections.abc import Sequence

@@ -61,7 +61,8 @@ def evenly_spread(domain: LabelledDomain, num_images: int, remark: str = "") -> 
 
 
 def readable_part(domain: LabelledDomain) -> tuple[Part, list[str]]:
-    """Those images of a domain that can be read together with their labels, and in words what is wrong with the others.
+    """Those images of a domain that can be read together with labels of their size, and in words what is wrong with
+    the others.
 
     It reads all of them, so that everything after it sees the same images.
 
@@ -71,7 +72,7 @@ def readable_part(domain: LabelledDomain) -> tuple[Part, list[str]]:
     indices, unreadable = [], []
     for index in range(len(domain)):
         try:
-            domain.image(index), domain.labels(index)
+            _refuse_another_size(domain, index, domain.image(index), domain.labels(index))
         except (ValueError, OSError) as error:
             unreadable.append(str(error))
         else:
@@ -146,10 +147,7 @@ def evaluate_model(
                     raise
                 unreadable.append(str(error))
                 continue
-            if image.shape[:2] != labels.shape:
-                raise ValueError(
-                    f"{domain.name}, image {index}: the image has {image.shape[:2]} pixels, its labels {labels.shape}."
-                )
+            _refuse_another_size(domain, index, image, labels)
             pixel_values = to_pixel_values(image, image_size, device)
             predictions = predict_labels(model, pixel_values, labels.shape, mode, window, stride)[0]
             try:
@@ -175,6 +173,13 @@ def evaluate_model(
         "iou": {name: _percent(value) for name, value in result["iou"].items()},
         "confusion": matrix.tolist(),
     }
+
+
+def _refuse_another_size(domain: LabelledDomain, index: int, image: np.ndarray, labels: np.ndarray) -> None:
+    if image.shape[:2] != labels.shape:
+        raise ValueError(
+            f"{domain.name}, image {index}: the image has {image.shape[:2]} pixels, its labels {labels.shape}."
+        )
 
 
 def _percent(share: float) -> float | None:

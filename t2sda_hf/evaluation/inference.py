@@ -61,7 +61,7 @@ def load_model(name_or_path: str) -> tuple[T2SDAForSemanticSegmentation, tuple[s
     loaded: Any
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # transformers would print a table; what is wrong raises below
-    cached = {"local_files_only": True} if not Path(name_or_path).exists() and not _hub_answers() else {}
+    cached = _from_where(name_or_path)
     try:
         config, _ = PreTrainedConfig.get_config_dict(name_or_path, **cached)
         model_type = config.get("model_type", "unknown")
@@ -91,7 +91,7 @@ def saved_image_size(name_or_path: str) -> Size | None:
         ValueError: if there is no image processor, or if it makes other sizes of other images.
     """
     advice = "Give the network's input size instead: --image_size HEIGHT WIDTH."
-    cached = {"local_files_only": True} if not Path(name_or_path).exists() and not _hub_answers() else {}
+    cached = _from_where(name_or_path)
     try:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path, **cached)
     except OSError as error:
@@ -313,15 +313,18 @@ def _why_not_loaded(name: str, error: Exception) -> str:
     return f"{where} it is no folder, and the Hub cannot be reached or broke off. Check the connection and HF_ENDPOINT."
 
 
-def _hub_answers() -> bool:
-    """One request without the minute of tries that huggingface_hub makes; True also if it is not to be asked at all."""
-    if constants.HF_HUB_OFFLINE:
-        return True
+def _from_where(name_or_path: str) -> dict[str, Any]:
+    """For `from_pretrained`: the cache alone if the Hub does not answer.
+
+    One request, without the minute of tries that huggingface_hub makes.
+    """
+    if Path(name_or_path).exists() or constants.HF_HUB_OFFLINE:
+        return {}
     try:
         get_session().head(constants.ENDPOINT, timeout=2.5)
     except httpx2.TransportError:
-        return False
-    return True
+        return {"local_files_only": True}
+    return {}
 
 
 def _refuse_damage(name: str) -> None:

@@ -92,7 +92,7 @@ def read_run(folder: str | Path) -> RunFolder:
     if not paths:
         raise ValueError(
             f"{str(folder)!r} is no run folder: no folder in it has a resolved_config.yaml. Give the output_dir of "
-            "scripts/train_uda.py."
+            "`t2sda train`."
         )
     methods = sorted((read_method(path) for path in paths), key=lambda method: method.name != BASELINE)
     others = (_json(folder / name) for name in (RUN_RECORD, DATA_RECORD, "summary.json"))

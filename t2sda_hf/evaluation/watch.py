@@ -1,7 +1,7 @@
 """What a run shows of itself while it trains, without one more forward: proxies and pseudo-label pictures.
 
 A proxy is a number in [0,1], larger is hoped to be better, that needs no label of the target. It is gathered over the
-updates between two evaluations from what the objective computed anyway (`Parts.seen`).
+updates between two evaluations from what the objective computed anyway (`Graph.seen`).
 
     confidence  1 - entropy / log K of the teacher's classes on target crops
     coverage    share of target pixels on which the teacher is as sure as uda.pseudo_threshold
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.image_processing_t2sda import sample_nearest
 from .confusion import scores
 from .pictures import Column, save_grid
 
@@ -57,12 +58,13 @@ class Watch(nn.Module):
         self.register_buffer("confusion", torch.zeros(num_classes, num_classes, dtype=torch.float64))
 
     @torch.no_grad()
-    def look(self, seen: Mapping[str, Tensor]) -> None:
+    def look(self, seen: Mapping[str, Any]) -> None:
         """Add one batch, at the resolution of the logits; nothing is moved off the device.
 
         Args:
-            seen: `Parts.seen`: teacher_logits (B,K,h,w); mixed_logits (B,K,h,w) and from_source (B,H,W) bool;
-                source_logits (B,K,h,w) and source_labels (B,H,W). What is missing is not counted.
+            seen: `Graph.seen` of all graphs of the batch: teacher_logits (B,K,h,w); mixed_logits (B,K,h,w) and
+                from_source (B,H,W) bool; source_logits (B,K,h,w) and source_labels (B,H,W). What is missing is not
+                counted.
         """
         num_classes = len(self.shares)
         if "teacher_logits" in seen:
@@ -75,12 +77,12 @@ class Watch(nn.Module):
             self.shares += pseudo_labels.flatten().bincount(minlength=num_classes)
             if "mixed_logits" in seen:
                 logits = seen["mixed_logits"]
-                of_target = ~_nearest(seen["from_source"], logits)
+                of_target = ~sample_nearest(seen["from_source"], (logits.shape[-2], logits.shape[-1]))
                 self.sums[3] += of_target.sum()
                 self.sums[4] += ((logits.argmax(dim=1) == pseudo_labels) & of_target).sum()
         if "source_logits" in seen:
             logits = seen["source_logits"]
-            labels = _nearest(seen["source_labels"], logits)
+            labels = sample_nearest(seen["source_labels"], (logits.shape[-2], logits.shape[-1]))
             known = labels < num_classes
             pairs = labels[known] * num_classes + logits.argmax(dim=1)[known]
             self.confusion += pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes)
@@ -157,17 +159,14 @@ def panel_due(done: int, max_steps: int, evaluate_every: int) -> bool:
     return done in {max_steps * part // MIN_PANELS for part in range(1, MIN_PANELS + 1)}
 
 
-def save_panel_of_step(
-    folder: Path, done: int, seen: Mapping[str, Tensor], classes: Sequence[str], trust: float | None = None
-) -> Path | None:
+def save_panel_of_step(folder: Path, done: int, seen: Mapping[str, Any], classes: Sequence[str]) -> Path | None:
     """Picture what the objective saw in the running update: target image, pseudo-label, confidence, mix, translation.
 
     Args:
         folder: `panels/` of the method; the file is step_NNNNNN.png.
         done: number of finished updates.
-        seen: `Parts.seen`, images (B,3,H,W) in [0,1].
+        seen: `Graph.seen` of all graphs of the batch.
         classes: names, for colours and legend.
-        trust: weight of the pseudo-labels in the loss, for the title.
 
     Returns:
         The file, or None if the objective makes no pseudo-labels.
@@ -185,31 +184,24 @@ def save_panel_of_step(
     ]
     sure = float(seen["confidence"].mean())
     title = f"after {done} updates: mean confidence {sure:.2f}"
-    title += "" if trust is None else f", weight of pseudo-labels {trust:.2f}"
+    if "trust" in seen:
+        title += f", weight of pseudo-labels {float(seen['trust']):.2f}"
     folder.mkdir(parents=True, exist_ok=True)
     path, partial = folder / f"step_{done:06d}.png", folder / ".partial.png"
     save_grid(partial, [column for column in columns if column.pictures], classes, title)
     return partial.replace(path)  # at once: a run that is killed leaves no half of a picture
 
 
-def _images(seen: Mapping[str, Tensor], name: str, num: int) -> list:
+def _images(seen: Mapping[str, Any], name: str, num: int) -> list:
     if name not in seen:
         return []
     images = (seen[name][:num].detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
     return list(images.permute(0, 2, 3, 1).cpu().numpy())
 
 
-def _maps(seen: Mapping[str, Tensor], name: str, num: int) -> list:
+def _maps(seen: Mapping[str, Any], name: str, num: int) -> list:
     return list(seen[name][:num].detach().cpu().numpy())
 
 
 def _distance(shares: Tensor, others: Tensor) -> float:
     return float((shares - others).abs().sum() / 2)
-
-
-def _nearest(maps: Tensor, logits: Tensor) -> Tensor:
-    """(B,H,W) of any type sampled at the cells of (B,K,h,w)."""
-    height, width = logits.shape[-2:]
-    rows = torch.arange(height, device=maps.device) * maps.shape[-2] // height
-    columns = torch.arange(width, device=maps.device) * maps.shape[-1] // width
-    return maps[:, rows[:, None], columns]

@@ -7,10 +7,9 @@
 import json
 import os
 import platform
-import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -106,16 +105,15 @@ class CardFacts:
         return gaps
 
 
-def record_run(folder: Path, script: str, arguments: Sequence[str], num_processes: int = 1) -> None:
+def record_run(folder: Path, command: str, num_processes: int = 1) -> None:
     """Write `run.json`: the command that repeats the run, the commit, the machine and the versions.
 
     A run that goes on keeps the record of its start; another commit is added to it.
 
     Args:
         folder: of the run; made if it is not there.
-        script: "scripts/train_uda.py".
-        arguments: those of its command line.
-        num_processes: of the launcher.
+        command: the whole command line.
+        num_processes: that it started.
     """
     path, commit = folder / "run.json", _commit()
     if path.is_file():
@@ -125,10 +123,9 @@ def record_run(folder: Path, script: str, arguments: Sequence[str], num_processe
             path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         return
     threads = os.environ.get("OMP_NUM_THREADS")  # another number of threads adds in another order
-    launcher = f"OMP_NUM_THREADS={threads} " if threads else ""
-    launcher += "accelerate launch" + (f" --multi_gpu --num_processes {num_processes}" if num_processes > 1 else "")
+    setting = f"OMP_NUM_THREADS={threads} " if threads else ""
     facts = {
-        "command": mask(f"{launcher} {script} {shlex.join(arguments)}"),
+        "command": mask(setting + command),
         "commit": commit,
         "hardware": _hardware(num_processes),
         "software": f"Python {platform.python_version()}, torch {torch.__version__}, "
@@ -269,7 +266,7 @@ def method_folder(run_folder: Path) -> Path:
             return folder
     raise ValueError(
         f"{run_folder} holds no finished run: there is no metrics.json with a student/ beside it. Give the output_dir "
-        "of scripts/train_uda.py, or a method's folder in it."
+        "of `t2sda train`, or a method's folder in it."
     )
 
 

@@ -183,7 +183,7 @@ def push_command(
     run_folder: Path, repo_id: str, private: bool, create_pr: bool, given: Mapping[str, Any] | None
 ) -> str:
     """The one command that pushes this run again."""
-    words = ["python", "scripts/push_to_hub.py", str(run_folder), repo_id]
+    words = ["t2sda", "push", str(run_folder), repo_id]
     words += ["--private"] * private + ["--create-pr"] * create_pr
     for name, value in (given or {}).items():
         if name == "terms":
@@ -202,8 +202,8 @@ def refuse_secrets(folder: Path) -> None:
         content = path.read_bytes() if path.is_file() else b""
         if holds_secret(content) or (len(own) >= 8 and own in content):
             raise ValueError(
-                f"{path.relative_to(folder)} holds what looks like an access token: nothing was sent. Remove it, and "
-                "revoke the token if it is one."
+                f"{path.relative_to(folder)} holds what looks like an access token, so nothing was sent. Remove it, "
+                "and revoke the token if it is one."
             )
 
 

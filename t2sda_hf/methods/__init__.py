@@ -2,16 +2,12 @@
 
 from collections.abc import Callable, Iterator
 
-from torch import Generator, Tensor
-
-from ..batch import UdaBatch
-from ..config import RunConfig
 from .generalization import generalization_losses
-from .parts import Parts
 from .source_only import source_only_losses
+from .step import ClassMemory, Graph, Networks, Step, make_networks
 from .t2sda import t2sda_losses
 
-Method = Callable[[UdaBatch, Parts, RunConfig, int, Generator, Callable[[Tensor], Tensor]], Iterator[dict[str, Tensor]]]
+Method = Callable[[Step], Iterator[Graph]]
 
 METHODS: dict[str, Method] = {
     "t2sda": t2sda_losses,
@@ -19,4 +15,15 @@ METHODS: dict[str, Method] = {
     "generalization": generalization_losses,
 }
 
-__all__ = ["METHODS", "Method", "Parts", "generalization_losses", "source_only_losses", "t2sda_losses"]
+__all__ = [
+    "METHODS",
+    "ClassMemory",
+    "Graph",
+    "Method",
+    "Networks",
+    "Step",
+    "generalization_losses",
+    "make_networks",
+    "source_only_losses",
+    "t2sda_losses",
+]

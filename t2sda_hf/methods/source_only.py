@@ -1,26 +1,16 @@
 """The lower bound: supervised training on the source alone."""
 
-from collections.abc import Callable, Iterator
-
-from torch import Generator, Tensor
+from collections.abc import Iterator
 
 from ..augment.color import photometric_distortion
-from ..batch import UdaBatch, normalize
-from ..config import RunConfig
-from .parts import Parts
+from ..batch import normalize
+from .step import Graph, Step
 from .t2sda import draw_box, fused_and_detail_loss
 
 
-def source_only_losses(
-    batch: UdaBatch,
-    parts: Parts,
-    cfg: RunConfig,
-    step: int,
-    generator: Generator,
-    sum_over_processes: Callable[[Tensor], Tensor],
-) -> Iterator[dict[str, Tensor]]:
+def source_only_losses(step: Step) -> Iterator[Graph]:
     """Cross-entropy on photometrically distorted source images (method 3.4, last paragraphs)."""
-    images = photometric_distortion(batch.source_images, generator)
-    labels = batch.source_labels
-    output = parts.student(normalize(images), detail_box=draw_box(cfg, labels, generator))
-    yield {"source": fused_and_detail_loss(output, labels, cfg)}
+    images = photometric_distortion(step.batch.source_images, step.generator)
+    labels = step.batch.source_labels
+    output = step.networks.student(normalize(images), detail_box=draw_box(step.cfg, labels, step.generator))
+    yield Graph({"source": fused_and_detail_loss(output, labels, step.cfg)}, {})

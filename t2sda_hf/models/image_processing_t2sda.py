@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,20 @@ from transformers.utils import TensorType
 from .heads import upsample
 
 RESIZE_RULES = ("exact", "keep_ratio")
+Maps = TypeVar("Maps", np.ndarray, Tensor)
+
+
+def sample_nearest(maps: Maps, size: tuple[int, int]) -> Maps:
+    """Row ⌊i·H/h⌋, column ⌊j·W/w⌋ of (...,H,W) -> (...,h,w): OpenCV's and PyTorch's "nearest", for any type.
+
+    Every label map that is brought to another size is sampled here, so that no two places can be a pixel apart.
+    """
+    (height, width), (old_height, old_width) = size, maps.shape[-2:]
+    if isinstance(maps, Tensor):
+        rows = torch.arange(height, device=maps.device) * old_height // height
+        columns = torch.arange(width, device=maps.device) * old_width // width
+        return maps[..., rows[:, None], columns]
+    return maps[..., (np.arange(height) * old_height // height)[:, None], np.arange(width) * old_width // width]
 
 
 class T2SDAImageProcessorSettings(TypedDict, total=False):
@@ -150,11 +164,7 @@ class T2SDAImageProcessor(BaseImageProcessor):
         return pixels.numpy()
 
     def _prepare_map(self, labels: np.ndarray) -> np.ndarray:
-        height, width = labels.shape
-        new_height, new_width = self._target_size(height, width)
-        rows = np.arange(new_height) * height // new_height
-        columns = np.arange(new_width) * width // new_width
-        return labels[rows[:, None], columns].astype(np.int64)
+        return sample_nearest(labels, self._target_size(*labels.shape)).astype(np.int64)
 
     def post_process_semantic_segmentation(
         self, outputs: Any, target_sizes: Sequence[Sequence[int]] | Tensor | None = None

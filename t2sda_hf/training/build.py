@@ -1,9 +1,8 @@
 """Where the parts of a run meet: data, networks, objective, optimiser, evaluation."""
 
-import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,29 +16,24 @@ from accelerate.utils import KwargsHandler
 from filelock import FileLock
 from torch import nn
 
-from ..config import RunConfig, TranslateConfig, dump_config
+from ..batch import UdaBatch
+from ..config import RunConfig, TranslateConfig
 from ..data.domains import Domain, check_domain, load_domain
 from ..data.pairs import PairDataset, batches
 from ..data.rare_class_sampling import rare_classes
-from ..data.transforms import Size
-from ..evaluation.evaluator import LabelledDomain, evaluate_model, evenly_spread
-from ..evaluation.figures import save_confusion
-from ..evaluation.report import save_panel
-from ..evaluation.watch import SELECTED, Watch, drop_selected_after, read_selected
-from ..masking import mask
-from ..methods import METHODS, Parts
-from ..methods.parts import ClassMemory
+from ..evaluation.watch import SELECTED, Watch, read_selected
+from ..methods import METHODS
 from ..models import T2SDAConfig, T2SDAForSemanticSegmentation, T2SDAImageProcessor, load_pretrained_encoder
-from ..teacher import make_teacher, with_statistics_of
 from ..translate import TranslationEngine, build_engine
 from ..translate.trained import TranslatedFolder, open_translated
-from .checkpoint import write_text
-from .distributed import broadcast_from_main, decided_by_main, shard, shards, whole_network
+from .distributed import broadcast_from_main, decided_by_main, shards
 from .loop import Run, train
-from .optim import make_optimizer
+from .parts import Parts, make_parts
 from .resume import Start, config_of, describe, fingerprint, load_run, methods_of
+from .scores import Evaluation
 from .seeding import seed_initial_weights
 from .stopping import StopRequest, leave_signals_to_parent
+from .store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -227,158 +221,65 @@ def run_method(
         {"student": ..., "teacher": ...}, results of `evaluate_model`. No teacher for source_only.
 
     Raises:
-        Stopped, FloatingPointError, CheckpointError: see `train`.
+        Stopped, NotFinite, CheckpointError: see `train`.
         DamagedCheckpoint: if the checkpoint to start from cannot be used.
     """
     if start.results is not None:
         return start.results
+    parts, like = build_parts(cfg, initial, domains, accelerator)
+    evaluation = Evaluation(cfg, accelerator, domains.source, domains.test, like, stop)
+    processor = T2SDAImageProcessor(size=domains.test.network_size(), resize="exact")
+    store = Store(folder, cfg, accelerator, processor, like, record)
+    store.open()
+    progress = load_run(start.checkpoint, parts, accelerator)
+    store.forget_selected_after(progress.step)
+    loaded = read_batches(cfg, domains, accelerator, progress.step)
+    results = train(Run(cfg, accelerator, parts, METHODS[cfg.method], loaded), evaluation, store, stop, progress)
+    return finish(initial, evaluation, store, results)
+
+
+def build_parts(
+    cfg: RunConfig, initial: T2SDAForSemanticSegmentation, domains: Domains, accelerator: Accelerator
+) -> tuple[Parts, nn.Module]:
+    """The parts of a run at its start, and a student that is not sharded, see `whole_network`."""
+    student: Any = deepcopy(initial)
     sharded = shards(accelerator)
-    student = deepcopy(initial)
     if not sharded:  # which may be too large to be whole on the device together with its teacher
         student = student.to(accelerator.device)
         broadcast_from_main([*student.parameters(), *student.buffers()], accelerator)
-    imagenet = None
-    if cfg.method != "source_only" and cfg.loss_weights.feature_distance:
-        # The frozen copy is taken before training, so it is the pretrained encoder itself.
-        imagenet = accelerator.prepare_model(make_teacher(student.encoder).eval(), evaluation_mode=True)
-    # "evaluation_mode" only means: no DDP wrapper. Autocast goes inside forward, losses stay float32.
-    parts = Parts(
-        student=accelerator.prepare_model(student, evaluation_mode=True),
-        teacher=accelerator.prepare_model(make_teacher(student), evaluation_mode=True),
-        imagenet=imagenet,
-        translate=domains.translate,
-        memory=ClassMemory(len(cfg.classes), cfg.projector.dim).to(accelerator.device),
-    )
+    watch = Watch(domains.source_counts.sum(axis=0).tolist(), cfg.uda.pseudo_threshold).to(accelerator.device)
+    parts = make_parts(cfg, student, domains.translate, accelerator, watch)
     if cfg.train.compile != "none":
-        compile_networks([parts.student, parts.teacher], cfg.train.compile)
-    like = initial
-    if sharded:
-        like = accelerator.prepare_model(deepcopy(initial), evaluation_mode=True)
-        for network in (parts.student, parts.teacher, *([] if imagenet is None else [imagenet])):
-            shard(network, accelerator)
+        compile_networks([parts.networks.student, parts.networks.teacher], cfg.train.compile)
+    if not sharded:
+        return parts, initial
+    return parts, accelerator.prepare_model(deepcopy(initial), evaluation_mode=True)
 
-    def whole(network: nn.Module) -> nn.Module:
-        return whole_network(network, like, accelerator)
 
+def read_batches(cfg: RunConfig, domains: Domains, accelerator: Accelerator, step: int) -> Iterator[UdaBatch]:
+    """The micro-batches of this process from an update on."""
     rare = None
     if cfg.rcs.enabled:
         rare = rare_classes(domains.source_counts, cfg.rcs.temperature, cfg.rcs.min_pixels)
     target = domains.target if cfg.method == "t2sda" else None
-    watch = Watch(domains.source_counts.sum(axis=0).tolist(), cfg.uda.pseudo_threshold).to(accelerator.device)
-    parts.memory.add_module("watch", watch)  # so it is saved, restored and rolled back like the class memory
     dataset = PairDataset(cfg, domains.source, target, rare, domains.translated)
-    image_size = domains.test.network_size()
-    processor = T2SDAImageProcessor(size=image_size, resize="exact")
-
-    # Several processes finish an evaluation together, or one would wait for the other.
-    test = domains.test if accelerator.num_processes > 1 else Interruptible(domains.test, stop)
-
-    def eager() -> AbstractContextManager[Any]:
-        # As written: images of another size, once in thousands of steps, are not worth another compilation.
-        return torch.compiler.set_stance("force_eager") if cfg.train.compile != "none" else nullcontext()
-
-    def evaluate(
-        model: nn.Module, domain: LabelledDomain = test, image_size: Size | None = image_size
-    ) -> dict[str, Any]:
-        with eager():
-            return evaluate_model(
-                whole(model),
-                domain,
-                image_size=image_size,
-                classes=cfg.classes,
-                accelerator=accelerator,
-                mode=cfg.evaluation.mode,
-                window=cfg.evaluation.window,
-                stride=cfg.evaluation.stride,
-                limit=cfg.evaluation.limit,
-            )
-
-    seen_before = evenly_spread(domains.source, cfg.evaluation.source_images or 1, ", seen in training")
-    source_size = domains.source.network_size()
-
-    def others() -> dict[str, dict[str, Any]]:
-        teacher = with_statistics_of(whole(parts.teacher), parts.student) if cfg.method != "source_only" else None
-        results = {} if teacher is None else {"teacher": evaluate(teacher)}
-        if cfg.evaluation.source_images:
-            results["student_source"] = evaluate(parts.student, seen_before, source_size)
-            if teacher is not None:
-                results["teacher_source"] = evaluate(teacher, seen_before, source_size)
-        return results
-
-    def pictures(network: nn.Module, results: dict[str, dict[str, Any]]) -> dict[str, Path]:
-        if not cfg.train.log_with:  # the page of the run has its own
-            return {}
-        panels = {name: folder / "panels" / f"{name}.png" for name in ("predictions", "confusion")}
-        panels["predictions"].parent.mkdir(exist_ok=True)
-        with eager():
-            save_panel(panels["predictions"], domains.test, {cfg.method: network.eval()}, image_size, cfg.classes)
-        save_confusion(panels["confusion"], {cfg.method: np.array(results["student"]["confusion"])}, cfg.classes)
-        return panels
-
-    def save(network: nn.Module, target: Path) -> None:
-        accelerator.unwrap_model(network).save_pretrained(target)
-        processor.save_pretrained(target)
-
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "resolved_config.yaml", mask(dump_config(cfg)))
-        (folder / "metrics.json").unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
-    optimizer = make_optimizer(student.encoder, student, cfg.optim)
-    progress = load_run(start.checkpoint, parts, optimizer, accelerator)
-    if accelerator.is_main_process:
-        drop_selected_after(folder, progress.step)
-    loader = batches(dataset, accelerator.process_index, accelerator.num_processes, progress.step)
+    loader = batches(dataset, accelerator.process_index, accelerator.num_processes, step)
     loader.worker_init_fn = leave_signals_to_parent
-    method = METHODS[cfg.method]
-    run = Run(
-        cfg,
-        folder,
-        accelerator,
-        parts,
-        method,
-        iter(loader),
-        optimizer,
-        evaluate,
-        save,
-        stop,
-        watch,
-        others,
-        pictures,
-        record,
-        whole,
-    )
-    results = train(run, progress)
-    kept = decided_by_main(lambda: read_selected(folder), accelerator)  # the folder may lie on its disk alone
-    if cfg.select != "last" and kept is not None:
-        selected = deepcopy(initial).to(accelerator.device)
+    return iter(loader)
+
+
+def finish(
+    initial: T2SDAForSemanticSegmentation, evaluation: Evaluation, store: Store, results: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Score the weights that were kept beside the last, if there are any, and write down all results. Collective."""
+    accelerator = store.accelerator
+    kept = decided_by_main(lambda: read_selected(store.folder), accelerator)  # the folder may lie on its disk alone
+    if store.cfg.select != "last" and kept is not None:
+        selected: Any = deepcopy(initial).to(accelerator.device)
         if accelerator.is_main_process:
-            selected.load_state_dict(T2SDAForSemanticSegmentation.from_pretrained(folder / SELECTED).state_dict())
+            weights = T2SDAForSemanticSegmentation.from_pretrained(store.folder / SELECTED).state_dict()
+            selected.load_state_dict(weights)
         broadcast_from_main([*selected.parameters(), *selected.buffers()], accelerator)
-        results["selected"] = evaluate(accelerator.prepare_model(selected, evaluation_mode=True)) | kept
-    if accelerator.is_main_process:
-        write_text(folder / "metrics.json", json.dumps(results, indent=2))
-    accelerator.wait_for_everyone()
+        results["selected"] = evaluation.score(accelerator.prepare_model(selected, evaluation_mode=True)) | kept
+    store.close(results)
     return results
-
-
-@dataclass(frozen=True)
-class Interruptible:
-    """A domain for evaluation that raises Stopped at the next image after a signal."""
-
-    domain: Domain
-    stop: StopRequest
-
-    @property
-    def name(self) -> str:
-        return self.domain.name
-
-    def __len__(self) -> int:
-        return len(self.domain)
-
-    def image(self, index: int) -> np.ndarray:
-        self.stop.check()
-        return self.domain.image(index)
-
-    def labels(self, index: int) -> np.ndarray:
-        return self.domain.labels(index)

@@ -6,7 +6,8 @@ comes back from the newest folder whose manifest verifies. Only safetensors and 
     checkpoint-000020/
       student/, teacher/      from_pretrained folders
       optimizer.safetensors   "<parameter>/exp_avg", "<parameter>/exp_avg_sq", "<parameter>/step"
-      processes.safetensors   "<process>/memory.*" of its ClassMemory, "<process>/log.*" for its next log line
+      processes.safetensors   "<process>/memory.*" of its ClassMemory, "<process>/watch.*" of its Watch,
+                              "<process>/log.*" for its next log line
       state.json              counters, and what the run was: config, data, classes, number of processes
       manifest.json           sha256 and size of every other file
 """

@@ -45,7 +45,9 @@ def shards(accelerator: Accelerator) -> bool:
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return False
     if os.environ.get("FSDP_VERSION") != "2":
-        raise ValueError("accelerate was given fsdp_version 1; set fsdp_version: 2, see configs/accelerate/fsdp2.yaml.")
+        raise ValueError(
+            "accelerate was given fsdp_version 1; set fsdp_version: 2, or launch with --accelerate_config fsdp2."
+        )
     for name, instead in (
         ("FSDP_OFFLOAD_PARAMS", "add processes"),
         ("FSDP_ACTIVATION_CHECKPOINTING", "set model.activation_checkpointing"),

@@ -33,15 +33,15 @@ from transformers.utils import ModelOutput
 
 from ..batch import UdaBatch
 from ..config import RunConfig
-from ..methods import METHODS, Parts
-from ..methods.parts import ClassMemory
+from ..methods import METHODS, ClassMemory, Step, make_networks
 from ..models import T2SDAConfig, T2SDAForSemanticSegmentation
-from ..teacher import make_teacher, update_teacher
+from ..teacher import update_teacher
 from ..translate import TranslationEngine, build_engine
 from .build import build_student
 from .checkpoint import Progress, allocate_state
 from .loop import Run, update, weighted_sum
 from .optim import make_optimizer
+from .parts import make_parts
 from .seeding import seed_step
 from .tracking import Tracker
 
@@ -204,36 +204,30 @@ def count_update(cfg: RunConfig) -> Cost:
     cost, fake = Cost(), FakeTensorMode()
     with torch.device("meta"):
         meta = _student(cfg)
-    imagenet = make_teacher(meta.encoder).eval() if _looks_at_imagenet(cfg) else None
-    frozen = make_teacher(meta)
+    networks = make_networks(cfg, meta.train(), _engine(cfg))
     with fake, Counting(cost):
-        student, teacher = _fake(meta).train(), _fake(frozen)
-        optimizer = make_optimizer(student.encoder, student, cfg.optim)
+        networks = networks.each(lambda _, network: _fake(network))
+        optimizer = make_optimizer(meta.encoder, meta, cfg.optim)
         allocate_state(optimizer)
-        if imagenet is not None:
-            imagenet = _fake(imagenet)
     cost.lasting = cost.live
-    parts = Parts(
-        student=StandIn(student, "student", fake, cost, cfg),
-        teacher=StandIn(teacher, "teacher", fake, cost, cfg),
-        imagenet=None if imagenet is None else StandIn(imagenet, "imagenet", fake, cost, cfg),
-        translate=_engine(cfg),
-        memory=ClassMemory(len(cfg.classes), cfg.projector.dim),
-    )
+    stand_ins = networks.each(lambda name, network: StandIn(network, name, fake, cost, cfg))
+    memory = ClassMemory(len(cfg.classes), cfg.projector.dim)
     cost.flops, cost.bytes, cost.halves = [], [], []
     with torch.random.fork_rng(devices=[]), Counting(cost):
         for micro in range(cfg.train.micro_batches):
             generator = seed_step(cfg.seed, cfg.pull.start_step, micro)
             batch = random_batch(cfg).on(torch.device("cpu"))
-            for terms in METHODS[cfg.method](batch, parts, cfg, cfg.pull.start_step, generator, _unchanged):
-                weighted_sum(terms, cfg.loss_weights).backward()
+            step = Step(batch, stand_ins, cfg, memory, generator, _unchanged, cfg.pull.start_step)
+            for graph in METHODS[cfg.method](step):
+                weighted_sum(graph.losses, cfg.loss_weights).backward()
+            del graph  # with all that was seen
     with fake, Counting(cost):
-        for parameter in student.parameters():
+        for parameter in networks.student.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
-        update_teacher(teacher, student, cfg.uda.ema_momentum)
+        update_teacher(networks.teacher, networks.student, cfg.uda.ema_momentum)
     return cost
 
 
@@ -280,19 +274,8 @@ def measure_updates(cfg: RunConfig, updates: int, folder: Path) -> tuple[int, fl
     before = psutil.Process().memory_info().rss
 
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if cfg.train.precision == "bf16" else "no")
-    student, imagenet = _student(cfg).train(), None
-    if _looks_at_imagenet(cfg):
-        imagenet = accelerator.prepare_model(make_teacher(student.encoder).eval(), evaluation_mode=True)
-    parts = Parts(
-        student=accelerator.prepare_model(student, evaluation_mode=True),
-        teacher=accelerator.prepare_model(make_teacher(student), evaluation_mode=True),
-        imagenet=imagenet,
-        translate=_engine(cfg),
-        memory=ClassMemory(len(cfg.classes), cfg.projector.dim),
-    )
-    optimizer = make_optimizer(student.encoder, student, cfg.optim)
-    batches = itertools.repeat(random_batch(cfg))
-    run = Run(cfg, folder, accelerator, parts, METHODS[cfg.method], batches, optimizer, lambda _: {}, lambda *_: None)
+    parts = make_parts(cfg, _student(cfg).train(), _engine(cfg), accelerator)
+    run = Run(cfg, accelerator, parts, METHODS[cfg.method], itertools.repeat(random_batch(cfg)))
     times = []
     with Tracker(accelerator, folder, updates, Progress(), cfg.method, show=False) as tracker:
         for step in range(cfg.pull.start_step, cfg.pull.start_step + updates):
@@ -426,10 +409,6 @@ def _student(cfg: RunConfig) -> T2SDAForSemanticSegmentation:
     # The feature distance needs pretrained weights, and something must be learned, or the config is refused.
     weights = replace(cfg.loss_weights, feature_distance=0.0, source=1.0)
     return build_student(replace(cfg, model=replace(cfg.model, pretrained=None), loss_weights=weights))
-
-
-def _looks_at_imagenet(cfg: RunConfig) -> bool:
-    return cfg.method != "source_only" and cfg.loss_weights.feature_distance > 0
 
 
 def _engine(cfg: RunConfig) -> TranslationEngine:

@@ -17,10 +17,9 @@ import yaml
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
-from ..config import GONE, RunConfig, changes, dump_config, flatten
+from ..config import RunConfig, changes, differences, dump_config
 from ..data.domains import Domain
-from ..masking import mask
-from ..methods import Parts
+from ..masking import mask_known
 from ..models import T2SDAForSemanticSegmentation
 from .checkpoint import (
     Content,
@@ -35,6 +34,7 @@ from .checkpoint import (
     verify,
 )
 from .distributed import decided_by_main, shards, take_from_main
+from .parts import Parts
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def config_of(cfg: RunConfig, method: Any) -> RunConfig:
 def describe(cfg: RunConfig, source: str, target: str | None, accelerator: Accelerator) -> dict[str, Any]:
     """What a method's weights depend on, for JSON. `source` and `target` are fingerprints of the data it reads."""
     return {
-        "config": json.loads(json.dumps(yaml.safe_load(mask(dump_config(cfg))))),  # as it will be read
+        "config": json.loads(json.dumps(yaml.safe_load(mask_known(dump_config(cfg))))),  # as it will be read
         "source_data": source,
         "target_data": target,
         "num_processes": accelerator.num_processes,
@@ -155,10 +155,8 @@ def plan(cfg: RunConfig, records: dict[str, dict[str, Any]], accelerator: Accele
     return starts
 
 
-def load_run(
-    checkpoint: Path | None, parts: Parts, optimizer: torch.optim.Optimizer, accelerator: Accelerator
-) -> Progress:
-    """Put a checkpoint into the networks, the optimiser and the class memory. Collective; only the main process reads.
+def load_run(checkpoint: Path | None, parts: Parts, accelerator: Accelerator) -> Progress:
+    """Put a checkpoint into the parts of a run. Collective; only the main process reads.
 
     Raises:
         DamagedCheckpoint: on every process, and nothing was changed.
@@ -166,7 +164,7 @@ def load_run(
     if checkpoint is None:
         return Progress()
 
-    live = live_tensors(parts.student, parts.teacher, optimizer)
+    live = live_tensors(parts.networks.student, parts.networks.teacher, parts.optimizer)
     read: list[Content] = []
 
     def load() -> tuple[dict[str, Any], list[dict[str, torch.Tensor]]]:
@@ -179,11 +177,15 @@ def load_run(
     for part, tensors in live.items():
         for name, tensor in tensors.items():
             take_from_main(tensor, getattr(read[0], part)[name] if read else None, accelerator)
-    own = processes[accelerator.process_index % len(processes)]  # another number of processes has to be allowed
-    memory = {name.removeprefix("memory."): value for name, value in own.items() if name.startswith("memory.")}
-    parts.memory.load_state_dict(memory)
-    log = {name.removeprefix("log."): value for name, value in own.items() if name.startswith("log.")}
-    return Progress(state["step"], state["skipped"], log)
+    own: dict[str, dict[str, torch.Tensor]] = {"log": {}}
+    # Another number of processes has to be allowed.
+    for name, value in processes[accelerator.process_index % len(processes)].items():
+        # Before it had a name of its own, the watch was written as a part of the memory.
+        part, _, rest = name.replace("memory.watch.", "watch.").partition(".")
+        own.setdefault(part, {})[rest] = value
+    for part, module in parts.own.items():
+        module.load_state_dict(own[part])
+    return Progress(state["step"], state["skipped"], own["log"])
 
 
 def _plan(cfg: RunConfig, records: dict[str, dict[str, Any]]) -> dict[str, Start]:
@@ -238,16 +240,7 @@ def _check_given(given: Path, output_dir: Path, methods: Sequence[str]) -> dict[
 
 def _compare(state: dict[str, Any], record: dict[str, Any], path: Path, allowed: Sequence[str]) -> None:
     """Say what differs from the run that wrote a checkpoint; refuse what would change the result."""
-    then, now = flatten(state["config"]), GONE | flatten(record["config"])
-    defaults = GONE | flatten(yaml.safe_load(dump_config(RunConfig())))
-    changed: dict[str, tuple[Any, Any]] = {}
-    for key in sorted(then.keys() | now.keys()):
-        pair = (
-            then.get(key, defaults.get(key)),
-            now.get(key),
-        )  # a key that is newer than the checkpoint had its default
-        if pair[0] != pair[1]:
-            changed[key] = pair
+    changed = differences(state["config"], record["config"])
     for key in ("source_data", "target_data", "num_processes", "sharded"):
         if state.get(key, record[key]) != record[key]:
             changed[key] = (state[key], record[key])

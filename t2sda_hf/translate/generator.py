@@ -1,4 +1,4 @@
-"""The network that scripts/train_translator.py trains, and how a translator is kept in a folder."""
+"""The network that `t2sda translator train` trains, and how a translator is kept in a folder."""
 
 import importlib
 import json
@@ -93,7 +93,7 @@ def load_translator(location: str, architecture: str) -> nn.Module:
     if config is None or weights is None:
         raise ValueError(
             f"translate.trained.model: no {' and no '.join(missing)} in {location!r}, which must be a folder or a "
-            "repository of the Hub. scripts/train_translator.py writes such a folder."
+            "repository of the Hub. `t2sda translator train` writes such a folder."
         )
     translator: nn.Module = made_by(**json.loads(config.read_text(encoding="utf-8")))
     load_tensors(translator, load_file(weights), str(weights))

@@ -65,7 +65,7 @@ def open_translated(location: str, num_images: int) -> TranslatedFolder:
     if not manifest.is_file():
         raise ValueError(
             f"translate.trained.folder: {str(manifest)!r} does not exist. "
-            "scripts/preview_translation.py --export writes a folder of translations with its manifest."
+            "`t2sda translator apply` writes a folder of translations with its manifest."
         )
     files = tuple(json.loads(manifest.read_text(encoding="utf-8")).get("files", ()))
     if len(files) != num_images:

@@ -1,23 +1,14 @@
 """Error bars and rankings against values by hand."""
 
 import csv
-import importlib.util
 import math
 from pathlib import Path
 
 import pytest
 
 from t2sda_hf.analysis.statistics import evaluations, paired_difference, rank_proxies
+from t2sda_hf.cli import main
 from t2sda_hf.evaluation.run_folder import MethodFolder
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "rank_proxies.py"
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("rank_proxies_script", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
 
 
 def test_a_paired_difference_and_its_interval_by_hand() -> None:
@@ -95,8 +86,7 @@ def test_evaluations_join_scores_and_proxies_of_equal_steps() -> None:
     assert found == [{"step": 100, "miou": 10.0, "prior": 0.5}, {"step": 200, "miou": 20.0, "prior": 0.6}]
 
 
-def test_the_script_prints_the_table_and_saves_every_evaluation(tmp_path: Path, capsys) -> None:
-    script = load_script()
+def test_compare_prints_the_table_and_saves_every_evaluation(tmp_path: Path, capsys) -> None:
     for place, run in enumerate(RUNS):
         folder = tmp_path / f"run_{place}" / "t2sda"
         folder.mkdir(parents=True)
@@ -108,7 +98,7 @@ def test_the_script_prints_the_table_and_saves_every_evaluation(tmp_path: Path, 
             )
         )
     runs = [str(path) for path in sorted(tmp_path.glob("run_*"))]
-    assert script.main([*runs, "--output", str(tmp_path / "new" / "rank.csv")]) == 0
+    assert main(["compare", "--proxies", *runs, "--output", str(tmp_path / "new" / "rank.csv")]) == 0
     printed = capsys.readouterr().out
     assert "3 runs, 8 evaluations" in printed
     assert "| good                     |   1.00 |   1.00 |   0.33 |  1.00 |  -0.50 |         30.00 | 3 |" in printed
@@ -117,5 +107,5 @@ def test_the_script_prints_the_table_and_saves_every_evaluation(tmp_path: Path, 
     assert rows[4] == {"run": runs[1], "step": "200", "miou": "40", "good": "0.5"}
     assert len(rows) == 8
 
-    assert script.main([str(tmp_path)]) == 2
+    assert main(["compare", "--proxies", str(tmp_path)]) == 2
     assert "is no run folder" in capsys.readouterr().err

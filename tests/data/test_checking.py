@@ -1,15 +1,14 @@
 """Planted faults are found by name, clean sets raise none, and the page shows what was found."""
 
-import importlib.util
 import io
 import re
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
+from t2sda_hf.cli import main
 from t2sda_hf.config import DomainConfig
 from t2sda_hf.data.checking import compare, inspect_domain, rarity
 from t2sda_hf.data.domains import load_domain
@@ -24,15 +23,6 @@ COUNT = 6
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def script():
-    path = Path(__file__).parents[2] / "scripts" / "check_domain.py"
-    spec = importlib.util.spec_from_file_location("check_domain", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def scene(seed):
@@ -277,7 +267,7 @@ def test_the_sheet_shows_image_labels_overlay_and_legend(tmp_path):
     assert draw_sheet(unlabelled, range(6), CITYSCAPES_CLASSES).height < sheet.shape[0]
 
 
-def test_the_script_checks_a_run_and_writes_one_page(script, tmp_path, capsys):
+def test_the_command_checks_a_run_and_writes_one_page(tmp_path, capsys):
     street_folders(tmp_path / "s")
     street_folders(tmp_path / "t", first=50)
     write("labels/2.png", b"<script>alert(1)</script>")(tmp_path / "s")
@@ -287,7 +277,7 @@ def test_the_script_checks_a_run_and_writes_one_page(script, tmp_path, capsys):
     for role, name in (("source", "s"), ("target", "t")):
         arguments += [f"--{role}.path", str(tmp_path / name / "images")]
         arguments += [f"--{role}.label_path", str(tmp_path / name / "labels")]
-    assert script.main(arguments) == 1
+    assert main(["check", *arguments]) == 1
     printed = capsys.readouterr().out
     assert "fault: label map unreadable, 1x in" in printed
     assert "1 kinds of faults" in printed
@@ -301,6 +291,6 @@ def test_the_script_checks_a_run_and_writes_one_page(script, tmp_path, capsys):
         with Image.open(tmp_path / "out" / f"{role}.png") as sheet:
             assert sheet.width == 888
     clean = ["--source.path", "streets-source", "--source.num_images", "8", "--output", str(tmp_path / "clean")]
-    assert script.main([*clean, "--processes", "1"]) == 0
-    assert script.main(["--output", str(tmp_path / "none")]) == 2
+    assert main(["check", *clean, "--processes", "1"]) == 0
+    assert main(["check", "--output", str(tmp_path / "none")]) == 2
     assert "nothing to check" in capsys.readouterr().err

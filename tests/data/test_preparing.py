@@ -1,6 +1,5 @@
-"""Small files as the public data sets have them, byte for byte in format, through scripts/prepare_domain.py."""
+"""Small files as the public data sets have them, byte for byte in format, through `t2sda prepare`."""
 
-import importlib.util
 import io
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 from datasets import load_dataset
 from PIL import Image
 
+from t2sda_hf.cli import main
 from t2sda_hf.config import DomainConfig
 from t2sda_hf.data import preparing
 from t2sda_hf.data.domains import check_domain, load_domain
@@ -30,15 +30,6 @@ SIZE = (40, 80)
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def script():
-    path = Path(__file__).parents[2] / "scripts" / "prepare_domain.py"
-    spec = importlib.util.spec_from_file_location("prepare_domain", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def picture(seed, size=SIZE):
@@ -194,15 +185,15 @@ MAKERS = {
 }  # fmt: skip
 
 
-def run(script, name, root, output, *options):
+def run(name, root, output, *options):
     arguments = [name, "--root", str(root), "--output", str(output), "--incomplete", "--processes", "1", *options]
-    return script.main(arguments)
+    return main(["prepare", *arguments])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_prepared_and_raw_downloads_give_the_same_exact_arrays(name, script, tmp_path):
+def test_prepared_and_raw_downloads_give_the_same_exact_arrays(name, tmp_path):
     expected = MAKERS[name](tmp_path / "raw")
-    assert run(script, name, tmp_path / "raw", tmp_path / "out", "--splits", *expected) == 0
+    assert run(name, tmp_path / "raw", tmp_path / "out", "--splits", *expected) == 0
     space = LAYOUTS[name].space
     classes = tuple(label for label in LABEL_SPACES[space] if label != "void")
     for split, rows in expected.items():
@@ -226,9 +217,9 @@ def test_every_class_of_the_table_is_in_the_label_spaces():
     assert tuple(row[0] for row in TABLE) == CITYSCAPES_CLASSES
 
 
-def test_a_prepared_file_is_the_original_or_a_grey_png(script, tmp_path):
+def test_a_prepared_file_is_the_original_or_a_grey_png(tmp_path):
     gta5(tmp_path / "raw")
-    run(script, "gta5", tmp_path / "raw", tmp_path / "out")
+    run("gta5", tmp_path / "raw", tmp_path / "out")
     rows = load_dataset(str(tmp_path / "out"), "train", split="train")
     assert str(rows.features["label"]) == "Image(mode='L', decode=True)"
     raw = load_domain(DomainConfig(path=str(tmp_path / "out"))).rows[0]
@@ -237,9 +228,9 @@ def test_a_prepared_file_is_the_original_or_a_grey_png(script, tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["png", "raw"])
-def test_a_smaller_copy_gives_the_pixels_of_resizing_and_the_counts_of_the_original(encoding, script, tmp_path):
+def test_a_smaller_copy_gives_the_pixels_of_resizing_and_the_counts_of_the_original(encoding, tmp_path):
     expected = gta5(tmp_path / "raw")["train"]
-    assert run(script, "gta5", tmp_path / "raw", tmp_path / "out", "--size", "24", "40", "--encoding", encoding) == 0
+    assert run("gta5", tmp_path / "raw", tmp_path / "out", "--size", "24", "40", "--encoding", encoding) == 0
     resize = {"resize": (24, 40)}
     small = load_domain(DomainConfig(path=str(tmp_path / "out"), **resize))
     counts = check_domain(small, CITYSCAPES_CLASSES)
@@ -251,7 +242,7 @@ def test_a_smaller_copy_gives_the_pixels_of_resizing_and_the_counts_of_the_origi
         assert counts[index].tolist() == np.bincount(labels.ravel(), minlength=256)[:19].tolist()
 
 
-def test_rgb_copies_of_gta5_are_read_by_colour_and_say_so_once(script, tmp_path, caplog):
+def test_rgb_copies_of_gta5_are_read_by_colour_and_say_so_once(tmp_path, caplog):
     palette = np.zeros((256, 3), np.uint8)
     for name, label_id, _ in TABLE:
         palette[label_id] = CITYSCAPES_COLORS[name]
@@ -260,17 +251,17 @@ def test_rgb_copies_of_gta5_are_read_by_colour_and_say_so_once(script, tmp_path,
     ids[np.isin(ids, [5, 6, 9, 10, 14, 15, 16, 29, 30])] = 0
     save(tmp_path / "raw" / "images" / "1.png", picture(0))
     save(tmp_path / "raw" / "labels" / "1.png", palette[ids])
-    assert run(script, "gta5", tmp_path / "raw", tmp_path / "out") == 0
+    assert run("gta5", tmp_path / "raw", tmp_path / "out") == 0
     expected = train_ids(ids, 1)
     expected[ids == 18], expected[ids == 34] = 5, 13
     assert np.array_equal(load_domain(str(tmp_path / "out")).labels(0), expected)
 
 
-def test_cityscapes_train_needs_no_labels_and_train_ids_do(script, tmp_path):
+def test_cityscapes_train_needs_no_labels_and_train_ids_do(tmp_path):
     expected = cityscapes(tmp_path / "raw", kind="labelTrainIds")
     for file in (tmp_path / "raw" / "gtFine" / "train").rglob("*.png"):
         file.unlink()
-    assert run(script, "cityscapes", tmp_path / "raw", tmp_path / "out", "--unlabelled", "train") == 0
+    assert run("cityscapes", tmp_path / "raw", tmp_path / "out", "--unlabelled", "train") == 0
     target = load_domain(str(tmp_path / "out"), labelled=False)
     assert np.array_equal(target.image(3), expected["train"][3][1])
     test = load_domain(DomainConfig(path=str(tmp_path / "out"), split="validation"))
@@ -279,27 +270,27 @@ def test_cityscapes_train_needs_no_labels_and_train_ids_do(script, tmp_path):
         load_domain(str(tmp_path / "out"))
 
 
-def test_a_killed_run_goes_on_where_it_was(script, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     gta5(tmp_path / "raw", count=7)
     monkeypatch.setattr(preparing, "ROWS_PER_SHARD", 2)
-    run(script, "gta5", tmp_path / "raw", tmp_path / "whole")
+    run("gta5", tmp_path / "raw", tmp_path / "whole")
     broken = (tmp_path / "raw" / "labels" / "00005.png").read_bytes()
     (tmp_path / "raw" / "labels" / "00005.png").write_bytes(broken[:100])
-    assert run(script, "gta5", tmp_path / "raw", tmp_path / "out") == 2  # dies in the third of four shards
+    assert run("gta5", tmp_path / "raw", tmp_path / "out") == 2  # dies in the third of four shards
     done = sorted((tmp_path / "out").glob("*.parquet"))
     assert [file.name for file in done] == ["train-00000-of-00004.parquet", "train-00001-of-00004.parquet"]
     times = [file.stat().st_mtime_ns for file in done]
     (tmp_path / "raw" / "labels" / "00005.png").write_bytes(broken)
-    assert run(script, "gta5", tmp_path / "raw", tmp_path / "out") == 0
+    assert run("gta5", tmp_path / "raw", tmp_path / "out") == 0
     assert [file.stat().st_mtime_ns for file in done] == times
     for file in (tmp_path / "whole").iterdir():
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes() or file.name == ".train.json"
     assert {file.name for file in (tmp_path / "out").iterdir()} == {f.name for f in (tmp_path / "whole").iterdir()}
 
 
-def test_several_processes_write_what_one_writes(script, tmp_path, monkeypatch):
+def test_several_processes_write_what_one_writes(tmp_path, monkeypatch):
     synthia(tmp_path / "raw")
-    run(script, "synthia", tmp_path / "raw", tmp_path / "one")
+    run("synthia", tmp_path / "raw", tmp_path / "one")
     preparing.prepare_layout("synthia", str(tmp_path / "raw"), tmp_path / "two", incomplete=True, num_processes=2)
     for file in (tmp_path / "one").glob("*.parquet"):
         assert (tmp_path / "two" / file.name).read_bytes() == file.read_bytes()
@@ -338,25 +329,25 @@ def test_faults_of_a_download_are_named(fault, message, tmp_path):
     assert not list((tmp_path / "out").glob("*.parquet"))
 
 
-def test_what_cannot_be_prepared_ends_with_one_line(script, tmp_path, capsys):
+def test_what_cannot_be_prepared_ends_with_one_line(tmp_path, capsys):
     gta5(tmp_path / "raw")
     raw, out = str(tmp_path / "raw"), str(tmp_path / "out")
-    assert script.main(["gta5", "--root", raw, "--output", out]) == 2
+    assert main(["prepare", "gta5", "--root", raw, "--output", out]) == 2
     assert "has 5 images" in (line := capsys.readouterr().err)
     assert "the complete download has 24966" in line
     assert not (tmp_path / "out").exists()
-    assert run(script, "gta5", raw, out) == 0
-    assert run(script, "gta5", raw, out, "--size", "24", "40") == 2
+    assert run("gta5", raw, out) == 0
+    assert run("gta5", raw, out, "--size", "24", "40") == 2
     assert "of other files or settings" in capsys.readouterr().err
-    assert run(script, "gta5", raw, out, "--splits", "val") == 2
+    assert run("gta5", raw, out, "--splits", "val") == 2
     assert "gta5 has no split val" in capsys.readouterr().err
-    assert run(script, "cityscapes", raw, str(tmp_path / "x")) == 2
+    assert run("cityscapes", raw, str(tmp_path / "x")) == 2
     assert "does not look like cityscapes" in capsys.readouterr().err
 
 
-def test_another_subset_of_synthia_is_noticed(script, tmp_path, capsys):
+def test_another_subset_of_synthia_is_noticed(tmp_path, capsys):
     synthia(tmp_path / "raw")
     for file in (tmp_path / "raw" / "GT" / "LABELS").iterdir():
         cv2.imwrite(str(file), np.full((*SIZE, 3), 5, np.uint16))
-    assert run(script, "synthia", tmp_path / "raw", tmp_path / "out") == 2
+    assert run("synthia", tmp_path / "raw", tmp_path / "out") == 2
     assert "show fence but never road, building, sky, car" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny import CLASSES, tiny_config
 
 from t2sda_hf.config import DomainConfig
-from t2sda_hf.data.domains import StreamedDomain, load_domain
+from t2sda_hf.data.domains import ImageStream, StreamedDomain, load_domain
 from t2sda_hf.data.pairs import PairDataset, batches
 
 SHARDS, ROWS = 4, 6  # per shard
@@ -89,7 +89,7 @@ def test_what_cannot_be_read_is_left_out_and_told(tmp_path, caplog):
     assert "20.png of" in caplog.text
     nothing = load_domain(write(tmp_path / "stream", range(TOTAL)), CLASSES, labelled=False)
     with pytest.raises(ValueError, match="gets no readable image"):
-        nothing.resized_image(0)
+        next(ImageStream(nothing, 0, 1, seed=0))
 
 
 def test_only_targets_and_only_streams_are_streamed(tmp_path):

@@ -80,7 +80,7 @@ def write_run(folder: Path, seed: int = 0, classes: list[str] = CLASSES, finishe
         source_pixels=range(1, len(classes) + 1),
         sampling=None,
     )
-    record = {"command": f"accelerate launch scripts/train_uda.py --seed {seed}", "commit": "0a1b2c", "hardware": "CPU"}
+    record = {"command": f"t2sda train --seed {seed}", "commit": "0a1b2c", "hardware": "CPU"}
     (folder / "run.json").write_text(json.dumps(record))
     Image.new("RGB", (60, 20)).save(folder / "panel.png")
     if finished:
@@ -127,7 +127,7 @@ def is_whole(page: Page) -> bool:
 def test_a_finished_run_explains_itself(tmp_path: Path) -> None:
     page = Page(write_page(write_run(tmp_path / "run")))
     assert is_whole(page)
-    assert "accelerate launch scripts/train_uda.py --seed 0" in page.text
+    assert "t2sda train --seed 0" in page.text
     assert "labelled images of data/game" in page.text
     assert "data/city <i>" in page.text  # a name is a text, never HTML
     drawn = {"miou", "losses", "proxies", "confusion", "classes"}
@@ -210,7 +210,7 @@ def test_what_a_run_left_is_read_back(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is no run folder.*output_dir of scripts/train_uda.py"):
+    with pytest.raises(ValueError, match=r"is no run folder.*output_dir of `t2sda train`"):
         write_page(tmp_path)
 
 

@@ -170,6 +170,7 @@ def test_a_panel_shows_what_the_objective_saw(tmp_path: Path) -> None:
         "pseudo_labels": torch.zeros(3, 8, 12, dtype=torch.long),
         "confidence": torch.rand(3, 8, 12),
         "mixed_images": torch.rand(3, 3, 8, 12),
+        "trust": torch.tensor(0.5),
     }
     path = save_panel_of_step(tmp_path / "panels", 200, seen, ["road", "sky"])
     assert path == tmp_path / "panels" / "step_000200.png"

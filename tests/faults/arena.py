@@ -1,11 +1,10 @@
-"""Runs of train_uda.py in forked children, where a fault can be planted, and what is compared afterwards.
+"""Runs of `t2sda train` in forked children, where a fault can be planted, and what is compared afterwards.
 
 The parent imports everything and reads the data once and starts no thread, so a run costs about a second.
 """
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import os
 import random
@@ -18,11 +17,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
+from t2sda_hf.cli import main
+from t2sda_hf.commands import train as command
 from t2sda_hf.config import load_config
 from t2sda_hf.evaluation import watch
 from t2sda_hf.training.checkpoint import MANIFEST, DamagedCheckpoint, checkpoints, verify
@@ -55,15 +56,6 @@ FILES = ("student/model.safetensors", "teacher/model.safetensors", "optimizer.sa
 Plant = Callable[[], None]
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_uda_script", ROOT / "scripts" / "train_uda.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
-
-
 class Arena:
     """A place for runs. `folder` is emptied at the end of a trial by `clear`."""
 
@@ -74,16 +66,15 @@ class Arena:
         folder.mkdir(parents=True, exist_ok=True)
         self.config = folder / "run.yaml"
         self.config.write_text(RUN, encoding="utf-8")
-        self.script = load_script()
         cfg = load_config(self.config)
-        domains = self.script.open_domains(cfg, SimpleNamespace(num_processes=1))
-        self.script.open_domains = lambda *_: domains  # read once for all
-        student = self.script.build_student(cfg)  # what saving and loading import and compile, every child has then
+        domains = command.open_domains(cfg, SimpleNamespace(num_processes=1))
+        command.open_domains = lambda *_: domains  # read once for all
+        student = command.build_student(cfg)  # what saving and loading import and compile, every child has then
         student.save_pretrained(folder / "warm")
         type(student).from_pretrained(folder / "warm")
         # Pictures and charts take matplotlib longer than the training; of a panel the file is written, not the picture.
-        self.script.save_panel = lambda *_: None
-        self.script.write_page = lambda folder: folder / "index.html"
+        command.save_panel = lambda *_: None
+        command.write_page = lambda folder: folder / "index.html"
         watch.save_grid = lambda path, *_: path.write_bytes(b"a picture")
 
     def start(
@@ -104,7 +95,7 @@ class Arena:
             os.dup2(log, 2)
             if plant is not None:
                 plant()
-            code = self.script.main(["--config", str(self.config), "--output_dir", str(out), *arguments])
+            code = main(["train", "--config", str(self.config), "--output_dir", str(out), *arguments])
             sys.stdout.flush()
         except SystemExit as error:
             code = int(error.code or 0)
@@ -274,14 +265,14 @@ def count_writes(arena: Arena, out: Path, where: str, *arguments: str) -> int:
                 seen += 1
 
         sys.addaudithook(_only_paths(hook))
-        end = arena.script.end_counting = lambda: tally.write_text(str(seen))
-        run_all = arena.script.run_all
+        train_all = command.train_all
 
-        def counted(*args: object) -> None:
-            run_all(*args)
-            end()
+        def counted(*args: object) -> object:
+            results = train_all(*args)
+            tally.write_text(str(seen))
+            return results
 
-        arena.script.run_all = counted
+        command.train_all = counted
 
     assert arena.run(out, *arguments, plant=plant) == 0, log_of(out).read_text()
     arena.clear(out)

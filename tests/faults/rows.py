@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ from arena import (
     when_training,
 )
 
-from t2sda_hf.methods import METHODS
+from t2sda_hf.methods import METHODS, Graph, Step
 from t2sda_hf.training import build, loop
 from t2sda_hf.training.checkpoint import newest_valid, verify
 from t2sda_hf.training.tracking import Tracker
@@ -492,7 +492,7 @@ def _planted_at(step: int, spoil: Callable[[loop.Run], Callable[[], None]]) -> N
     """Spoil one update, and watch that it leaves student, teacher, optimiser and memory as they were."""
     update = loop.update
 
-    def planted(run: loop.Run, index: int, tracker: object) -> float:
+    def planted(run: loop.Run, index: int, tracker: object) -> object:
         if index + 1 != step:
             return update(run, index, tracker)
         before = _everything(run)
@@ -509,9 +509,9 @@ def _planted_at(step: int, spoil: Callable[[loop.Run], Callable[[], None]]) -> N
 
 
 def _everything(run: loop.Run) -> dict[str, torch.Tensor]:
-    modules = {"student": run.parts.student, "teacher": run.parts.teacher, "memory": run.parts.memory}
+    modules = {"student": run.parts.networks.student, "teacher": run.parts.networks.teacher, **run.parts.own}
     tensors = {f"{part}.{name}": value.clone() for part, m in modules.items() for name, value in m.state_dict().items()}
-    for index, own in enumerate(run.optimizer.state.values()):
+    for index, own in enumerate(run.parts.optimizer.state.values()):
         tensors |= {f"optimizer.{index}.{key}": value.clone() for key, value in own.items()}
     return tensors
 
@@ -520,9 +520,10 @@ def _spoiled_loss(term: str, value: float) -> Callable[[loop.Run], Callable[[], 
     def spoil(run: loop.Run) -> Callable[[], None]:
         method = METHODS[run.cfg.method]
 
-        def spoiled(*arguments: object) -> Iterator[dict]:
-            for terms in method(*arguments):
-                yield {name: loss + value if name == term else loss for name, loss in terms.items()}
+        def spoiled(made: Step) -> Iterator[Graph]:
+            for graph in method(made):
+                losses = {name: loss + value if name == term else loss for name, loss in graph.losses.items()}
+                yield replace(graph, losses=losses)
 
         object.__setattr__(run, "method", spoiled)
         return lambda: object.__setattr__(run, "method", method)
@@ -531,22 +532,21 @@ def _spoiled_loss(term: str, value: float) -> Callable[[loop.Run], Callable[[], 
 
 
 def _spoiled_gradient(run: loop.Run) -> Callable[[], None]:
-    parameter = next(iter(run.parts.student.parameters()))
+    parameter = next(iter(run.parts.networks.student.parameters()))
     handle = parameter.register_hook(lambda gradient: gradient * float("nan"))
     return handle.remove
 
 
 def _spoiled_image(run: loop.Run) -> Callable[[], None]:
-    handle = run.parts.student.register_forward_pre_hook(
+    handle = run.parts.networks.student.register_forward_pre_hook(
         lambda module, arguments: (arguments[0] * float("nan"), *arguments[1:])
     )
     return handle.remove
 
 
 def _spoiled_teacher(run: loop.Run) -> Callable[[], None]:
-    handle = next(m for m in run.parts.teacher.modules() if isinstance(m, torch.nn.LayerNorm)).register_forward_hook(
-        lambda module, arguments, output: output * float("nan")
-    )
+    norms = (m for m in run.parts.networks.teacher.modules() if isinstance(m, torch.nn.LayerNorm))
+    handle = next(norms).register_forward_hook(lambda module, arguments, output: output * float("nan"))
     return handle.remove
 
 
@@ -682,13 +682,13 @@ def at_update(step: int, do: Plant) -> Plant:
     def plant() -> None:
         update = loop.update
 
-        def planted(run: loop.Run, index: int, tracker: object) -> float:
+        def planted(run: loop.Run, index: int, tracker: object) -> object:
             nonlocal made
-            factor = update(run, index, tracker)
+            seen = update(run, index, tracker)
             made += 1
             if made == step:
                 do()
-            return factor
+            return seen
 
         loop.update = planted
 

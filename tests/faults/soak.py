@@ -24,12 +24,17 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(
 
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
-from tiny import tiny_batch, tiny_config, tiny_parts  # noqa: E402
+from tiny import tiny_batch, tiny_config, tiny_model  # noqa: E402
 
 from t2sda_hf.evaluation.watch import Watch  # noqa: E402
+from t2sda_hf.methods import Graph, Networks, Step  # noqa: E402
+from t2sda_hf.models import T2SDAImageProcessor  # noqa: E402
 from t2sda_hf.training.checkpoint import checkpoints  # noqa: E402
 from t2sda_hf.training.loop import Run, train  # noqa: E402
-from t2sda_hf.training.optim import make_optimizer  # noqa: E402
+from t2sda_hf.training.parts import make_parts  # noqa: E402
+from t2sda_hf.training.stopping import StopRequest  # noqa: E402
+from t2sda_hf.training.store import Store  # noqa: E402
+from t2sda_hf.translate import build_engine  # noqa: E402
 
 WARM = 2000  # steps until buffers, caches and the allocator have their size
 
@@ -42,7 +47,6 @@ def measure(steps: int, folder: Path) -> bool:
         "--optim={warmup_steps: 10}",
     )
     accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=str(folder))
-    parts = tiny_parts(cfg)
     batch = tiny_batch(cfg)
     rows: list[tuple[int, float, int, float]] = []
 
@@ -65,23 +69,28 @@ def measure(steps: int, folder: Path) -> bool:
         def on(self, device: torch.device) -> object:
             return batch
 
-    def one_parameter(batch: object, parts: object, *rest: object) -> Iterator[dict]:
-        yield {"source": (next(parts.student.parameters()).sum() - 1) ** 2}  # type: ignore[attr-defined]
+    class Evaluation:
+        """Scores nothing."""
 
-    def evaluate(model: torch.nn.Module) -> dict:
-        return {"miou": 1.0, "pixel_accuracy": 1.0, "iou": {"road": 1.0}, "domain": "none"}
+        def results(self, networks: Networks) -> dict[str, dict]:
+            return {"student": {"miou": 1.0, "pixel_accuracy": 1.0, "iou": {"road": 1.0}, "domain": "none"}}
+
+        def pictures(self, *given: object) -> dict[str, Path]:
+            return {}
 
     logits = torch.randn(2, len(cfg.classes), 8, 16, generator=torch.Generator().manual_seed(0))
     confidence, pseudo_labels = logits.softmax(dim=1).max(dim=1)
-    parts.seen.update(target_images=batch.target_images, teacher_logits=logits, source_logits=logits)
-    parts.seen.update(source_labels=batch.source_labels, pseudo_labels=pseudo_labels, confidence=confidence)
-    watch = Watch([1] * len(cfg.classes), threshold=0.5)
-    parts.memory.add_module("watch", watch)
+    seen = {"target_images": batch.target_images, "teacher_logits": logits, "source_logits": logits}
+    seen |= {"source_labels": batch.source_labels, "pseudo_labels": pseudo_labels, "confidence": confidence}
 
-    optimizer = make_optimizer(parts.student.encoder, parts.student, cfg.optim)
-    save = lambda network, path: network.save_pretrained(path)  # noqa: E731
+    def one_parameter(step: Step) -> Iterator[Graph]:
+        yield Graph({"source": (next(step.networks.student.parameters()).sum() - 1) ** 2}, seen)
+
+    student, watch = tiny_model(cfg).train(), Watch([1] * len(cfg.classes), threshold=0.5)
+    parts = make_parts(cfg, student, build_engine(cfg.translate), accelerator, watch)
+    store = Store(folder, cfg, accelerator, T2SDAImageProcessor(), student, record={})
     begun = time.monotonic()
-    train(Run(cfg, folder, accelerator, parts, one_parameter, Batches(), optimizer, evaluate, save, watch=watch))
+    train(Run(cfg, accelerator, parts, one_parameter, Batches()), Evaluation(), store, StopRequest())
     seconds = time.monotonic() - begun
     rows.append((steps, _resident(), len(os.listdir("/proc/self/fd")), time.process_time()))
     settled = [row for row in rows if WARM <= row[0] < steps]

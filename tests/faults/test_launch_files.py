@@ -1,4 +1,4 @@
-"""configs/accelerate: what `accelerate launch --config_file` understands, and what train_uda.py accepts."""
+"""configs/accelerate: what `accelerate launch --config_file` understands, and what `t2sda train` accepts."""
 
 from pathlib import Path
 
@@ -6,8 +6,9 @@ import pytest
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
-from faults.arena import RUN, load_script
+from faults.arena import RUN
 
+from t2sda_hf.commands.train import prepare
 from t2sda_hf.config import load_config
 
 FOLDER = Path(__file__).parents[2] / "configs" / "accelerate"
@@ -43,4 +44,4 @@ def test_sharding_of_another_kind_is_refused_not_ignored(
         monkeypatch.setenv(name, value)
     (tmp_path / "run.yaml").write_text(RUN, encoding="utf-8")
     with pytest.raises(ValueError, match=said):
-        load_script().prepare(load_config(tmp_path / "run.yaml"), Sharded())
+        prepare(load_config(tmp_path / "run.yaml"), Sharded())

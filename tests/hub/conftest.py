@@ -65,7 +65,7 @@ def write_run(folder: Path, *overrides: str) -> Path:
         (folder / method / "scalars.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "summary.json").write_text(json.dumps({"seed": 0, "num_processes": 2, "classes": cfg.classes}))
     Image.new("RGB", (40, 20), "white").save(folder / "panel.png")
-    record_run(folder, "scripts/train_uda.py", ["--config", "run.yaml", "--seed", "0"], num_processes=2)
+    record_run(folder, "t2sda train --config run.yaml --seed 0 --num_processes 2", num_processes=2)
     return folder
 
 

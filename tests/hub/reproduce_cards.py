@@ -29,8 +29,10 @@ def absent(card: Path) -> list[str]:
 def repeat(command: str, folder: Path) -> None:
     """Run the command of a card with another output folder."""
     words = shlex.split(command)
-    settings = dict(word.split("=", 1) for word in words if "=" in word and not word.startswith("-"))
-    words = [word for word in words if word.split("=")[0] not in settings]
+    settings = {}
+    while "=" in words[0]:  # of the environment
+        name, _, value = words.pop(0).partition("=")
+        settings[name] = value
     program = str(Path(sys.executable).with_name(words[0]))
     subprocess.run([program, *words[1:], "--output_dir", str(folder)], cwd=ROOT, env=os.environ | settings, check=True)
 

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from server import TOKEN, Hub, Repository
-from test_push import content
+from server import TOKEN, Hub, Repository, content
 
 ROOT = Path(__file__).parents[2]
 CHILD = """

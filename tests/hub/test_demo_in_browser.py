@@ -1,6 +1,5 @@
 """Needs the extra `browser` and a chromium (make browser): the pages as a visitor meets them."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -11,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from huggingface_hub import HfApi, RepoCard
+from huggingface_hub import HfApi
 from PIL import Image
 from server import TOKEN, Hub
-from test_push import load_script
 
+from t2sda_hf.cli import main
 from t2sda_hf.hub.metric import NAME
 from t2sda_hf.hub.push import push_run
 
@@ -36,8 +35,8 @@ def street(tmp_path: Path) -> Path:
 
 
 def shares(model: Path, image: Path, out: Path, classes: int) -> list[str]:
-    """Per-class shares in % of what scripts/predict.py sees, as the page writes them."""
-    assert load_script("predict").main([str(model), str(image), "--output", str(out)]) == 0
+    """Per-class shares in % of what `t2sda predict` sees, as the page writes them."""
+    assert main(["predict", str(model), str(image), "--output", str(out)]) == 0
     with Image.open(out / f"{image.stem}_ids.png") as picture:
         ids = np.array(picture)
     return [f"{100 * share:.1f}" for share in np.bincount(ids.ravel(), minlength=classes) / ids.size]
@@ -55,7 +54,7 @@ def test_a_visitor_compares_two_models(finished_run: Path, street: Path, tmp_pat
     from browser import served, walk
 
     models = [finished_run / name / "student" for name in ("source_only", "t2sda")]
-    command = ["scripts/demo.py", str(models[1]), "--compare", str(models[0])]
+    command = ["-m", "t2sda_hf", "demo", str(models[1]), "--compare", str(models[0])]
     with served(command, ROOT, os.environ | {"PYTHONPATH": str(ROOT)}) as url:
         seen = walk(url, street, tmp_path)
     check(seen, tmp_path)
@@ -77,7 +76,8 @@ def test_a_space_runs_without_the_package(
     own = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     own |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
     space = tmp_path / "space"
-    command = [sys.executable, "scripts/demo.py", "me/streets", "--compare", "me/source-only", "--space", str(space)]
+    command = [sys.executable, "-m", "t2sda_hf", "demo", "me/streets", "--compare", "me/source-only"]
+    command += ["--space", str(space)]
     printed = subprocess.run(
         command, cwd=ROOT, env=own | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
     )
@@ -95,8 +95,8 @@ def test_a_space_runs_without_the_package(
 
 
 def test_a_space_loads_its_models_from_the_hub(finished_run: Path, tmp_path: Path, capsys) -> None:
-    words = [str(finished_run / "t2sda" / "student"), "--space", str(tmp_path / "space")]
-    assert load_script("demo").main(words) == 2
+    words = ["demo", str(finished_run / "t2sda" / "student"), "--space", str(tmp_path / "space")]
+    assert main(words) == 2
     assert "loads its models from the Hub" in capsys.readouterr().err
     assert not (tmp_path / "space").exists()
 
@@ -114,18 +114,3 @@ def test_the_page_of_the_metric_computes(tmp_path: Path) -> None:
         page.screenshot(path=tmp_path / "metric.png", full_page=True)
     assert (seen.errors, seen.foreign) == ([], [])
     assert "overall_accuracy" in seen.text
-
-
-def test_settings_and_metadata_of_a_space(tmp_path: Path) -> None:
-    settings = {"title": 'Streets: "dusk"', "models": {"model": "me/streets"}, "colors": {"road": [1, 2, 3]}}
-    load_script("demo").write_space(tmp_path / "space", settings, [], "6.31.0")
-    assert json.loads((tmp_path / "space" / "settings.json").read_text()) == settings
-    made = RepoCard.load(tmp_path / "space" / "README.md").data.to_dict()
-    shipped = RepoCard.load(ROOT / "model_cards" / NAME / "README.md").data.to_dict()
-    assert (made["title"], made["models"]) == (settings["title"], ["me/streets"])
-    hub_colors = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
-    for metadata in (made, shipped):
-        assert {metadata["colorFrom"], metadata["colorTo"]} <= hub_colors
-        assert (metadata["sdk"], metadata["sdk_version"], metadata["app_file"]) == ("gradio", "6.31.0", "app.py")
-    with pytest.raises(ValueError, match="exists and is not empty"):
-        load_script("demo").write_space(tmp_path / "space", settings, [], "6.31.0")

@@ -5,19 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_push import load_script
 
+from t2sda_hf.cli import main
 from t2sda_hf.evaluation.inference import load_model
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `export`")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
 
 def test_the_file_gives_the_model_s_logits_at_sizes_that_the_export_never_saw(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     student, path = finished_run / "t2sda" / "student", tmp_path / "model.onnx"
-    assert load_script("export_onnx").main([str(student), str(path)]) == 0
+    assert main(["export", str(student), str(path)]) == 0
     model, classes = load_model(str(student))
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     assert session.get_modelmeta().custom_metadata_map["classes"] == ", ".join(classes)
@@ -30,5 +29,5 @@ def test_the_file_gives_the_model_s_logits_at_sizes_that_the_export_never_saw(
 
 
 def test_what_cannot_be_exported_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert load_script("export_onnx").main([str(tmp_path / "nothing"), str(tmp_path / "model.onnx")]) == 2
+    assert main(["export", str(tmp_path / "nothing"), str(tmp_path / "model.onnx")]) == 2
     assert "there is no such folder" in capsys.readouterr().err

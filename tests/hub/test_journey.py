@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from server import TOKEN, Hub, serve
-from test_push import content, load_script
-from test_two_processes import TINY_RUN, launch
+from running import TINY_RUN, t2sda
+from server import TOKEN, Hub, content, serve
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
+from t2sda_hf.cli import main
 from t2sda_hf.evaluation.inference import load_model
 
 ROOT = Path(__file__).parents[2]
@@ -72,19 +72,19 @@ def run(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment(hub, folder).items():
             patch.setenv(name, value)
-        printed = launch(2, "scripts/train_uda.py", *arguments, "--baseline", "source_only")
+        printed = t2sda("train", *arguments, "--baseline", "source_only", "--num_processes", "2")
     assert f"Published: {hub.url}/{REPOSITORY}/commit/" in printed
     return folder / "run"
 
 
 @pytest.fixture(scope="module")
 def expected(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    """What scripts/predict.py says of one picture with the folder of the run, and the model's logits."""
+    """What `t2sda predict` says of one picture with the folder of the run, and the model's logits."""
     folder = tmp_path_factory.mktemp("expected")
     noise = np.random.default_rng(0).integers(0, 256, (9, 14, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((137, 90)).save(folder / "street.png")
     student = str(run / "t2sda" / "student")
-    assert load_script("predict").main([student, str(folder / "street.png"), "--output", str(folder / "out")]) == 0
+    assert main(["predict", student, str(folder / "street.png"), "--output", str(folder / "out")]) == 0
     model = AutoModelForSemanticSegmentation.from_pretrained(student)
     with Image.open(folder / "street.png") as picture, torch.no_grad():
         logits = model(**AutoImageProcessor.from_pretrained(student)(picture, return_tensors="pt")).logits
@@ -162,14 +162,16 @@ def test_the_published_scores_are_those_of_the_summary(hub: Hub, run: Path) -> N
     assert facts["student"]["miou"] == summary["t2sda"]["miou"]
     assert facts["source_only"]["miou"] == summary["source_only"]["miou"]
     assert (facts["steps"], facts["num_processes"], facts["license"]) == (5, 2, "apache-2.0")
-    assert "accelerate launch --multi_gpu --num_processes 2 scripts/train_uda.py --config" in facts["command"]
+    assert facts["command"].startswith("OMP_NUM_THREADS=1 t2sda train --config")
+    assert facts["command"].endswith("--baseline source_only --num_processes 2 --cpu")
     assert len(hub.repositories[REPOSITORY].commits) == 2  # the empty one, and all files in the other
 
 
-def test_the_readme_shows_the_ways_of_the_card(hub: Hub) -> None:
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## On the Hub")[2].partition("\n## ")[0]
-    shown = re.findall(r"```python\n(.*?)```", section, re.S)
-    assert [block.replace("USER/streets-t2sda", REPOSITORY) for block in shown] == card_blocks(hub)
+def test_the_guide_shows_the_ways_of_the_card(hub: Hub) -> None:
+    """There the remark above each is a sentence, and the model a folder, so that the guide can be walked."""
+    shown = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "hub.md").read_text(encoding="utf-8"), re.S)
+    shown = [block.replace("outputs/to_push", REPOSITORY).replace("photos/", "") for block in shown]
+    assert shown == [re.sub(r"\A#.*\n", "", block) for block in card_blocks(hub)]
 
 
 def test_the_hf_command_publishes_the_metric_as_a_space(hub: Hub, tmp_path: Path) -> None:

@@ -1,14 +1,16 @@
 """Pushing to a Hub on this machine, healthy and with a fault at every request."""
 
-import importlib.util
 import logging
+import shlex
 from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi, constants
-from server import READ_ONLY, TOKEN, Hub
+from server import READ_ONLY, TOKEN, Hub, content
 from tiny import tiny_config
 
+from t2sda_hf.cli import main, parser_of
+from t2sda_hf.commands.push import CARD_FILES
 from t2sda_hf.config import load_config
 from t2sda_hf.hub.push import PushFailed, check_push, push_after_training, push_folder, push_run, stage_run
 
@@ -24,19 +26,6 @@ def staged(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("staged") / "repository"
     stage_run(finished_run, "me/streets", folder)
     return folder
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def load_script(name: str):
-    spec = importlib.util.spec_from_file_location(
-        f"{name}_script", Path(__file__).parents[2] / "scripts" / f"{name}.py"
-    )
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
 
 
 def test_a_run_is_published_in_one_commit(hub: Hub, api: HfApi, finished_run: Path, waits: list[float]) -> None:
@@ -171,31 +160,29 @@ def test_the_command_that_is_named_is_the_one_that_was_given(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", READ_ONLY)
     monkeypatch.setattr("t2sda_hf.hub.push.HfApi", lambda: HfApi(endpoint=hub.url))
-    script = load_script("push_to_hub")
-    words = [str(finished_run), "me/streets", "--private", "--create-pr", "--license", "mit"]
+    words = ["push", str(finished_run), "me/streets", "--private", "--create-pr", "--license", "mit"]
     words += ["--terms", "source=own photos", "--fact", "hardware=a laptop"]
-    assert script.main(words) == 2
+    assert main(words) == 2
     command = capsys.readouterr().err.strip().partition("Push again with: ")[2]
-    import shlex
-
-    assert script.parse_arguments(shlex.split(command)[2:]) == script.parse_arguments(words)
+    program, name, *again = shlex.split(command)
+    assert (program, name) == ("t2sda", "push")
+    assert parser_of("push").read(again) == parser_of("push").read(words[1:])
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert script.main(shlex.split(command)[2:]) == 0
+    assert main([name, *again]) == 0
     assert b"a laptop" in hub.files("me/streets", "refs/pr/1")["README.md"]
 
 
-def test_the_script_writes_instead_of_sending(
+def test_the_command_writes_instead_of_sending(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = load_script("push_to_hub")
     out, card = tmp_path / "all", tmp_path / "card"
-    assert script.main([str(finished_run), "me/streets", "--output", str(out)]) == 0
-    assert script.main([str(finished_run), "me/streets", "--card", str(card)]) == 0
+    assert main(["push", str(finished_run), "me/streets", "--output", str(out)]) == 0
+    assert main(["push", str(finished_run), "me/streets", "--card", str(card)]) == 0
     assert (out / "model.safetensors").is_file()
-    assert sorted(content(card)) == sorted(script.CARD_FILES)
+    assert sorted(content(card)) == sorted(CARD_FILES)
     assert (out / "README.md").read_bytes() == (card / "README.md").read_bytes()
-    assert script.main([str(finished_run), "me/streets", "--output", str(out)]) == 2
-    assert script.main([str(finished_run), "me/streets", "--terms", "elsewhere=x", "--card", str(card)]) == 2
+    assert main(["push", str(finished_run), "me/streets", "--output", str(out)]) == 2
+    assert main(["push", str(finished_run), "me/streets", "--terms", "elsewhere=x", "--card", str(card)]) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
 
 
@@ -211,7 +198,7 @@ def test_a_failed_push_does_not_fail_the_training(
     before = content(finished_run)
     line = push_after_training(cfg)
     assert "The training is complete, but was not published" in line
-    assert f"python scripts/push_to_hub.py {finished_run}/t2sda me/streets" in line
+    assert f"t2sda push {finished_run}/t2sda me/streets" in line
     assert content(finished_run) == before
     hub.faults = {}
     assert push_after_training(cfg).startswith(f"Published: {hub.url}/me/streets")
@@ -256,8 +243,7 @@ def test_training_asks_before_it_starts_whether_it_could_publish(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    words = ["--config", "configs/demo.yaml", "--output_dir", str(tmp_path / "out"), "--push_to_hub.repo_id", "streets"]
-    monkeypatch.chdir(Path(__file__).parents[2])
-    assert load_script("train_uda").main(words) == 2
+    words = ["train", "--config", "demo", "--output_dir", str(tmp_path / "out"), "--push_to_hub.repo_id", "streets"]
+    assert main(words) == 2
     assert "has no owner: write it as user/streets" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

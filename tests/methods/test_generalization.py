@@ -7,15 +7,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from reference import pull as slow
-from test_scripts import load_script
-from tiny import CLASSES, alone, tiny_batch, tiny_config, tiny_parts
+from tiny import CLASSES, tiny_batch, tiny_config, tiny_graphs, tiny_networks, together
 from torch import Generator, Tensor
 
 from t2sda_hf.augment.color import photometric_distortion
 from t2sda_hf.batch import normalize
+from t2sda_hf.cli import main
 from t2sda_hf.config import RunConfig
 from t2sda_hf.losses.segmentation import segmentation_loss
-from t2sda_hf.methods import METHODS, generalization_losses, t2sda
+from t2sda_hf.methods import METHODS, generalization_losses
 from t2sda_hf.training import build
 from t2sda_hf.training.build import open_domains
 
@@ -33,19 +33,14 @@ def batch_of(cfg: RunConfig):
     return replace(tiny_batch(cfg), **empty)
 
 
-def losses(cfg: RunConfig, seed: int = 0, step: int = 0, parts=None, batch=None) -> dict[str, Tensor]:
-    terms: dict[str, Tensor] = {}
-    torch.manual_seed(seed)
-    given = batch or batch_of(cfg), parts or tiny_parts(cfg)
-    for part in generalization_losses(*given, cfg, step, Generator().manual_seed(seed), alone):
-        terms |= part
-    return terms
+def losses(cfg: RunConfig, seed: int = 0, networks=None, batch=None) -> dict[str, Tensor]:
+    return together(tiny_graphs(cfg, networks, batch or batch_of(cfg), seed=seed))[0]
 
 
 def test_source_is_supervised_training_on_distorted_images():
     cfg = config()
     images = photometric_distortion(batch_of(cfg).source_images, Generator().manual_seed(3))
-    expected = segmentation_loss(tiny_parts(cfg).student(normalize(images)).logits, batch_of(cfg).source_labels)
+    expected = segmentation_loss(tiny_networks(cfg).student(normalize(images)).logits, batch_of(cfg).source_labels)
     terms = losses(cfg, seed=3)
     assert list(terms) == ["source", "pull"]
     assert terms["source"].item() == pytest.approx(expected.item(), rel=1e-6)
@@ -55,11 +50,9 @@ def test_source_is_supervised_training_on_distorted_images():
 
 
 @pytest.mark.parametrize("overrides", [[], ["--pull.objective=mse"], ["--pull.negatives=pooled"]])
-def test_pull_equals_the_twin_with_source_negatives_and_equal_weights(overrides, monkeypatch):
+def test_pull_equals_the_twin_with_source_negatives_and_equal_weights(overrides):
     cfg = config(*overrides)
-    calls, parts, batch = [], tiny_parts(cfg), batch_of(cfg)
-    pull_loss = t2sda.pull_loss
-    monkeypatch.setattr(t2sda, "pull_loss", lambda *args, **kw: calls.append(args) or pull_loss(*args, **kw))
+    networks, batch = tiny_networks(cfg), batch_of(cfg)
     styled: list[Tensor] = []
 
     def engine(source: Tensor, style: Tensor | None, generator: Generator) -> Tensor:
@@ -67,17 +60,14 @@ def test_pull_equals_the_twin_with_source_negatives_and_equal_weights(overrides,
         styled.append(source)
         return 1 - source
 
-    value = losses(cfg, parts=replace(parts, translate=engine), batch=batch)["pull"]
+    found, seen = together(tiny_graphs(cfg, replace(networks, translate=engine), batch))
     assert torch.equal(styled[0], batch.source_images)  # the scene itself, not the distorted one
-    queries, keys_s, keys_t, _, samples, importance = calls[0]
-    assert keys_t is None
-    torch.testing.assert_close(importance, torch.full((K,), 1 / K))
+    samples = seen["samples"]
+    torch.testing.assert_close(seen["class_weights"], torch.full((K,), 1 / K))
     labels = batch.source_labels[:, ::4, ::4]
-    expected_keys = parts.teacher(normalize(batch.source_images), project=True).embeddings
-    torch.testing.assert_close(keys_s, expected_keys)
+    keys = networks.teacher(normalize(batch.source_images), project=True).embeddings.double()
     with torch.no_grad():
-        expected = parts.student(normalize(1 - batch.source_images), project=True, segment=False).embeddings
-    torch.testing.assert_close(queries, expected, rtol=1e-4, atol=1e-4)
+        queries = networks.student(normalize(1 - batch.source_images), project=True, segment=False).embeddings
     rows, negatives = {}, {}
     for class_id, picked, from_source, from_target in zip(*vars(samples).values(), strict=True):
         assert from_target.numel() == 0
@@ -87,11 +77,11 @@ def test_pull_equals_the_twin_with_source_negatives_and_equal_weights(overrides,
         negatives[class_id] = [(from_source.tolist(), [])] * len(picked)
     prototypes = torch.zeros(K, cfg.projector.dim, dtype=torch.float64)
     for class_id in samples.classes:
-        prototypes[class_id] = slow.prototype(keys_s.double(), labels, class_id)
+        prototypes[class_id] = slow.prototype(keys, labels, class_id)
     twin = slow.pull_loss(
-        queries.detach().double(),
-        keys_s.double(),
-        torch.zeros_like(keys_s).double(),
+        queries.double(),
+        keys,
+        torch.zeros_like(keys),
         prototypes,
         rows,
         negatives,
@@ -101,41 +91,19 @@ def test_pull_equals_the_twin_with_source_negatives_and_equal_weights(overrides,
         cfg.pull.reduction,
         K,
     )
-    assert value.item() == pytest.approx(twin.item(), rel=2e-4)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "step", "student", "teacher", "translated"),
-    [
-        ([], 0, 2, 1, 1),
-        (["--loss_weights.pull=0"], 0, 1, 0, 0),
-        (["--loss_weights.source=0"], 0, 1, 1, 1),
-        (["--pull.start_step=5"], 4, 1, 0, 0),
-        (["--pull.start_step=5"], 5, 2, 1, 1),
-        (["--translate.engine=none"], 0, 2, 1, 0),
-        (["--pull.key_domain=ptarget", "--pull.query_domain=source"], 0, 2, 2, 1),
-    ],
-)
-def test_a_weight_of_zero_costs_nothing(overrides, step, student, teacher, translated):
-    cfg = config(*overrides)
-    calls, parts = [], tiny_parts(cfg)
-    parts.student.register_forward_hook(lambda *_: calls.append("student"))
-    parts.teacher.register_forward_hook(lambda *_: calls.append("teacher"))
-    counted = replace(parts, translate=lambda source, style, generator: calls.append("engine") or source)
-    losses(cfg, step=step, parts=counted)
-    assert [calls.count(name) for name in ("student", "teacher", "engine")] == [student, teacher, translated]
+    assert found["pull"].item() == pytest.approx(twin.item(), rel=2e-4)
 
 
 def test_the_pull_trains_encoder_and_projector_alone():
     cfg = config("--loss_weights.source=0")
-    parts = tiny_parts(cfg)
-    losses(cfg, parts=parts)["pull"].backward()
+    networks = tiny_networks(cfg)
+    losses(cfg, networks=networks)["pull"].backward()
     reached = {
         name: any(p.grad is not None and p.grad.any() for p in part.parameters())
-        for name, part in parts.student.named_children()
+        for name, part in networks.student.named_children()
     }
     assert reached == {"segformer": True, "decode_head": False, "projector": True}
-    assert all(parameter.grad is None for parameter in parts.teacher.parameters())
+    assert all(parameter.grad is None for parameter in networks.teacher.parameters())
 
 
 def test_it_is_a_function_of_the_generator_and_a_target_in_the_batch_changes_nothing():
@@ -159,9 +127,9 @@ def test_hrda_restyles_the_context_unless_told_otherwise(scale, side):
         "--data={crop_size: [64, 64], outer_crop_size: [96, 96]}",
         f"--translate.hrda_scale={scale}",
     )
-    parts, sizes = tiny_parts(cfg), []
-    counted = replace(parts, translate=lambda source, style, generator: sizes.append(source.shape[-2:]) or source)
-    terms = losses(cfg, parts=counted)
+    networks, sizes = tiny_networks(cfg), []
+    counted = replace(networks, translate=lambda source, style, generator: sizes.append(source.shape[-2:]) or source)
+    terms = losses(cfg, networks=counted)
     assert sizes == [torch.Size([side, side])]
     assert all(torch.isfinite(value) for value in terms.values())
 
@@ -218,7 +186,7 @@ train: {max_steps: 2, batch_size: 2, log_every: 1, log_with: []}
 """
     )
     out = tmp_path / "out"
-    assert load_script("train_uda").main(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(out)]) == 0
+    assert main(["train", "--config", str(tmp_path / "run.yaml"), "--output_dir", str(out)]) == 0
     assert "generalization (teacher)" in capsys.readouterr().out
     assert (out / "generalization" / "student" / "model.safetensors").is_file()
     scalars = (out / "generalization" / "scalars.jsonl").read_text()

@@ -11,14 +11,14 @@ import reference.hrda as slow
 import reference.segmentation as slow_segmentation
 import torch
 from reference.fda import fda
-from tiny import CLASSES, alone, tiny_batch, tiny_config, tiny_parts
-from torch import Generator, Tensor, nn
+from tiny import CLASSES, tiny_batch, tiny_config, tiny_graphs, tiny_networks, together
+from torch import Tensor, nn
 
 from t2sda_hf.batch import UdaBatch, normalize
 from t2sda_hf.config import RunConfig
 from t2sda_hf.data.pairs import PairDataset, collate
 from t2sda_hf.losses.segmentation import segmentation_loss
-from t2sda_hf.methods import METHODS, Parts, t2sda
+from t2sda_hf.methods import Graph, Networks
 from t2sda_hf.methods.t2sda import fused_and_detail_loss
 from t2sda_hf.models import T2SDAOutput
 from t2sda_hf.models.multi_resolution import cut
@@ -44,13 +44,10 @@ def hrda_batch(cfg: RunConfig, **fields: Any) -> UdaBatch:
     return replace(batch, source_images=batch.crop_inner(batch.outer_source))
 
 
-def losses(
-    cfg: RunConfig, parts: Parts | None = None, batch: UdaBatch | None = None, seed: int = 0
-) -> Iterator[dict[str, Tensor]]:
-    torch.manual_seed(seed)
-    yield from METHODS[cfg.method](
-        batch or hrda_batch(cfg), parts or tiny_parts(cfg), cfg, 0, Generator().manual_seed(seed), alone
-    )
+def graphs(
+    cfg: RunConfig, networks: Networks | None = None, batch: UdaBatch | None = None, seed: int = 0
+) -> Iterator[Graph]:
+    return tiny_graphs(cfg, networks, batch or hrda_batch(cfg), seed=seed)
 
 
 def sizes_seen(network: nn.Module) -> list[tuple[int, ...]]:
@@ -64,26 +61,6 @@ def outputs_of(network: nn.Module) -> list[tuple[Tensor, T2SDAOutput]]:
     seen: list[tuple[Tensor, T2SDAOutput]] = []
     network.register_forward_hook(lambda _, args, output: seen.append((args[0].detach().clone(), output)))
     return seen
-
-
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
-    """Arguments and results of functions of the objective."""
-    calls: dict[str, list[Any]] = {}
-
-    def record(name: str) -> None:
-        function = getattr(t2sda, name)
-
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            result = function(*args, **kwargs)
-            calls.setdefault(name, []).append((args, result))
-            return result
-
-        monkeypatch.setattr(t2sda, name, wrapped)
-
-    for name in ("segmentation_loss", "make_pseudo_labels", "sample_pull", "pull_loss", "pseudo_label_weights"):
-        record(name)
-    return calls
 
 
 # ------------------------------------------------------------------------------------------ what runs at which scale
@@ -111,28 +88,24 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
 )
 def test_a_weight_of_zero_runs_no_forward_and_the_pull_runs_at_half_size(overrides, student, teacher, imagenet):
     cfg = hrda_config(*overrides)
-    parts = tiny_parts(cfg)
-    seen = [sizes_seen(network) for network in (parts.student.encoder, parts.teacher.encoder)]
-    seen.append(sizes_seen(parts.imagenet) if parts.imagenet is not None else [])
-    list(losses(cfg, parts))
+    networks = tiny_networks(cfg)
+    seen = [sizes_seen(network) for network in (networks.student.encoder, networks.teacher.encoder)]
+    seen.append(sizes_seen(networks.imagenet) if networks.imagenet is not None else [])
+    list(graphs(cfg, networks))
     assert [student or seen[0], teacher, imagenet] == seen
 
 
 def test_the_terms_are_those_of_one_resolution():
     cfg = hrda_config("--loss_weights={feature_distance: 0.005, masked_consistency: 1}")
-    assert [list(terms) for terms in losses(cfg)] == [
-        ["source", "feature_distance"],
-        ["target", "trust"],
-        ["masked_consistency"],
-        ["pull"],
-    ]
+    expected = [["source", "feature_distance"], ["target"], ["masked_consistency"], ["pull"]]
+    assert [list(graph.losses) for graph in graphs(cfg)] == expected
 
 
-def test_pseudo_labels_are_the_fused_ones_of_the_overlapping_slide(recorded):
+def test_pseudo_labels_are_the_fused_ones_of_the_overlapping_slide():
     cfg = hrda_config()
-    parts, batch = tiny_parts(cfg), hrda_batch(cfg)
-    list(losses(cfg, parts, batch))
-    teacher, images = parts.teacher, normalize(batch.target_images)
+    networks, batch = tiny_networks(cfg), hrda_batch(cfg)
+    _, seen = together(graphs(cfg, networks, batch))
+    teacher, images = networks.teacher, normalize(batch.target_images)
 
     def maps(pixels: Tensor) -> tuple[Tensor, ...]:
         return teacher.encoder(pixels, output_hidden_states=True).hidden_states
@@ -145,10 +118,8 @@ def test_pseudo_labels_are_the_fused_ones_of_the_overlapping_slide(recorded):
     covered = slow.slid(lambda _: next(remaining), images, 32, 4, len(CLASSES))
     attention = teacher.scale_attention(context).sigmoid()
     expected = slow.fused(teacher.decode_head(context), covered, attention, None)
-    (logits, size), (pseudo_labels, _) = recorded["make_pseudo_labels"][0]
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
-    assert size == CROP
-    assert pseudo_labels.shape == (2, *CROP)
+    torch.testing.assert_close(seen["teacher_logits"], expected, rtol=1e-4, atol=1e-5)
+    assert seen["pseudo_labels"].shape == (2, *CROP)
 
 
 # --------------------------------------------------------------------------------------------------- fused and detail
@@ -162,13 +133,13 @@ def test_the_loss_is_nine_parts_fused_and_one_part_detail():
     labels = torch.randint(0, 5, (1, *CROP))
     labels[:, 10:20, 20:40] = 255
     weights = torch.rand(1, *CROP)
-    parts = []
+    both = []
     for logits, inside in ((output.logits, (0, 0, *CROP)), (output.detail_logits, box)):
         size = (inside[2], inside[3])
         up = torch.stack([slow_segmentation.bilinear(one, size) for one in logits])
-        parts.append(slow_segmentation.cross_entropy(up, cut(labels, inside), cut(weights, inside)))
+        both.append(slow_segmentation.cross_entropy(up, cut(labels, inside), cut(weights, inside)))
     value = fused_and_detail_loss(output, labels, cfg, weights)
-    assert value.item() == pytest.approx(0.9 * parts[0] + 0.1 * parts[1], rel=1e-5)
+    assert value.item() == pytest.approx(0.9 * both[0] + 0.1 * both[1], rel=1e-5)
 
 
 @pytest.mark.parametrize(("weight", "shares"), [(0.0, (1, 0)), (1.0, (0, 1)), (0.25, (0.75, 0.25))])
@@ -184,36 +155,30 @@ def test_the_share_of_the_detail_is_a_choice(weight, shares):
     torch.testing.assert_close(value, expected)
 
 
-def test_source_and_mixed_and_masked_losses_have_both_parts(recorded):
+def test_source_and_mixed_and_masked_losses_have_both_parts():
     cfg = hrda_config("--loss_weights.masked_consistency=1")
-    parts, batch = tiny_parts(cfg), hrda_batch(cfg)
-    seen = outputs_of(parts.student)
-    values = [next(iter(terms.values())) for terms in losses(cfg, parts, batch)]
-    calls = recorded["segmentation_loss"]
-    assert len(calls) == 6
-    trust = recorded["pseudo_label_weights"][0][1]
-    for index, (_, output) in enumerate(seen[:3]):
-        (fused_args, fused), (detail_args, detail) = calls[2 * index : 2 * index + 2]
-        assert fused_args[0] is output.logits
-        assert detail_args[0] is output.detail_logits
-        assert torch.equal(detail_args[1], cut(fused_args[1], output.detail_box))
-        assert detail_args[1].shape == (2, *DETAIL)
-        if index == 0:
-            assert fused_args[2] is None
-            assert detail_args[2] is None
-            assert torch.equal(fused_args[1], batch.source_labels)
-        else:
-            assert torch.equal(detail_args[2], cut(fused_args[2], output.detail_box))
-        assert values[index].item() == pytest.approx(0.9 * fused.item() + 0.1 * detail.item(), rel=1e-6)
-    assert torch.equal(calls[4][0][2], trust)  # unmixed weights for the masked image
+    networks, batch = tiny_networks(cfg), hrda_batch(cfg)
+    outputs = outputs_of(networks.student)
+    losses, seen = together(graphs(cfg, networks, batch))
+    terms = {
+        "source": (batch.source_labels, torch.ones(2, *CROP)),
+        "target": (seen["mixed_labels"], seen["mixed_weights"]),
+        "masked_consistency": (seen["pseudo_labels"], seen["pixel_weights"]),  # unmixed
+    }
+    for (name, (labels, weights)), (_, output) in zip(terms.items(), outputs, strict=False):
+        fused = segmentation_loss(output.logits, labels, weights)
+        own_labels, own_weights = cut(labels, output.detail_box), cut(weights, output.detail_box)
+        assert own_labels.shape == (2, *DETAIL)
+        detail = segmentation_loss(output.detail_logits, own_labels, own_weights)
+        assert losses[name].item() == pytest.approx(0.9 * fused.item() + 0.1 * detail.item(), rel=1e-6)
 
 
 def test_every_forward_draws_its_own_box():
     cfg = hrda_config("--loss_weights.masked_consistency=1")
-    parts, batch = tiny_parts(cfg), hrda_batch(cfg)
-    seen = outputs_of(parts.student)
+    networks, batch = tiny_networks(cfg), hrda_batch(cfg)
+    seen = outputs_of(networks.student)
     for seed in range(25):
-        list(losses(cfg, parts, batch, seed))
+        list(graphs(cfg, networks, batch, seed))
     boxes = [output.detail_box for _, output in seen]
     assert boxes[3::4] == [None] * 25  # the pull has no detail
     drawn = [box for box in boxes if box is not None]
@@ -226,9 +191,9 @@ def test_every_forward_draws_its_own_box():
 
 def test_source_only_has_both_parts_too():
     cfg = hrda_config("--method=source_only")
-    parts, batch = tiny_parts(cfg), hrda_batch(cfg)
-    seen = outputs_of(parts.student)
-    value = next(losses(cfg, parts, batch))["source"]
+    networks, batch = tiny_networks(cfg), hrda_batch(cfg)
+    seen = outputs_of(networks.student)
+    value = next(graphs(cfg, networks, batch)).losses["source"]
     ((_, output),) = seen
     expected = 0.9 * segmentation_loss(output.logits, batch.source_labels) + 0.1 * segmentation_loss(
         output.detail_logits, cut(batch.source_labels, output.detail_box)
@@ -241,24 +206,25 @@ def test_source_only_has_both_parts_too():
 
 def test_feature_distance_is_that_of_the_context():
     cfg = hrda_config("--loss_weights.feature_distance=0.1", "--feature_distance.classes=[person, car]")
-    parts, batch = tiny_parts(cfg), hrda_batch(cfg)
+    networks, batch = tiny_networks(cfg), hrda_batch(cfg)
     labels = batch.source_labels.clone()
     labels[0, :, :64], labels[1, :, 64:] = 4, 3  # whole cells of 64 pixels, the coarsest stride at half size
     batch = replace(batch, source_labels=labels)
     context = slow.halved(normalize(batch.source_images))
-    features = parts.student.encoder(context, output_hidden_states=True).hidden_states[-1].detach()
-    frozen = parts.imagenet(context).last_hidden_state
+    features = networks.student.encoder(context, output_hidden_states=True).hidden_states[-1].detach()
+    frozen = networks.imagenet(context).last_hidden_state
     expected = slow_segmentation.feature_distance(features, frozen, labels, (3, 4), 0.75)
     assert features.shape[-2:] == (1, 2)
-    assert next(losses(cfg, parts, batch))["feature_distance"].item() == pytest.approx(expected, rel=1e-4)
+    found = next(graphs(cfg, networks, batch)).losses["feature_distance"]
+    assert found.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_translation_and_queries_are_at_half_size():
     """FDA on the halved windows, cut at half the corner: not a translation at full size, made smaller."""
     cfg = hrda_config(PLAIN)
-    parts, batch = tiny_parts(cfg), hrda_batch(cfg)
-    seen = outputs_of(parts.student)
-    list(losses(cfg, parts, batch))
+    networks, batch = tiny_networks(cfg), hrda_batch(cfg)
+    seen = outputs_of(networks.student)
+    list(graphs(cfg, networks, batch))
     images, output = seen[-1]
 
     halved = [slow.halved(one).double().numpy() for one in (batch.outer_source, batch.style_reference)]
@@ -274,9 +240,9 @@ def test_translation_and_queries_are_at_half_size():
 def test_translation_at_full_size_is_a_choice():
     """Open point A23: the band of the full image; then the translation can be mixed and learned from, too."""
     cfg = hrda_config(PLAIN, "--translate.hrda_scale=full", "--mix.source=pseudo_target", "--uda.source_ce_on=ptarget")
-    parts, batch = tiny_parts(cfg), hrda_batch(cfg)
-    seen, sizes = outputs_of(parts.student), sizes_seen(parts.student.encoder)
-    list(losses(cfg, parts, batch))
+    networks, batch = tiny_networks(cfg), hrda_batch(cfg)
+    seen, sizes = outputs_of(networks.student), sizes_seen(networks.student.encoder)
+    list(graphs(cfg, networks, batch))
     assert sizes == [CONTEXT, PART, CONTEXT, PART, CONTEXT]
     for index, (top, left) in enumerate([(4, 6), (32, 64)]):
         reach = int(0.1 * 96)
@@ -290,38 +256,41 @@ def test_translation_at_full_size_is_a_choice():
 
 def test_without_a_translation_the_queries_are_the_source_itself():
     cfg = hrda_config("--translate.engine=none")
-    parts, batch = tiny_parts(cfg), hrda_batch(cfg)
-    seen = outputs_of(parts.student)
-    list(losses(cfg, parts, batch))
+    networks, batch = tiny_networks(cfg), hrda_batch(cfg)
+    seen = outputs_of(networks.student)
+    list(graphs(cfg, networks, batch))
     images, output = seen[-1]
     assert torch.equal(images, normalize(batch.source_images))
     assert output.embeddings.shape == (2, cfg.projector.dim, 8, 16)
 
 
-def test_keys_are_the_contexts_and_labels_the_first_of_eight_by_eight_pixels(recorded):
+def test_keys_are_the_contexts_and_labels_the_first_of_eight_by_eight_pixels():
     cfg = hrda_config()
-    parts, batch = tiny_parts(cfg), hrda_batch(cfg)
-    list(losses(cfg, parts, batch))
-    (queries, keys_s, keys_t, *_), _ = recorded["pull_loss"][0]
+    networks, batch = tiny_networks(cfg), hrda_batch(cfg)
+    made = outputs_of(networks.teacher)
+    _, seen = together(graphs(cfg, networks, batch))
+    keys_t, keys_s = (output.embeddings for _, output in made)
     for keys, images in ((keys_s, batch.source_images), (keys_t, batch.target_images)):
-        maps = parts.teacher.encoder(slow.halved(normalize(images)), output_hidden_states=True).hidden_states
-        torch.testing.assert_close(keys, parts.teacher.projector(maps), rtol=1e-4, atol=1e-5)
-    assert queries.shape == keys_s.shape == (2, cfg.projector.dim, 8, 16)
-    (y_small, y_t_small, *_), _ = recorded["sample_pull"][0]
-    pseudo_labels, _ = recorded["make_pseudo_labels"][0][1]
-    assert torch.equal(y_small, batch.source_labels[:, ::8, ::8])
-    assert torch.equal(y_t_small, pseudo_labels[:, ::8, ::8])
+        maps = networks.teacher.encoder(slow.halved(normalize(images)), output_hidden_states=True).hidden_states
+        torch.testing.assert_close(keys, networks.teacher.projector(maps), rtol=1e-4, atol=1e-5)
+    assert keys_s.shape == (2, cfg.projector.dim, 8, 16)
+    y_s, y_t = (labels[:, ::8, ::8].flatten() for labels in (batch.source_labels, seen["pseudo_labels"]))
+    for class_id, rows, from_source, from_target in zip(*vars(seen["samples"]).values(), strict=True):
+        assert (y_s[rows] == class_id).all()
+        assert (y_s[from_source] != class_id).all()
+        assert (y_s[from_source] != 255).all()
+        assert (y_t[from_target] != class_id).all()
 
 
 def test_the_pull_trains_encoder_and_projector_alone():
     cfg = hrda_config()
-    parts = tiny_parts(cfg)
-    for terms in losses(cfg, parts):
-        if "pull" in terms:
-            terms["pull"].backward()
+    networks = tiny_networks(cfg)
+    for graph in graphs(cfg, networks):
+        if "pull" in graph.losses:
+            graph.losses["pull"].backward()
     reached = {
         name: any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
-        for name, part in parts.student.named_children()
+        for name, part in networks.student.named_children()
     }
     assert reached == {"segformer": True, "decode_head": False, "scale_attention": False, "projector": True}
 
@@ -329,17 +298,17 @@ def test_the_pull_trains_encoder_and_projector_alone():
 # --------------------------------------------------------------------------------------------------- margins and data
 
 
-def test_pixels_outside_of_the_margins_have_no_weight(recorded):
+def test_pixels_outside_of_the_margins_have_no_weight():
     valid = torch.ones(2, *CROP, dtype=torch.bool)
     valid[0, :, :10] = False
     cfg = hrda_config(
         "--loss_weights={masked_consistency: 1, pull: 0}", "--drw={apply_to: target, use_valid_mask: true}"
     )
-    list(losses(cfg, batch=hrda_batch(cfg, target_valid=valid)))
-    trust = recorded["pseudo_label_weights"][0][1]
-    masked = recorded["segmentation_loss"][4][0][2]
-    assert trust[0, 10, 3] > 0
-    assert torch.equal(masked, trust * valid)
+    _, plain = together(graphs(cfg))
+    losses, seen = together(graphs(cfg, batch=hrda_batch(cfg, target_valid=valid)))
+    assert plain["pixel_weights"][0, 10, 3] > 0
+    assert torch.equal(seen["pixel_weights"], plain["pixel_weights"] * valid)
+    assert losses["masked_consistency"] > 0
 
 
 class FakeDomain:

@@ -1,19 +1,14 @@
 """Masked image consistency as a config of the objective (method 2.8)."""
 
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import reference.segmentation as slow
 import torch
-from tiny import CROP, alone, tiny_batch, tiny_config, tiny_parts
-from torch import Generator, Tensor, nn
+from tiny import CROP, tiny_batch, tiny_config, tiny_graphs, tiny_networks, together
+from torch import Tensor, nn
 
-from t2sda_hf.batch import UdaBatch, normalize
-from t2sda_hf.config import RunConfig
-from t2sda_hf.methods import Parts, t2sda
-from t2sda_hf.methods.t2sda import t2sda_losses
+from t2sda_hf.batch import normalize
 
 MIC = [
     "--loss_weights.masked_consistency=1",
@@ -22,15 +17,6 @@ MIC = [
 ]
 ALONE = "--loss_weights={source: 0, target: 0, pull: 0}"
 PLAIN = "--augment={jitter_probability: 0, blur_probability: 0}"
-
-
-def losses(
-    cfg: RunConfig, parts: Parts | None = None, batch: UdaBatch | None = None, seed: int = 0
-) -> Iterator[dict[str, Tensor]]:
-    torch.manual_seed(seed)
-    yield from t2sda_losses(
-        batch or tiny_batch(cfg), parts or tiny_parts(cfg), cfg, 0, Generator().manual_seed(seed), alone
-    )
 
 
 def inputs_of(network: nn.Module) -> list[Tensor]:
@@ -42,49 +28,25 @@ def inputs_of(network: nn.Module) -> list[Tensor]:
 def masked_inputs(*overrides: str, seeds: int = 1) -> list[Tensor]:
     """What the student sees of the target of `tiny_batch`, where the masked term is the only one."""
     cfg = tiny_config(*MIC, ALONE, *overrides)
-    parts, batch = tiny_parts(cfg), tiny_batch(cfg)
-    seen = inputs_of(parts.student)
+    networks, batch = tiny_networks(cfg), tiny_batch(cfg)
+    seen = inputs_of(networks.student)
     for seed in range(seeds):
-        list(losses(cfg, parts, batch, seed))
+        list(tiny_graphs(cfg, networks, batch, seed=seed))
     return seen
 
 
 # ------------------------------------------------------------------------------------------------------- what is run
 
 
-@pytest.mark.parametrize(
-    ("weights", "student", "teacher"),
-    [
-        ("masked_consistency: 1", 4, 2),
-        ("masked_consistency: 0", 3, 2),
-        ("masked_consistency: 1, pull: 0", 3, 1),
-        ("masked_consistency: 1, pull: 0, target: 0", 2, 1),
-        ("masked_consistency: 1, pull: 0, target: 0, source: 0", 1, 1),
-        ("masked_consistency: 0, pull: 0, target: 0", 1, 0),
-    ],
-)
-def test_it_adds_one_student_forward_and_none_of_the_teacher(weights, student, teacher):
-    cfg = tiny_config(f"--loss_weights={{{weights}}}")
-    parts = tiny_parts(cfg)
-    seen = inputs_of(parts.student.segformer), inputs_of(parts.teacher.segformer)
-    list(losses(cfg, parts))
-    assert (len(seen[0]), len(seen[1])) == (student, teacher)
-
-
 def test_it_comes_after_the_mixed_image_and_before_the_pull():
-    assert [list(terms) for terms in losses(tiny_config(*MIC))] == [
-        ["source"],
-        ["target", "trust"],
-        ["masked_consistency"],
-        ["pull"],
-    ]
+    expected = [["source"], ["target"], ["masked_consistency"], ["pull"]]
+    assert [list(graph.losses) for graph in tiny_graphs(tiny_config(*MIC))] == expected
 
 
 def test_without_it_nothing_is_drawn():
     """The other terms are those of a run that does not know it; with it they only see other random numbers."""
     without, with_mask = tiny_config(MIC[2]), tiny_config(*MIC)
-    plain = {name: value.item() for terms in losses(without) for name, value in terms.items()}
-    masked = {name: value.item() for terms in losses(with_mask) for name, value in terms.items()}
+    plain, masked = (together(tiny_graphs(cfg))[0] for cfg in (without, with_mask))
     assert plain["source"] == masked["source"]
     assert plain["target"] == masked["target"]
     assert plain["pull"] != masked["pull"]  # drawn after it
@@ -127,9 +89,9 @@ def test_it_is_coloured_anew_and_the_batch_is_not_changed():
     cfg = tiny_config(*MIC, "--augment={jitter_probability: 1, blur_probability: 0}", "--patch_mask.ratio=0.5")
     batch = tiny_batch(cfg)
     before = batch.target_images.clone()
-    parts = tiny_parts(cfg)
-    seen = inputs_of(parts.student)
-    list(losses(cfg, parts, batch))
+    networks = tiny_networks(cfg)
+    seen = inputs_of(networks.student)
+    list(tiny_graphs(cfg, networks, batch))
     assert torch.equal(batch.target_images, before)
     kept = (seen[2] != 0).any(dim=1, keepdim=True).expand_as(seen[2])
     target = normalize(before)
@@ -148,12 +110,12 @@ def test_whether_it_is_coloured_is_its_own_coin(coin):
         "--patch_mask.ratio=0",
         "--loss_weights={source: 0, pull: 0}",
     )
-    parts, batch = tiny_parts(cfg), tiny_batch(cfg)
-    seen = inputs_of(parts.student)
+    networks, batch = tiny_networks(cfg), tiny_batch(cfg)
+    seen = inputs_of(networks.student)
     source = normalize(batch.source_images)
     outcomes = set()
     for seed in range(20):
-        list(losses(cfg, parts, batch, seed))
+        list(tiny_graphs(cfg, networks, batch, seed=seed))
         mixed, masked = seen[-2:]
         outcomes.add((((mixed == TARGET) | (mixed == source)).all().item(), torch.equal(masked, TARGET)))
     assert outcomes == {(True, True), (True, False), (False, True), (False, False)}
@@ -162,47 +124,39 @@ def test_whether_it_is_coloured_is_its_own_coin(coin):
 def test_the_loss_is_that_of_the_teachers_labels_with_the_unmixed_trust():
     """Pixel by pixel: the same labels and weights as the host method, before the paste, rows left out included."""
     cfg = tiny_config(*MIC, PLAIN)
-    parts, batch = tiny_parts(cfg), tiny_batch(cfg)
-    seen = inputs_of(parts.student)
-    values = {name: value.item() for terms in losses(cfg, parts, batch) for name, value in terms.items()}
+    networks, batch = tiny_networks(cfg), tiny_batch(cfg)
+    seen = inputs_of(networks.student)
+    losses, _ = together(tiny_graphs(cfg, networks, batch))
 
-    teacher_logits = parts.teacher(normalize(batch.target_images)).logits
+    teacher_logits = networks.teacher(normalize(batch.target_images)).logits
     probabilities = torch.stack([slow.bilinear(one, CROP) for one in teacher_logits]).softmax(dim=1)
     confidence, pseudo_labels = probabilities.max(dim=1)
     trust = slow.pseudo_label_weights(confidence, 0.6, False, 2, 4)
     assert 0 < trust.max() < 1
     with torch.no_grad():
-        logits = torch.stack([slow.bilinear(one, CROP) for one in parts.student(seen[2]).logits])
+        logits = torch.stack([slow.bilinear(one, CROP) for one in networks.student(seen[2]).logits])
     expected = slow.cross_entropy(logits, pseudo_labels, trust)
-    assert values["masked_consistency"] == pytest.approx(expected, rel=1e-4)
+    assert losses["masked_consistency"].item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_reweighting_of_the_mixed_target_leaves_it_alone(monkeypatch):
+def test_reweighting_of_the_mixed_target_leaves_it_alone():
     """Table 9's second row weighs the pasted images' target pixels; the masked image has the plain weights."""
-    weights: list[Any] = []
-    original = t2sda.segmentation_loss
-
-    def record(logits: Tensor, labels: Tensor, pixel_weights: Tensor | None = None) -> Tensor:
-        weights.append(pixel_weights)
-        return original(logits, labels, pixel_weights)
-
-    monkeypatch.setattr(t2sda, "segmentation_loss", record)
-    for apply_to in ("none", "target"):
-        list(losses(tiny_config(*MIC, f"--drw.apply_to={apply_to}")))
-    assert torch.equal(weights[2], weights[5])
-    assert not torch.equal(weights[1], weights[4])
-    assert weights[2].unique().numel() == 2  # one trust for the batch, and the rows left out
+    plain, weighed = (together(tiny_graphs(tiny_config(*MIC, f"--drw.apply_to={to}"))) for to in ("none", "target"))
+    assert plain[0]["masked_consistency"] == weighed[0]["masked_consistency"]
+    assert torch.equal(plain[1]["pixel_weights"], weighed[1]["pixel_weights"])
+    assert not torch.equal(plain[1]["mixed_weights"], weighed[1]["mixed_weights"])
+    assert plain[1]["pixel_weights"].unique().numel() == 2  # one trust for the batch, and the rows left out
 
 
 def test_it_trains_encoder_and_head():
     cfg = tiny_config(*MIC)
-    parts = tiny_parts(cfg)
-    for terms in losses(cfg, parts):
-        if "masked_consistency" in terms:
-            terms["masked_consistency"].backward()
+    networks = tiny_networks(cfg)
+    for graph in tiny_graphs(cfg, networks):
+        if "masked_consistency" in graph.losses:
+            graph.losses["masked_consistency"].backward()
     reached = {
         name: any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
-        for name, part in parts.student.named_children()
+        for name, part in networks.student.named_children()
     }
     assert reached == {"segformer": True, "decode_head": True, "projector": False}
 
@@ -212,9 +166,8 @@ def test_the_source_does_not_matter_to_it():
     cfg = tiny_config(*MIC, PLAIN, "--loss_weights={source: 0, target: 0, pull: 0}")
     batch = tiny_batch(cfg)
     other = replace(batch, source_images=torch.rand_like(batch.source_images))
-    assert [t["masked_consistency"].item() for t in losses(cfg, batch=batch)] == [
-        t["masked_consistency"].item() for t in losses(cfg, batch=other)
-    ]
+    ((one, _), (another, _)) = (together(tiny_graphs(cfg, batch=given)) for given in (batch, other))
+    assert one["masked_consistency"] == another["masked_consistency"]
 
 
 @pytest.mark.parametrize(

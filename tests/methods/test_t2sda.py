@@ -1,7 +1,6 @@
 """The objective: which networks run, where gradients go, what is compared with what, and what is drawn."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ import reference.segmentation as slow_segmentation
 import torch
 import torch.nn.functional as F
 from reference.fda import fda
-from tiny import CLASSES, CROP, alone, tiny_batch, tiny_config, tiny_parts
+from tiny import CLASSES, CROP, alone, tiny_batch, tiny_config, tiny_graphs, tiny_networks, tiny_step, together
 from torch import Generator, Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -21,51 +20,15 @@ from t2sda_hf.batch import UdaBatch, normalize
 from t2sda_hf.config import RunConfig
 from t2sda_hf.losses.pull import PullSamples, as_pixels
 from t2sda_hf.losses.segmentation import segmentation_loss
-from t2sda_hf.methods import METHODS, Parts, t2sda
-from t2sda_hf.methods.parts import ClassMemory
-from t2sda_hf.methods.t2sda import t2sda_losses
+from t2sda_hf.methods import METHODS, ClassMemory, Networks, pull, t2sda_losses
 
 K = len(CLASSES)
 CALM = "--model={head_dropout: 0, drop_path_rate: 0}"  # nothing random inside the networks
 PLAIN = "--augment={jitter_probability: 0, blur_probability: 0}"  # mixed images are not augmented
 
 
-def losses(
-    cfg: RunConfig,
-    parts: Parts | None = None,
-    batch: UdaBatch | None = None,
-    step: int = 0,
-    seed: int = 0,
-    sum_over_processes: Callable[[Tensor], Tensor] = alone,
-) -> Iterator[dict[str, Tensor]]:
-    torch.manual_seed(seed)
-    yield from t2sda_losses(
-        batch or tiny_batch(cfg), parts or tiny_parts(cfg), cfg, step, Generator().manual_seed(seed), sum_over_processes
-    )
-
-
 def all_losses(*args: Any, **kwargs: Any) -> dict[str, float]:
-    return {name: value.item() for terms in losses(*args, **kwargs) for name, value in terms.items()}
-
-
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
-    """Arguments and results of the functions that the objective calls, by name."""
-    calls: dict[str, list[Any]] = {}
-
-    def record(name: str) -> None:
-        function = getattr(t2sda, name)
-
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            result = function(*args, **kwargs)
-            calls.setdefault(name, []).append((args, kwargs, result))
-            return result
-
-        monkeypatch.setattr(t2sda, name, wrapped)
-
-    for name in ("segmentation_loss", "sample_class_mix", "pull_loss"):
-        record(name)
-    return calls
+    return {name: value.item() for name, value in together(tiny_graphs(*args, **kwargs))[0].items()}
 
 
 def inputs_of(network: nn.Module) -> list[Tensor]:
@@ -75,84 +38,65 @@ def inputs_of(network: nn.Module) -> list[Tensor]:
     return seen
 
 
-# ------------------------------------------------------------------------------------------ which networks are run
+def embeddings_of(network: nn.Module) -> list[Tensor]:
+    """A list that fills with what the network's projector returns."""
+    made: list[Tensor] = []
+    network.projector.register_forward_hook(lambda module, args, output: made.append(output.detach()))
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------- what is yielded
 
 
 def test_terms_come_one_graph_at_a_time():
     cfg = tiny_config("--loss_weights.feature_distance=0.005")
-    assert [list(terms) for terms in losses(cfg)] == [["source", "feature_distance"], ["target", "trust"], ["pull"]]
-    for terms in losses(cfg):
-        for value in terms.values():
+    expected = [["source", "feature_distance"], ["target"], ["pull"]]
+    assert [list(graph.losses) for graph in tiny_graphs(cfg)] == expected
+    for graph in tiny_graphs(cfg):
+        for value in graph.losses.values():
             assert value.shape == ()
             assert value.dtype == torch.float32
+            assert value.requires_grad
 
 
-@pytest.mark.parametrize(
-    ("overrides", "step", "expected"),
-    [
-        ([], 0, {"student": 3, "head": 2, "projector": 1, "teacher": 2, "imagenet": 0, "translate": 1}),
-        (["--loss_weights.feature_distance=0.1"], 0, {"student": 3, "teacher": 2, "imagenet": 1}),
-        (["--loss_weights.pull=0"], 0, {"student": 2, "projector": 0, "teacher": 1, "translate": 0}),
-        (["--loss_weights.target=0"], 0, {"student": 2, "head": 1, "projector": 1, "teacher": 2, "translate": 1}),
-        (["--loss_weights.source=0"], 0, {"student": 2, "head": 1, "projector": 1, "teacher": 2}),
-        (["--loss_weights={source: 0, feature_distance: 0.1}"], 0, {"student": 3, "imagenet": 1}),
-        (["--loss_weights={source: 0, target: 0}"], 0, {"student": 1, "head": 0, "projector": 1, "teacher": 2}),
-        (["--loss_weights={pull: 0, target: 0}"], 0, {"student": 1, "head": 1, "projector": 0}),
-        (["--pull.start_step=5"], 4, {"student": 2, "projector": 0, "teacher": 1}),
-        (["--pull.start_step=5"], 5, {"student": 3, "projector": 1, "teacher": 2}),
-        (["--pull.teacher_forward=joint"], 0, {"student": 3, "teacher": 1}),
-        (["--translate.engine=none"], 0, {"student": 3, "translate": 0}),
-        (["--loss_weights.pull=0", "--mix.source=pseudo_target"], 0, {"student": 2, "translate": 1}),
-    ],
-)
-def test_a_weight_of_zero_costs_nothing(overrides, step, expected):
-    cfg = tiny_config(*overrides)
-    parts = tiny_parts(cfg)
-    calls: Counter[str] = Counter()
+def test_the_log_has_the_losses_and_beside_that_of_the_target_the_trust():
+    cfg = tiny_config("--loss_weights.masked_consistency=1")
+    logged = [graph.logged for graph in tiny_graphs(cfg)]
+    assert [list(numbers) for numbers in logged] == [["source"], ["target", "trust"], ["masked_consistency"], ["pull"]]
+    assert not any(value.requires_grad for numbers in logged for value in numbers.values())
 
-    def count(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            calls[name] += 1
 
-        return hook
-
-    parts.student.segformer.register_forward_hook(count("student"))
-    parts.student.decode_head.register_forward_hook(count("head"))
-    parts.student.projector.register_forward_hook(count("projector"))
-    parts.teacher.segformer.register_forward_hook(count("teacher"))
-    if parts.imagenet is not None:
-        parts.imagenet.register_forward_hook(count("imagenet"))
-
-    def translate(*args: Any) -> Tensor:
-        calls["translate"] += 1
-        return translated(*args)
-
-    translated = parts.translate
-    list(losses(cfg, replace(parts, translate=translate), step=step))
-    assert {name: calls[name] for name in expected} == expected
+def test_what_was_seen_has_no_gradient_and_is_not_copied():
+    cfg = tiny_config("--loss_weights.masked_consistency=1")
+    batch = tiny_batch(cfg)
+    _, seen = together(tiny_graphs(cfg, batch=batch))
+    tensors = {name: value for name, value in seen.items() if isinstance(value, Tensor)}
+    assert not [name for name, value in tensors.items() if value.requires_grad]
+    for name in ("source_images", "source_labels", "target_images"):
+        assert seen[name] is getattr(batch, name)
 
 
 @pytest.mark.parametrize("without", ["target_images", "outer_source", "style_reference"])
 def test_what_is_missing_in_the_batch_is_named(without):
     cfg = tiny_config()
     with pytest.raises(ValueError, match="target images" if without == "target_images" else "outer_source"):
-        list(losses(cfg, batch=replace(tiny_batch(cfg), **{without: None})))
+        list(tiny_graphs(cfg, batch=replace(tiny_batch(cfg), **{without: None})))
 
 
 # ---------------------------------------------------------------------------------------------- where gradients go
 
 
-def gradients_of(term: str, cfg: RunConfig, batch: UdaBatch | None = None) -> tuple[dict[str, bool], Parts]:
-    """Which parts of the student have a gradient that is not zero, after one backward of one term."""
-    parts = tiny_parts(cfg)
-    for terms in losses(cfg, parts, batch):
-        if term in terms:
-            terms[term].backward()
+def gradients_of(term: str, cfg: RunConfig, batch: UdaBatch | None = None) -> tuple[dict[str, bool], Networks]:
+    """Which networks of the student have a gradient that is not zero, after one backward of one term."""
+    networks = tiny_networks(cfg)
+    for graph in tiny_graphs(cfg, networks, batch):
+        if term in graph.losses:
+            graph.losses[term].backward()
     reached = {
         name: any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
-        for name, part in parts.student.named_children()
+        for name, part in networks.student.named_children()
     }
-    return reached, parts
+    return reached, networks
 
 
 @pytest.mark.parametrize(
@@ -165,17 +109,17 @@ def gradients_of(term: str, cfg: RunConfig, batch: UdaBatch | None = None) -> tu
     ],
 )
 def test_each_term_trains_its_own_part_of_the_student_and_nothing_else(term, expected):
-    reached, parts = gradients_of(
+    reached, networks = gradients_of(
         term, tiny_config("--loss_weights.feature_distance=0.1", "--feature_distance.classes=[]")
     )
     assert reached == expected
-    for frozen in (parts.teacher, parts.imagenet):
+    for frozen in (networks.teacher, networks.imagenet):
         assert all(p.grad is None for p in frozen.parameters())
 
 
 def test_the_pull_reaches_every_parameter_of_encoder_and_projector():
-    _, parts = gradients_of("pull", tiny_config(CALM))
-    for name, parameter in parts.student.named_parameters():
+    _, networks = gradients_of("pull", tiny_config(CALM))
+    for name, parameter in networks.student.named_parameters():
         if not name.startswith("decode_head."):
             # k_proj.bias shifts all scores of a softmax alike, so its gradient is rounding.
             assert parameter.grad is not None, name
@@ -184,11 +128,11 @@ def test_the_pull_reaches_every_parameter_of_encoder_and_projector():
 
 def test_teacher_and_frozen_encoder_are_not_changed():
     cfg = tiny_config("--loss_weights.feature_distance=0.1")
-    parts = tiny_parts(cfg)
-    before = [p.clone() for part in (parts.teacher, parts.imagenet) for p in part.parameters()]
-    for terms in losses(cfg, parts):
-        sum(value for name, value in terms.items() if name != "trust").backward()
-    after = [p for part in (parts.teacher, parts.imagenet) for p in part.parameters()]
+    networks = tiny_networks(cfg)
+    before = [p.clone() for part in (networks.teacher, networks.imagenet) for p in part.parameters()]
+    for graph in tiny_graphs(cfg, networks):
+        sum(graph.losses.values()).backward()
+    after = [p for part in (networks.teacher, networks.imagenet) for p in part.parameters()]
     assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
@@ -197,9 +141,9 @@ def test_teacher_and_frozen_encoder_are_not_changed():
 
 def test_source_is_the_cross_entropy_of_the_source_crop():
     cfg = tiny_config(CALM)
-    batch, parts = tiny_batch(cfg), tiny_parts(cfg)
-    expected = segmentation_loss(parts.student(normalize(batch.source_images)).logits, batch.source_labels)
-    assert next(losses(cfg, parts, batch))["source"].item() == pytest.approx(expected.item(), rel=1e-6)
+    batch, networks = tiny_batch(cfg), tiny_networks(cfg)
+    expected = segmentation_loss(networks.student(normalize(batch.source_images)).logits, batch.source_labels)
+    assert next(tiny_graphs(cfg, networks, batch)).losses["source"].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -213,24 +157,25 @@ def test_source_is_the_cross_entropy_of_the_source_crop():
 )
 def test_feature_distance_is_that_of_the_named_classes(classes, ids):
     cfg = tiny_config(CALM, "--loss_weights.feature_distance=0.1", f"--feature_distance.classes={classes}")
-    batch, parts = tiny_batch(cfg), tiny_parts(cfg)
+    batch, networks = tiny_batch(cfg), tiny_networks(cfg)
     labels = batch.source_labels.clone()
     labels[0, :, :32] = 4  # whole cells of 32 pixels
     labels[1, :, :32] = 3
     batch = replace(batch, source_labels=labels)
     images = normalize(batch.source_images)
-    features = parts.student(images, output_hidden_states=True).hidden_states[-1].detach()
-    frozen = parts.imagenet(images).last_hidden_state
+    features = networks.student(images, output_hidden_states=True).hidden_states[-1].detach()
+    frozen = networks.imagenet(images).last_hidden_state
     expected = slow_segmentation.feature_distance(features, frozen, labels, ids, 0.75)
-    assert next(losses(cfg, parts, batch))["feature_distance"].item() == pytest.approx(expected, rel=1e-4)
+    found = next(tiny_graphs(cfg, networks, batch)).losses["feature_distance"]
+    assert found.item() == pytest.approx(expected, rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------ target: mixed images
 
 
-def teacher_view(parts: Parts, batch: UdaBatch) -> tuple[Tensor, Tensor]:
+def teacher_view(networks: Networks, batch: UdaBatch) -> tuple[Tensor, Tensor]:
     """Pseudo-labels and confidence from the teacher's logits, upsampled pixel by pixel."""
-    logits = parts.teacher(normalize(batch.target_images)).logits
+    logits = networks.teacher(normalize(batch.target_images)).logits
     probabilities = torch.stack([slow_segmentation.bilinear(image, CROP) for image in logits]).softmax(dim=1)
     confidence, pseudo_labels = probabilities.max(dim=1)
     return pseudo_labels, confidence
@@ -238,22 +183,19 @@ def teacher_view(parts: Parts, batch: UdaBatch) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("source", ["source", "pseudo_target"])
 @pytest.mark.parametrize("scope", ["batch", "image"])
-def test_mixed_image_labels_and_weights_are_those_of_the_pixel_loop(recorded, source, scope):
+def test_mixed_image_labels_and_weights_are_those_of_the_pixel_loop(source, scope):
     cfg = tiny_config(CALM, PLAIN, f"--mix.source={source}", f"--uda.weight_scope={scope}")
-    batch, parts = tiny_batch(cfg), tiny_parts(cfg)
-    pseudo_labels, confidence = teacher_view(parts, batch)
+    batch, networks = tiny_batch(cfg), tiny_networks(cfg)
+    pseudo_labels, confidence = teacher_view(networks, batch)
     trust = slow_segmentation.pseudo_label_weights(confidence, 0.6, scope == "image", 2, 4)
     assert 0 < trust.max() < 1  # otherwise the test shows nothing
-    seen = inputs_of(parts.student)
-    terms = list(losses(cfg, parts, batch))
+    given = inputs_of(networks.student)
+    losses, seen = together(tiny_graphs(cfg, networks, batch))
 
-    (_, _, from_source), ((_, labels, weights), _, value) = (
-        recorded["sample_class_mix"][0],
-        recorded["segmentation_loss"][1],
-    )
+    from_source, labels, weights = seen["from_source"], seen["mixed_labels"], seen["mixed_weights"]
     pasted = batch.source_images
     if source == "pseudo_target":
-        pasted = batch.crop_inner(parts.translate(batch.outer_source, batch.style_reference, Generator()))
+        pasted = batch.crop_inner(networks.translate(batch.outer_source, batch.style_reference, Generator()))
     for index in range(2):
         drawn = batch.source_labels[index][from_source[index]].unique().tolist()
         expected = slow_mixing.class_mix(
@@ -264,27 +206,27 @@ def test_mixed_image_labels_and_weights_are_those_of_the_pixel_loop(recorded, so
             trust[index],
             drawn,
         )
-        torch.testing.assert_close(seen[1][index], normalize(expected[0][None])[0])
+        torch.testing.assert_close(given[1][index], normalize(expected[0][None])[0])
         assert torch.equal(labels[index], expected[1])
         torch.testing.assert_close(weights[index], expected[2])
-    assert terms[1]["target"] is value
-    assert terms[1]["trust"].item() == pytest.approx(trust.mean().item(), rel=1e-5)
+    assert torch.equal(given[1], normalize(seen["mixed_images"]))
+    torch.testing.assert_close(losses["target"], segmentation_loss(seen["mixed_logits"], labels, weights))
+    assert seen["trust"].item() == pytest.approx(trust.mean().item(), rel=1e-5)
 
 
-def test_the_mixed_image_is_augmented_and_its_labels_are_not(recorded):
+def test_the_mixed_image_is_augmented_and_its_labels_are_not():
     cfg = tiny_config(CALM, "--augment={jitter_probability: 1, blur_probability: 1}")
-    batch, parts = tiny_batch(cfg), tiny_parts(cfg)
+    batch, networks = tiny_batch(cfg), tiny_networks(cfg)
     plain = tiny_config(CALM, PLAIN)
-    inputs = []
+    inputs, seen = [], []
     for one in (cfg, plain):
-        parts = tiny_parts(one)
-        inputs.append(inputs_of(parts.student))
-        list(losses(one, parts, batch))
+        networks = tiny_networks(one)
+        inputs.append(inputs_of(networks.student))
+        seen.append(together(tiny_graphs(one, networks, batch))[1])
     assert not torch.allclose(inputs[0][1], inputs[1][1], atol=0.01)
     assert torch.equal(inputs[0][0], inputs[1][0])  # the source is never augmented
-    first, second = recorded["segmentation_loss"][1], recorded["segmentation_loss"][3]
-    assert torch.equal(first[0][1], second[0][1])
-    assert torch.equal(first[0][2], second[0][2])
+    for name in ("mixed_labels", "mixed_weights"):
+        assert torch.equal(seen[0][name], seen[1][name])
 
 
 # ----------------------------------------------------------------------------------------- pull: against the twin
@@ -295,8 +237,8 @@ def small(maps: Tensor) -> Tensor:
     return maps[:, ::4, ::4]
 
 
-def expected_importance(cfg: RunConfig, parts: Parts, batch: UdaBatch, queried: list[int]) -> list[float]:
-    pseudo_labels, confidence = teacher_view(parts, batch)
+def expected_importance(cfg: RunConfig, networks: Networks, batch: UdaBatch, queried: list[int]) -> list[float]:
+    pseudo_labels, confidence = teacher_view(networks, batch)
     members = [name in (cfg.pull.class_set or cfg.classes) for name in cfg.classes]
     weights = [inside / sum(members) for inside in members]
     if cfg.drw.apply_to == "pull":
@@ -330,16 +272,16 @@ def expected_importance(cfg: RunConfig, parts: Parts, batch: UdaBatch, queried: 
     ],
     ids=lambda overrides: " ".join(overrides) or "default",
 )
-def test_pull_equals_the_twin_on_the_teachers_keys(recorded, overrides):
+def test_pull_equals_the_twin_on_the_teachers_keys(overrides):
     """Keys, queries, prototypes, sets of negatives, weights and the sum are all computed again, from the images."""
     cfg = tiny_config(CALM, *overrides)
-    batch, parts = tiny_batch(cfg), tiny_parts(cfg)
+    batch, networks = tiny_batch(cfg), tiny_networks(cfg)
     batch.source_labels[batch.source_labels == 1] = 255  # a class that sends no queries
-    value = {name: v for terms in losses(cfg, parts, batch) for name, v in terms.items()}["pull"]
-    samples = recorded["pull_loss"][0][0][4]
+    losses, seen = together(tiny_graphs(cfg, networks, batch))
+    samples = seen["samples"]
 
     labels = small(batch.source_labels)
-    pseudo_labels, confidence = (small(maps) for maps in teacher_view(parts, batch))
+    pseudo_labels, confidence = (small(maps) for maps in teacher_view(networks, batch))
     members = [c for c in range(K) if cfg.classes[c] in (cfg.pull.class_set or cfg.classes)]
     counts = [int((labels == c).sum()) if c in members else 0 for c in range(K)]
     if cfg.pull.query_sampling == "cbqs":
@@ -359,8 +301,8 @@ def test_pull_equals_the_twin_on_the_teachers_keys(recorded, overrides):
         own = [(s.expand(len(rows), -1) if s.ndim == 1 else s).tolist() for s in (from_source, from_target)]
         queries[class_id], negatives[class_id] = rows.tolist(), list(zip(*own, strict=True))
 
-    keys_s = parts.teacher(normalize(batch.source_images), project=True).embeddings.double()
-    keys_t = parts.teacher(normalize(batch.target_images), project=True).embeddings.double()
+    keys_s = networks.teacher(normalize(batch.source_images), project=True).embeddings.double()
+    keys_t = networks.teacher(normalize(batch.target_images), project=True).embeddings.double()
     prototypes = torch.zeros(K, cfg.projector.dim, dtype=torch.float64)
     for class_id in samples.classes:
         prototypes[class_id] = slow.prototype(keys_s, labels, class_id)
@@ -369,7 +311,7 @@ def test_pull_equals_the_twin_on_the_teachers_keys(recorded, overrides):
     ]
     pseudo_target = batch.crop_inner(torch.from_numpy(np.stack(styled)).float())
     with torch.no_grad():
-        embeddings = parts.student(normalize(pseudo_target), project=True, segment=False).embeddings.double()
+        embeddings = networks.student(normalize(pseudo_target), project=True, segment=False).embeddings.double()
     expected = slow.pull_loss(
         embeddings,
         keys_s,
@@ -377,20 +319,20 @@ def test_pull_equals_the_twin_on_the_teachers_keys(recorded, overrides):
         prototypes,
         queries,
         negatives,
-        expected_importance(cfg, parts, batch, samples.classes),
+        expected_importance(cfg, networks, batch, samples.classes),
         cfg.pull.temperature,
         cfg.pull.objective,
         cfg.pull.reduction,
         len(members),
     )
-    assert value.item() == pytest.approx(expected.item(), rel=2e-4)
+    assert losses["pull"].item() == pytest.approx(expected.item(), rel=2e-4)
 
 
 def test_the_pseudo_target_is_the_crop_of_the_translated_window():
     cfg = tiny_config(CALM)
-    batch, parts = tiny_batch(cfg), tiny_parts(cfg)
-    seen = inputs_of(parts.student)
-    list(losses(cfg, parts, batch))
+    batch, networks = tiny_batch(cfg), tiny_networks(cfg)
+    seen = inputs_of(networks.student)
+    list(tiny_graphs(cfg, networks, batch))
     assert len(seen) == 3
     for index, (top, left) in enumerate(batch.inner_corner.tolist()):
         window = fda(batch.outer_source[index].double().numpy(), batch.style_reference[index].double().numpy(), 4, 4)[0]
@@ -400,9 +342,10 @@ def test_the_pseudo_target_is_the_crop_of_the_translated_window():
 
 def test_without_an_engine_the_pull_is_from_source_to_source():
     cfg = tiny_config(CALM, "--translate.engine=none")
-    parts = tiny_parts(cfg)
-    seen = inputs_of(parts.student)
-    list(losses(cfg, parts, replace(tiny_batch(cfg), outer_source=None, style_reference=None, inner_corner=None)))
+    networks = tiny_networks(cfg)
+    seen = inputs_of(networks.student)
+    batch = replace(tiny_batch(cfg), outer_source=None, style_reference=None, inner_corner=None)
+    list(tiny_graphs(cfg, networks, batch))
     assert torch.equal(seen[2], seen[0])
 
 
@@ -410,35 +353,37 @@ def test_pseudo_targets_are_augmented_on_demand_only():
     inputs = []
     for augment in ("false", "true"):
         cfg = tiny_config(CALM, "--augment.jitter_probability=1", f"--pull.augment={augment}")
-        parts = tiny_parts(cfg)
-        inputs.append(inputs_of(parts.student))
-        list(losses(cfg, parts))
+        networks = tiny_networks(cfg)
+        inputs.append(inputs_of(networks.student))
+        list(tiny_graphs(cfg, networks))
     assert torch.equal(inputs[0][1], inputs[1][1])
     assert not torch.allclose(inputs[0][2], inputs[1][2], atol=0.01)
 
 
-def test_the_teacher_normalises_the_domains_apart_unless_told_otherwise(recorded):
+def test_the_teacher_normalises_the_domains_apart_unless_told_otherwise():
+    made = []
     for forward in ("separate", "joint"):
         cfg = tiny_config(CALM, f"--pull.teacher_forward={forward}")
-        list(losses(cfg))
+        networks = tiny_networks(cfg)
+        made.append(embeddings_of(networks.teacher))
+        list(tiny_graphs(cfg, networks))
     cfg = tiny_config(CALM)
-    batch, teacher = tiny_batch(cfg), tiny_parts(cfg).teacher
+    batch, teacher = tiny_batch(cfg), tiny_networks(cfg).teacher
     keys_s = teacher(normalize(batch.source_images), project=True).embeddings
     keys_t = teacher(normalize(batch.target_images), project=True).embeddings
     both = teacher(normalize(torch.cat([batch.source_images, batch.target_images])), project=True).embeddings
-    separate, joint = ((call[0][1], call[0][2]) for call in recorded["pull_loss"])
+    separate, joint = made[0][::-1], made[1][0].split(2)  # the target comes first
     for keys, expected in ((separate, (keys_s, keys_t)), (joint, (both[:2], both[2:]))):
         torch.testing.assert_close(keys, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(separate[0], joint[0])
 
 
-def test_labels_by_share_leave_out_mixed_cells(recorded):
+def test_labels_by_share_leave_out_mixed_cells():
     cfg = tiny_config(CALM, "--pull.label_downscale=ratio")
     batch = tiny_batch(cfg)
     labels = batch.source_labels.clone()
     labels[:, ::4, ::4] = 0  # one pixel in 16: the nearest label is always road, the share hardly changes
-    list(losses(cfg, batch=replace(batch, source_labels=labels)))
-    samples = recorded["pull_loss"][0][0][4]
+    samples = together(tiny_graphs(cfg, batch=replace(batch, source_labels=labels)))[1]["samples"]
     blocks = batch.source_labels[:, ::4, ::4].flatten()
     for class_id, rows in zip(samples.classes, samples.queries, strict=True):
         assert (blocks[rows] == class_id).all()
@@ -447,72 +392,71 @@ def test_labels_by_share_leave_out_mixed_cells(recorded):
 # ---------------------------------------------------------------------------- class weights and what is remembered
 
 
-def test_drw_on_the_target_weighs_pseudo_labels_by_class_with_mean_one(recorded):
+def test_drw_on_the_target_weighs_pseudo_labels_by_class_with_mean_one():
     for overrides in ((), ("--pull.class_set=[road, building, sky]",)):
-        recorded.clear()
         cfg = tiny_config(CALM, PLAIN, "--drw.apply_to=target", *overrides)
-        batch, parts = tiny_batch(cfg), tiny_parts(cfg)
-        pseudo_labels, confidence = teacher_view(parts, batch)
+        batch, networks = tiny_batch(cfg), tiny_networks(cfg)
+        pseudo_labels, confidence = teacher_view(networks, batch)
         trust = slow_segmentation.pseudo_label_weights(confidence, 0.6, False, 2, 4)
         members = [name in (cfg.pull.class_set or cfg.classes) for name in cfg.classes]
         confidences = [slow.mean_confidence(pseudo_labels, confidence, class_id) for class_id in range(K)]
         factors = sum(members) * torch.tensor(slow.drw(confidences, 0.5, members))
         assert factors.sum().item() == pytest.approx(sum(members), rel=1e-5)
-        list(losses(cfg, parts, batch))
-        from_source, weights = recorded["sample_class_mix"][0][2], recorded["segmentation_loss"][1][0][2]
-        torch.testing.assert_close(weights, torch.where(from_source, 1.0, trust * factors[pseudo_labels]))
-        importance = recorded["pull_loss"][0][0][5]
-        assert importance.tolist() == pytest.approx([inside / sum(members) for inside in members])
+        _, seen = together(tiny_graphs(cfg, networks, batch))
+        expected = torch.where(seen["from_source"], 1.0, trust * factors[pseudo_labels])
+        torch.testing.assert_close(seen["mixed_weights"], expected)
+        assert seen["class_weights"].tolist() == pytest.approx([inside / sum(members) for inside in members])
 
 
 @pytest.mark.parametrize("threshold", [0.6, 1.0])  # 1: no pixel is sure, so the trust is 0 everywhere
-def test_the_valid_mask_leaves_out_rows_and_not_unsure_pixels(recorded, threshold):
+def test_the_valid_mask_leaves_out_rows_and_not_unsure_pixels(threshold):
     cfg = tiny_config(CALM, "--drw.use_valid_mask=true", f"--uda.pseudo_threshold={threshold}")
-    batch, parts = tiny_batch(cfg), tiny_parts(cfg)
-    pseudo_labels, confidence = (maps[:, 2:-4] for maps in teacher_view(parts, batch))
+    batch, networks = tiny_batch(cfg), tiny_networks(cfg)
+    pseudo_labels, confidence = (maps[:, 2:-4] for maps in teacher_view(networks, batch))
     expected = slow.drw([slow.mean_confidence(pseudo_labels, confidence, class_id) for class_id in range(K)], 0.5)
-    list(losses(cfg, parts, batch))
-    assert recorded["pull_loss"][0][0][5].tolist() == pytest.approx(expected, rel=1e-4)
+    _, seen = together(tiny_graphs(cfg, networks, batch))
+    assert seen["class_weights"].tolist() == pytest.approx(expected, rel=1e-4)
 
 
-def test_confidences_of_absent_classes_are_remembered(recorded):
+def test_confidences_of_absent_classes_are_remembered():
     cfg = tiny_config(CALM, "--drw.absent_conf=ema")
-    batch, parts = tiny_batch(cfg), tiny_parts(cfg)
+    batch, networks = tiny_batch(cfg), tiny_networks(cfg)
     with torch.no_grad():
-        parts.teacher.decode_head.classifier.bias[0] = -100  # never predicted
-    parts.memory.confidences[:] = 0.8
-    pseudo_labels, confidence = teacher_view(parts, batch)
+        networks.teacher.decode_head.classifier.bias[0] = -100  # never predicted
+    memory = ClassMemory(K, cfg.projector.dim)
+    memory.confidences[:] = 0.8
+    pseudo_labels, confidence = teacher_view(networks, batch)
     confidences = [slow.mean_confidence(pseudo_labels, confidence, class_id) for class_id in range(K)]
     assert confidences[0] is None
-    list(losses(cfg, parts, batch))
+    _, seen = together(tiny_graphs(cfg, networks, batch, memory=memory))
     used = [0.8 if value is None else value for value in confidences]
-    assert recorded["pull_loss"][0][0][5].tolist() == pytest.approx(slow.drw(used, 0.5), rel=1e-4)
+    assert seen["class_weights"].tolist() == pytest.approx(slow.drw(used, 0.5), rel=1e-4)
     kept = [0.8 if value is None else 0.99 * 0.8 + 0.01 * value for value in confidences]
-    assert parts.memory.confidences.tolist() == pytest.approx(kept, rel=1e-5)
+    assert memory.confidences.tolist() == pytest.approx(kept, rel=1e-5)
 
 
-def test_prototypes_are_remembered(recorded):
+def test_prototypes_are_remembered():
     cfg = tiny_config(CALM, "--pull.proto_momentum=0.9")
-    parts = tiny_parts(cfg)
-    memory, seen = torch.zeros(K, cfg.projector.dim, dtype=torch.float64), set()
+    networks, memory = tiny_networks(cfg), ClassMemory(K, cfg.projector.dim)
+    expected, known = torch.zeros(K, cfg.projector.dim, dtype=torch.float64), set()
     for seed in range(3):
         batch = tiny_batch(cfg, seed)
         batch.source_labels[batch.source_labels == seed] = 255  # each time another class is missing
-        keys = parts.teacher(normalize(batch.source_images), project=True).embeddings.double()
-        list(losses(cfg, parts, batch))
+        keys = networks.teacher(normalize(batch.source_images), project=True).embeddings.double()
+        _, seen = together(tiny_graphs(cfg, networks, batch, memory=memory))
         for class_id in range(K):
             new = slow.prototype(keys, small(batch.source_labels), class_id)
             if new is not None:
-                memory[class_id] = 0.9 * memory[class_id] + 0.1 * new if class_id in seen else new
-                seen.add(class_id)
-        torch.testing.assert_close(recorded["pull_loss"][seed][0][3].double(), memory, rtol=1e-4, atol=1e-5)
+                expected[class_id] = 0.9 * expected[class_id] + 0.1 * new if class_id in known else new
+                known.add(class_id)
+        torch.testing.assert_close(seen["prototypes"].double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_without_memory_nothing_is_remembered():
     cfg = tiny_config()
-    parts = tiny_parts(cfg)
-    list(losses(cfg, parts))
-    assert all((buffer == 0).all() for buffer in parts.memory.buffers())
+    memory = ClassMemory(K, cfg.projector.dim)
+    list(tiny_graphs(cfg, memory=memory))
+    assert all((buffer == 0).all() for buffer in memory.buffers())
 
 
 def test_memory_is_saved_and_loaded_as_a_model():
@@ -539,10 +483,9 @@ def test_equal_seeds_give_equal_losses_and_others_do_not():
 def test_the_objective_draws_from_its_generator_alone():
     """What is left to torch's global generator is dropout and drop path, which are off here."""
     cfg = tiny_config(CALM, "--pull.share_negatives=query")
-    parts, batch = tiny_parts(cfg), tiny_batch(cfg)
-    torch.manual_seed(0)
+    step = tiny_step(cfg)
     state = torch.get_rng_state()
-    list(t2sda_losses(batch, parts, cfg, 0, Generator().manual_seed(0), alone))
+    list(t2sda_losses(step))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -576,14 +519,14 @@ def test_the_order_of_draws_does_not_depend_on_the_data():
     cfg = tiny_config("--augment={jitter_probability: 1, blur_probability: 1}", "--pull.augment=true")
     orders = []
     for batch in special_batches(cfg).values():
-        generator = Generator().manual_seed(0)
-        terms = t2sda_losses(batch, tiny_parts(cfg), cfg, 0, generator, alone)
-        with Draws(generator) as draws:
-            next(terms)
+        step = tiny_step(cfg, batch=batch)
+        graphs = t2sda_losses(step)
+        with Draws(step.generator) as draws:
+            next(graphs)
             assert draws.seen == []
-            next(terms)
+            next(graphs)
             before_pull = list(draws.seen)
-            next(terms)
+            next(graphs)
         augmentation = [("rand", (2,))] * 5 + [("randperm", "any"), ("rand", (2,))]  # coins, factors, order, sigmas
         assert before_pull == [("randperm", "any")] * 2 + augmentation  # a set of classes per image first
         after = draws.seen[len(before_pull) :]
@@ -601,13 +544,13 @@ def test_the_order_of_draws_does_not_depend_on_the_data():
 @pytest.mark.parametrize("objective", ["infonce", "mse"])
 def test_losses_of_unusual_batches_are_finite_and_connected(name, objective):
     cfg = tiny_config("--loss_weights.feature_distance=0.1", f"--pull.objective={objective}")
-    parts = tiny_parts(cfg)
-    for terms in losses(cfg, parts, special_batches(cfg)[name]):
-        total = sum(value for term, value in terms.items() if term != "trust")
+    networks = tiny_networks(cfg)
+    for graph in tiny_graphs(cfg, networks, special_batches(cfg)[name]):
+        total = sum(graph.losses.values())
         assert torch.isfinite(total)
         total.backward()
-    assert all(torch.isfinite(p.grad).all() for p in parts.student.parameters() if p.grad is not None)
-    assert all(p.grad is not None for p in parts.student.projector.parameters())
+    assert all(torch.isfinite(p.grad).all() for p in networks.student.parameters() if p.grad is not None)
+    assert all(p.grad is not None for p in networks.student.projector.parameters())
 
 
 def test_a_batch_without_labels_teaches_nothing_on_the_source():
@@ -627,7 +570,7 @@ def test_sums_over_processes_are_asked_for_equally_often_whatever_the_batch_show
             into.append(tuple(statistics.shape))
             return statistics
 
-        list(losses(cfg, batch=batch, sum_over_processes=note))
+        list(tiny_graphs(cfg, batch=batch, sum_over_processes=note))
         asked.append(shapes)
     assert asked == [[(2, K), (K,), (K, cfg.projector.dim)]] * len(asked)
 
@@ -647,7 +590,7 @@ def test_two_processes_with_an_image_each_have_the_gradients_of_one_with_both(mo
     images = {name: value for name, value in vars(whole).items() if value is not None}
     halves = [UdaBatch(**{name: value[[index]] for name, value in images.items()}) for index in (0, 1)]
     drawn: list[PullSamples] = []
-    sample_pull = t2sda.sample_pull
+    sample_pull = pull.sample_pull
 
     def remember(*args: Any, **kwargs: Any) -> PullSamples:
         drawn.append(sample_pull(*args, **kwargs))
@@ -667,14 +610,14 @@ def test_two_processes_with_an_image_each_have_the_gradients_of_one_with_both(mo
         )
 
     def gradients(batch: UdaBatch, sum_over_processes: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        parts = tiny_parts(cfg)
-        parts.student.eval()
-        parts.teacher.eval()
-        for terms in losses(cfg, parts, batch, sum_over_processes=sum_over_processes):
-            sum(terms.values()).backward()
-        return {name: p.grad for name, p in parts.student.named_parameters() if p.grad is not None}
+        networks = tiny_networks(cfg)
+        networks.student.eval()
+        networks.teacher.eval()
+        for graph in tiny_graphs(cfg, networks, batch, sum_over_processes=sum_over_processes):
+            sum(graph.losses.values()).backward()
+        return {name: p.grad for name, p in networks.student.named_parameters() if p.grad is not None}
 
-    monkeypatch.setattr(t2sda, "sample_pull", remember)
+    monkeypatch.setattr(pull, "sample_pull", remember)
     own: list[list[Tensor]] = [[], []]
     for half, into in zip(halves, own, strict=True):
         gradients(half, lambda statistics, into=into: into.append(statistics) or statistics)
@@ -683,7 +626,7 @@ def test_two_processes_with_an_image_each_have_the_gradients_of_one_with_both(mo
         gradients(half, lambda _, left=left: next(left))
         for half, left in zip(halves, map(iter, [sums] * 2), strict=True)
     ]
-    monkeypatch.setattr(t2sda, "sample_pull", joined)
+    monkeypatch.setattr(pull, "sample_pull", joined)
     together = gradients(whole, alone)
     assert set(together) == set(apart[0])
     for name, gradient in together.items():
@@ -692,7 +635,7 @@ def test_two_processes_with_an_image_each_have_the_gradients_of_one_with_both(mo
 
 
 def test_target_labels_have_no_way_in():
-    """No argument of the objective carries them: the batch has no field, and parts and config hold no data."""
+    """No argument of the objective carries them: the batch has no field, and networks and config hold no data."""
     cfg = tiny_config()
     batch = tiny_batch(cfg)
     tensors = {name for name, value in vars(batch).items() if value is not None and value.dtype == torch.int64}
@@ -707,23 +650,22 @@ def test_the_objective_is_known_by_name():
 # -------------------------------------------------------------------------------------------------------- learning
 
 
-def test_pulling_lowers_the_loss_and_turns_queries_to_their_prototypes(recorded):
+def test_pulling_lowers_the_loss_and_turns_queries_to_their_prototypes():
     """Updates on one batch, with the pull and without: with it the cosine between q and k⁺ ends higher."""
     cosines, values = {}, {}
     for weight in (0.0, 1.0):
         cfg = tiny_config(CALM, "--loss_weights.target=0")
-        batch, parts = tiny_batch(cfg), tiny_parts(cfg)
-        optimizer = torch.optim.AdamW(parts.student.parameters(), lr=2e-3)
+        batch, networks = tiny_batch(cfg), tiny_networks(cfg)
+        optimizer = torch.optim.AdamW(networks.student.parameters(), lr=2e-3)
+        embeddings = embeddings_of(networks.student)
         values[weight] = []
         for _ in range(25):
-            recorded.clear()
-            terms = {name: value for part in losses(cfg, parts, batch) for name, value in part.items()}
-            (terms["source"] + weight * terms["pull"]).backward()
-            values[weight].append(terms["pull"].item())
+            losses, seen = together(tiny_graphs(cfg, networks, batch))
+            (losses["source"] + weight * losses["pull"]).backward()
+            values[weight].append(losses["pull"].item())
             optimizer.step()
             optimizer.zero_grad()
-        (embeddings, _, _, prototypes, samples, _), _, _ = recorded["pull_loss"][0]
-        pixels = as_pixels(embeddings)
+        samples, prototypes, pixels = seen["samples"], seen["prototypes"], as_pixels(embeddings[-1])
         each = [
             F.cosine_similarity(pixels[rows], prototypes[class_id], dim=-1).mean().item()
             for class_id, rows in zip(samples.classes, samples.queries, strict=True)

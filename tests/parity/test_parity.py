@@ -8,18 +8,19 @@ import pytest
 import torch
 from parity.recipe import HERE, checkpoint, image, labels, sample, uniform
 from safetensors.torch import load_file
-from test_scripts import load_script
 from tiny import alone
 from torch import Generator, Tensor
 
 from t2sda_hf.augment.color import blur_kernel_size, color_jitter, gaussian_blur
 from t2sda_hf.batch import UdaBatch, normalize
+from t2sda_hf.cli import main
 from t2sda_hf.config import RunConfig, load_config
 from t2sda_hf.data.rare_class_sampling import rare_classes
 from t2sda_hf.evaluation.inference import predict_logits
+from t2sda_hf.hub.convert import convert, pick_network
+from t2sda_hf.labels import THING_CLASSES
 from t2sda_hf.losses.feature_distance import downscale_labels_by_share
-from t2sda_hf.methods import Parts, t2sda
-from t2sda_hf.methods.parts import ClassMemory
+from t2sda_hf.methods import ClassMemory, Networks, Step, pull, t2sda
 from t2sda_hf.models import T2SDAForSemanticSegmentation
 from t2sda_hf.teacher import ema_momentum, make_teacher, update_teacher
 from t2sda_hf.training.loop import weighted_sum
@@ -27,7 +28,6 @@ from t2sda_hf.training.optim import make_optimizer
 from t2sda_hf.translate import build_engine
 
 THEIRS = {name: load_file(HERE / f"{name}.safetensors") for name in ("daformer", "hrda", "mic")}
-script = load_script("convert_checkpoint")
 
 
 def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
@@ -41,11 +41,11 @@ def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
 
 @pytest.fixture
 def converted(tmp_path: Path) -> Callable[..., T2SDAForSemanticSegmentation]:
-    """A network of theirs, on the way a user takes: a .pth file, the script, `from_pretrained`."""
+    """A network of theirs, on the way a user takes: a .pth file, `t2sda convert`, `from_pretrained`."""
 
     def convert(case: str, **config: object) -> T2SDAForSemanticSegmentation:
         torch.save({"state_dict": checkpoint(case)}, tmp_path / "their.pth")
-        assert script.main([str(tmp_path / "their.pth"), str(tmp_path / case)]) == 0
+        assert main(["convert", str(tmp_path / "their.pth"), str(tmp_path / case)]) == 0
         return T2SDAForSemanticSegmentation.from_pretrained(tmp_path / case, **config)
 
     return convert
@@ -143,7 +143,7 @@ class Draws:
         monkeypatch.setattr(t2sda, "mask_patches", mask_patches)
         monkeypatch.setattr(t2sda, "draw_detail_box", self.box)
         monkeypatch.setattr(
-            t2sda, "strong_augment", lambda x, *_: self.augment(monkeypatch, x, together=self.used["color"] > 0)
+            pull, "strong_augment", lambda x, *_: self.augment(monkeypatch, x, together=self.used["color"] > 0)
         )
 
 
@@ -160,25 +160,22 @@ def same_shape(drawn: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def config(*overrides: str) -> RunConfig:
-    return load_config(None, ["--model.pretrained=no file", *overrides])
+    """A run of DAFormer's values: the feature distance is that of things."""
+    things = f"--feature_distance.classes=[{', '.join(THING_CLASSES)}]"
+    return load_config(
+        None, ["--model.pretrained=no file", "--loss_weights.feature_distance=0.005", things, *overrides]
+    )
 
 
-def parts(case: str, cfg: RunConfig, **fields: object) -> Parts:
+def networks_of(case: str, cfg: RunConfig, **fields: object) -> Networks:
     """Student and frozen encoder of one of their training checkpoints, which holds three networks."""
     tensors = checkpoint(case, ("model.", "ema_model.", "imnet_model."))
     student, frozen = (
-        script.convert(
-            script.pick_network(tensors, weights), drop_path_rate=0.0, classifier_dropout_prob=0.0, **fields
-        )[0]
+        convert(pick_network(tensors, weights), drop_path_rate=0.0, classifier_dropout_prob=0.0, **fields)[0]
         for weights in ("student", "ImageNet")
     )
-    return Parts(
-        student.train(),
-        make_teacher(student),
-        make_teacher(frozen.encoder).eval(),
-        build_engine(cfg.translate),
-        ClassMemory(19, cfg.projector.dim),
-    )
+    engine = build_engine(cfg.translate)
+    return Networks(student.train(), make_teacher(student), make_teacher(frozen.encoder).eval(), engine)
 
 
 LOSSES = {  # our terms, with their weights -> theirs
@@ -215,7 +212,7 @@ HRDA = [
 def test_training_steps(monkeypatch, case, network, file, count, side, block, overrides):
     """Losses of several updates: what a wrong gradient, teacher, optimiser or buffer would do shows in the next."""
     cfg = config("--translate.engine=none", "--optim={lr: 6.0e-5, weight_decay: 0.01}", *overrides)
-    networks = parts(network, cfg, detail_crop_size=(64, 64))
+    networks, memory = networks_of(network, cfg, detail_crop_size=(64, 64)), ClassMemory(19, cfg.projector.dim)
     optimizer = make_optimizer(networks.student.encoder, networks.student, cfg.optim)
     for step in range(count):
         numbers = THEIRS[file]
@@ -231,9 +228,9 @@ def test_training_steps(monkeypatch, case, network, file, count, side, block, ov
         terms: dict[str, Tensor] = {}
         with monkeypatch.context() as patch:
             Draws(f"{case}/{step}/", numbers).install(patch)
-            for some in t2sda.t2sda_losses(batch, networks, cfg, step, Generator(), alone):
-                weighted_sum(some, cfg.loss_weights).backward()
-                terms |= some
+            for graph in t2sda.t2sda_losses(Step(batch, networks, cfg, memory, Generator(), alone, step)):
+                weighted_sum(graph.losses, cfg.loss_weights).backward()
+                terms |= graph.losses
         optimizer.step()
         optimizer.zero_grad()
         update_teacher(networks.teacher, networks.student, ema_momentum(step + 1, cfg.uda.ema_momentum))
@@ -248,7 +245,7 @@ def test_training_steps(monkeypatch, case, network, file, count, side, block, ov
 def test_training_losses_of_two_resolutions(case, tolerance):
     """Losses, and the sum of the gradients' absolute values. Theirs are of float64: 50 layers of float32 are rough."""
     cfg = config(*HRDA, "--translate.engine=none", "--loss_weights.pull=0", *([DEEPLAB] if "dlv2" in case else []))
-    student = parts(case, cfg, detail_crop_size=(64, 64)).student
+    student = networks_of(case, cfg, detail_crop_size=(64, 64)).student
     pixels, y = normalize(image(f"{case} train", (2, 3, 128, 128))), labels(f"{case} train", (2, 128, 128))
     for index, weights in enumerate([None, (uniform(f"{case} weights", (2, 128, 128)) + 1) / 2]):
         prefix = f"{case}/train.{index}/"

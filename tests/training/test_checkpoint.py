@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import tiny_config, tiny_model, tiny_parts
+from safetensors.torch import load_file
+from tiny import tiny_config, tiny_model, tiny_networks
 from torch import Tensor, nn
 
-from t2sda_hf.methods import Parts
+from t2sda_hf.evaluation.watch import Watch
+from t2sda_hf.methods import ClassMemory
 from t2sda_hf.models import T2SDAForSemanticSegmentation
 from t2sda_hf.training import resume
 from t2sda_hf.training.checkpoint import (
@@ -34,42 +36,47 @@ from t2sda_hf.training.checkpoint import (
     write_text,
 )
 from t2sda_hf.training.optim import make_optimizer
+from t2sda_hf.training.parts import Parts
 from t2sda_hf.training.resume import load_run
 
 
-def stepped(seed: int, steps: int = 2) -> tuple[Parts, torch.optim.Optimizer]:
-    """Networks and an optimiser that has made some steps on made-up gradients."""
+def stepped(seed: int, steps: int = 2) -> Parts:
+    """Networks, a watch, and an optimiser that has made some steps on made-up gradients."""
     cfg = tiny_config()
-    parts = tiny_parts(cfg, seed)
-    parts.memory.seen[1] = steps > 0
-    optimizer = make_optimizer(parts.student.encoder, parts.student, cfg.optim)
+    networks, memory = tiny_networks(cfg, seed), ClassMemory(len(cfg.classes), cfg.projector.dim)
+    watch = Watch([1] * len(cfg.classes), 0.5)
+    memory.seen[1], watch.shares[2] = steps > 0, steps
+    optimizer = make_optimizer(networks.student.encoder, networks.student, cfg.optim)
     random = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        for parameter in parts.student.parameters():
+        for parameter in networks.student.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=random)
         optimizer.step()
-    return parts, optimizer
+    return Parts(networks, memory, optimizer, watch)
 
 
-def write(folder: Path, step: int, parts: Parts, optimizer: torch.optim.Optimizer) -> Path:
+def write(folder: Path, step: int, parts: Parts, watch: str = "watch") -> Path:
     target = checkpoint_folder(folder, step)
-    memory = {f"memory.{name}": buffer for name, buffer in parts.memory.named_buffers()}
+    own = {f"memory.{name}": buffer for name, buffer in parts.memory.named_buffers()}
+    own |= {f"{watch}.{name}": buffer for name, buffer in parts.watch.named_buffers()}
     write_checkpoint(
         target,
         save=lambda network, path: network.save_pretrained(path),
-        student=parts.student,
-        teacher=parts.teacher,
-        optimizer=optimizer_tensors(parts.student, optimizer),
-        processes=[{**memory, "log.source": torch.tensor([0.1, 1e-30])}],
+        student=parts.networks.student,
+        teacher=parts.networks.teacher,
+        optimizer=optimizer_tensors(parts.networks.student, parts.optimizer),
+        processes=[{**own, "log.source": torch.tensor([0.1, 1e-30])}],
         state={"method": "t2sda", "step": step, "skipped": 0},
     )
     return target
 
 
-def everything(parts: Parts, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    named = {f"student.{name}": value.clone() for name, value in parts.student.state_dict().items()}
-    named |= {f"teacher.{name}": value.clone() for name, value in parts.teacher.state_dict().items()}
-    return named | {name: value.clone() for name, value in optimizer_tensors(parts.student, optimizer).items()}
+def everything(parts: Parts) -> dict[str, Tensor]:
+    named = dict(optimizer_tensors(parts.networks.student, parts.optimizer))
+    modules = {"student": parts.networks.student, "teacher": parts.networks.teacher, **parts.own}
+    for part, module in modules.items():
+        named |= {f"{part}.{name}": value for name, value in module.state_dict().items()}
+    return {name: value.clone() for name, value in named.items()}
 
 
 def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -83,7 +90,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the checkpoints 9 and 10. Not to be changed."""
     folder = tmp_path_factory.mktemp("kept")
     for step in (9, 10):
-        write(folder, step, *stepped(step))
+        write(folder, step, stepped(step))
     return folder
 
 
@@ -93,26 +100,33 @@ def copy(kept: Path, tmp_path: Path) -> Path:
 
 
 def test_what_is_written_is_read_into_another_run(kept: Path) -> None:
-    written = everything(*stepped(10))
-    parts, optimizer = stepped(3, steps=0)
-    assert not torch.equal(
-        everything(parts, optimizer)["student.decode_head.classifier.weight"],
-        written["student.decode_head.classifier.weight"],
-    )
-    progress = load_run(checkpoint_folder(kept, 10), parts, optimizer, Accelerator(cpu=True))
-    assert_equal(everything(parts, optimizer), written)
+    written = everything(stepped(10))
+    parts = stepped(3, steps=0)
+    before = everything(parts)
+    for name in ("student.decode_head.classifier.weight", "memory.seen", "watch.shares"):
+        assert not torch.equal(before[name], written[name])
+    progress = load_run(checkpoint_folder(kept, 10), parts, Accelerator(cpu=True))
+    assert_equal(everything(parts), written)
     assert progress.step == 10
-    assert parts.memory.seen.tolist() == stepped(10)[0].memory.seen.tolist() == [False, True, False, False, False]
     assert torch.equal(progress.log["source"], torch.tensor([0.1, 1e-30]))
 
     # The next step is the one the other run would have made.
-    other, other_optimizer = stepped(10)
-    for student, own in ((parts.student, optimizer), (other.student, other_optimizer)):
+    other = stepped(10)
+    for one in (parts, other):
         random = torch.Generator().manual_seed(1)
-        for parameter in student.parameters():
+        for parameter in one.networks.student.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=random)
-        own.step()
-    assert_equal(everything(parts, optimizer), everything(other, other_optimizer))
+        one.optimizer.step()
+    assert_equal(everything(parts), everything(other))
+
+
+def test_a_checkpoint_in_which_the_watch_is_a_part_of_the_memory_is_read(tmp_path: Path) -> None:
+    """So it was written until the watch had a name of its own."""
+    folder = write(tmp_path, 10, stepped(10), watch="memory.watch")
+    assert "0/memory.watch.shares" in load_file(folder / "processes.safetensors")
+    parts = stepped(3, steps=0)
+    load_run(folder, parts, Accelerator(cpu=True))
+    assert_equal(everything(parts), everything(stepped(10)))
 
 
 def test_a_checkpoint_holds_safetensors_and_json_and_nothing_else_that_is_read(kept: Path) -> None:
@@ -125,8 +139,8 @@ def test_a_checkpoint_holds_safetensors_and_json_and_nothing_else_that_is_read(k
 
 
 def test_student_and_teacher_are_from_pretrained_folders(kept: Path) -> None:
-    parts, _ = stepped(9)
-    for part, network in (("student", parts.student), ("teacher", parts.teacher)):
+    networks = stepped(9).networks
+    for part, network in (("student", networks.student), ("teacher", networks.teacher)):
         loaded = T2SDAForSemanticSegmentation.from_pretrained(checkpoint_folder(kept, 9) / part)
         assert_equal(dict(loaded.state_dict()), dict(network.state_dict()))
 
@@ -202,8 +216,8 @@ def test_another_format_is_not_guessed(copy: Path) -> None:
 
 @pytest.mark.parametrize("part", ["student", "teacher", "optimizer"])
 def test_a_load_that_fails_changes_nothing(kept: Path, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts, optimizer = stepped(3)
-    before, randomness = everything(parts, optimizer), torch.get_rng_state()
+    parts = stepped(3)
+    before, randomness = everything(parts), torch.get_rng_state()
     content = read_checkpoint(checkpoint_folder(kept, 10), T2SDAForSemanticSegmentation)
     monkeypatch.setattr(resume, "read_checkpoint", lambda *_: content)
     tensors = getattr(content, part)
@@ -219,22 +233,22 @@ def test_a_load_that_fails_changes_nothing(kept: Path, part: str, monkeypatch: p
         else:
             tensors[last] = wrong
         with pytest.raises(DamagedCheckpoint, match=words):
-            load_run(checkpoint_folder(kept, 10), parts, optimizer, Accelerator(cpu=True))
-        assert_equal(everything(parts, optimizer), before)
+            load_run(checkpoint_folder(kept, 10), parts, Accelerator(cpu=True))
+        assert_equal(everything(parts), before)
     assert torch.equal(torch.get_rng_state(), randomness)
 
 
 @pytest.mark.parametrize("where", ["student", "teacher", "optimizer"])
 def test_what_is_not_finite_is_not_saved(tmp_path: Path, where: str) -> None:
-    parts, optimizer = stepped(0)
+    parts = stepped(0)
     tensors = {
-        "student": parts.student.decode_head.classifier.weight.data,
-        "teacher": parts.teacher.decode_head.classifier.weight.data,
-        "optimizer": next(iter(optimizer.state.values()))["exp_avg_sq"],
+        "student": parts.networks.student.decode_head.classifier.weight.data,
+        "teacher": parts.networks.teacher.decode_head.classifier.weight.data,
+        "optimizer": next(iter(parts.optimizer.state.values()))["exp_avg_sq"],
     }
     tensors[where].view(-1)[0] = float("nan")
     with pytest.raises(CheckpointError, match=f"{where} tensor .* not finite"):
-        write(tmp_path, 1, parts, optimizer)
+        write(tmp_path, 1, parts)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -245,10 +259,10 @@ def test_a_disk_that_refuses_gives_one_error_and_leaves_what_was_there(
     def fsync(descriptor: int) -> None:
         raise OSError(code, os.strerror(code))
 
-    parts, optimizer = stepped(1)
+    parts = stepped(1)
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(CheckpointError, match=r"MB are free.*intact") as caught:
-        write(copy, 11, parts, optimizer)
+        write(copy, 11, parts)
     assert os.strerror(code) in str(caught.value)
     assert sorted(path.name for path in copy.iterdir()) == ["checkpoint-000009", "checkpoint-000010"]
     assert verify(checkpoint_folder(copy, 10))["step"] == 10

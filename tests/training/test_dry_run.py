@@ -1,7 +1,6 @@
 """A dry run finds what would fail late, says what the run costs, and leaves nothing behind."""
 
 import errno
-import importlib.util
 import io
 import json
 import re
@@ -14,14 +13,9 @@ import yaml
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
-from test_two_processes import ROOT, TINY_RUN, launch
+from running import TINY_RUN, t2sda
 
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("train_uda_script", ROOT / "scripts" / "train_uda.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
+from t2sda_hf.cli import main
 
 
 @pytest.fixture
@@ -44,7 +38,7 @@ def tree(folder):
 def test_it_prints_the_config_and_what_the_run_costs_and_leaves_nothing(arguments, tmp_path, capsys):
     before = tree(tmp_path / "work")
     extra = ["--baseline=source_only", "--train.max_steps=7000", "--train.evaluate_every=1000", "--pull.start_step=9"]
-    assert load_script().main([*arguments, *extra, "--train.log_with=[tensorboard]"]) == 0
+    assert main(["train", *arguments, *extra, "--train.log_with=[tensorboard]"]) == 0
     assert tree(tmp_path / "work") == before
     printed, _, said = capsys.readouterr().out.partition("dry run passed")
     resolved = yaml.safe_load(printed)
@@ -167,7 +161,7 @@ def test_what_fails_late_is_found(fault, arguments, tmp_path, capsys, monkeypatc
     plant, message = FAULTS[fault]
     planted = plant(monkeypatch)
     before = tree(tmp_path / "work")
-    assert load_script().main([*arguments, *planted]) == 2
+    assert main(["train", *arguments, *planted]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.match(f"ValueError: .*({message})", said), said
     assert tree(tmp_path / "work") == before
@@ -182,7 +176,8 @@ def test_two_processes(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(TINY_RUN, encoding="utf-8")
     out = tmp_path / "out"
-    printed = launch(2, "scripts/train_uda.py", "--config", str(config), "--output_dir", str(out), "--dry-run")
+    words = ("train", "--config", str(config), "--output_dir", str(out), "--dry-run", "--num_processes", "2")
+    printed = t2sda(*words)
     assert printed.count("dry run passed") == 1
     assert tree(tmp_path) == ["run.yaml"]
 
@@ -194,7 +189,7 @@ def test_one_batch_is_learned_by_heart(arguments):
         out = Path("outputs") / str(len(extra))
         keys = ["--method=source_only", "--train.max_steps=60", "--train.evaluate_every=100", "--optim.lr=0.003"]
         keys += [*extra, f"--output_dir={out}", "--data.cat_max_ratio=1", "--evaluation.source_images=0"]
-        assert load_script().main([*arguments[:2], *keys]) == 0
+        assert main(["train", *arguments[:2], *keys]) == 0
         lines = (out / "source_only" / "scalars.jsonl").read_text().splitlines()
         return [json.loads(line)["source"] for line in lines if "source" in json.loads(line)]
 

@@ -1,18 +1,17 @@
 """The estimate: operations against closed forms, passes and memory against the same update made for real."""
 
-import importlib.util
 from collections import Counter
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import alone, tiny_config, tiny_parts
+from tiny import TINY, alone, tiny_config, tiny_networks
 from torch import nn
 
+from t2sda_hf.cli import main
+from t2sda_hf.commands import estimate
 from t2sda_hf.config import RunConfig
-from t2sda_hf.methods import METHODS
+from t2sda_hf.methods import METHODS, ClassMemory, Step
 from t2sda_hf.models import T2SDAConfig, T2SDAForSemanticSegmentation
 from t2sda_hf.training.checkpoint import allocate_state
 from t2sda_hf.training.estimate import Cost, Counting, Device, count_update, random_batch
@@ -20,7 +19,6 @@ from t2sda_hf.training.loop import weighted_sum
 from t2sda_hf.training.optim import make_optimizer
 from t2sda_hf.training.seeding import seed_step
 
-ROOT = Path(__file__).parents[2]
 HRDA = ["--data={crop_size: [64, 128], outer_crop_size: [64, 128]}", "--hrda={enabled: true, crop_size: [32, 64]}"]
 GENERAL = ["--method=generalization", "--translate.engine=gaussian_blur", "--drw.apply_to=none"]
 # Overrides, and images that pass (student, teacher) encoder, head and projector in batches of 2, by hand.
@@ -41,17 +39,19 @@ def made_for_real(cfg: RunConfig) -> Cost:
     """What `count_update` estimates, of real networks under the same counting."""
     cost = Cost()
     with Counting(cost):
-        parts = tiny_parts(cfg)
+        networks = tiny_networks(cfg)
         if cfg.model.activation_checkpointing:
-            parts.student.activation_checkpointing_enable()
-        optimizer = make_optimizer(parts.student.encoder, parts.student, cfg.optim)
+            networks.student.activation_checkpointing_enable()
+        optimizer = make_optimizer(networks.student.encoder, networks.student, cfg.optim)
         allocate_state(optimizer)
         cost.lasting = cost.peak = cost.live
         for micro in range(cfg.train.micro_batches):
             generator = seed_step(cfg.seed, cfg.pull.start_step, micro)
             batch = random_batch(cfg).on(torch.device("cpu"))
-            for terms in METHODS[cfg.method](batch, parts, cfg, cfg.pull.start_step, generator, alone):
-                weighted_sum(terms, cfg.loss_weights).backward()
+            memory = ClassMemory(len(cfg.classes), cfg.projector.dim)
+            step = Step(batch, networks, cfg, memory, generator, alone, cfg.pull.start_step)
+            for graph in METHODS[cfg.method](step):
+                weighted_sum(graph.losses, cfg.loss_weights).backward()
     return cost
 
 
@@ -177,22 +177,11 @@ def test_the_roofline_is_the_longer_of_products_and_traffic() -> None:
     assert cost.seconds(device, "float32") == pytest.approx(20 + 3 + 0.2)
 
 
-@pytest.fixture
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("estimate_script", ROOT / "scripts" / "estimate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_script_prints_every_method_and_what_was_measured(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_command_prints_every_method_and_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(script, "load_config", lambda path, given: tiny_config("--baseline=source_only", *given))
-    monkeypatch.setattr(script, "this_machine", lambda: Device("toy", 1e9, 1e9, 1e9, 1e9, 1e9))
-    assert script.main(["--train.max_steps", "7", "--measure", "2"]) == 0
+    monkeypatch.setattr(estimate, "this_machine", lambda: Device("toy", 1e9, 1e9, 1e9, 1e9, 1e9))
+    assert main(["estimate", *TINY, "--baseline", "source_only", "--train.max_steps", "7", "--measure", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines if line[:1].strip()] == ["source_only", "t2sda"]
     assert sum("A100" in line and "fits" in line for line in lines) == 4
@@ -204,11 +193,12 @@ def test_the_script_prints_every_method_and_what_was_measured(
     [
         (["nowhere.yaml"], "config file 'nowhere.yaml' does not exist"),
         (["--optim.lr", "-1"], "optim.lr must be positive"),
-        (["--measure", "1"], "--measure needs a whole number from 2, got '1'"),
+        (["--measure", "1"], "--measure needs a whole number from 2, got 1"),
+        ([], "there is nothing to estimate"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(
-    script: ModuleType, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert script.main(arguments) == 2
+    assert main(["estimate", *arguments]) == 2
     assert message in capsys.readouterr().err

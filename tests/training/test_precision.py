@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from faults.arena import RUN, load_script, outcome
-from tiny import alone, tiny_batch, tiny_config, tiny_parts
+from faults.arena import RUN, outcome
+from tiny import tiny_batch, tiny_config, tiny_graphs, tiny_networks
 from torch import Generator, Tensor
 
+from t2sda_hf.cli import main
+from t2sda_hf.commands import train as command
 from t2sda_hf.config import RunConfig, dump_config
-from t2sda_hf.methods import METHODS, Parts
+from t2sda_hf.methods import Networks
 from t2sda_hf.methods.t2sda import draw_box
 from t2sda_hf.training import loop
 from t2sda_hf.training.build import compile_networks, make_accelerator
@@ -53,35 +55,36 @@ def test_a_launch_with_bf16_is_written_down_as_bf16(fresh: None, monkeypatch: py
     assert "precision: bf16" in dump_config(cfg)
 
 
-def three_steps(cfg: RunConfig, parts: Parts, after: Callable[[], object] = lambda: None) -> list[dict[str, Tensor]]:
+def three_steps(
+    cfg: RunConfig, networks: Networks, after: Callable[[], object] = lambda: None
+) -> list[dict[str, Tensor]]:
     """Losses of three updates that change nothing but the running statistics of batch norm; `after` follows each."""
     seen = []
     for step in range(3):
-        torch.manual_seed(step)
-        for terms in METHODS[cfg.method](tiny_batch(cfg), parts, cfg, step, Generator().manual_seed(step), alone):
-            weighted_sum(terms, cfg.loss_weights).backward()
-            seen.append({name: value.detach() for name, value in terms.items()})
+        for graph in tiny_graphs(cfg, networks, index=step, seed=step):
+            weighted_sum(graph.losses, cfg.loss_weights).backward()
+            assert graph.seen["teacher_logits"].dtype == torch.float32
+            seen.append(graph.logged)
         after()
     return seen
 
 
 def test_bf16_is_inside_the_networks_alone(fresh: None) -> None:
     cfg = tiny_config("--train={precision: bf16, log_with: []}", "--loss_weights.masked_consistency=1")
-    expected = three_steps(cfg, tiny_parts(cfg))
+    expected = three_steps(cfg, tiny_networks(cfg))
     accelerator, cfg = make_accelerator(cfg)
-    parts = tiny_parts(cfg)
+    networks = tiny_networks(cfg)
     inside: set[torch.dtype] = set()
-    for network in (parts.student, parts.teacher):
+    for network in (networks.student, networks.teacher):
         network.decode_head.classifier.register_forward_hook(lambda module, given, made: inside.add(made.dtype))
         accelerator.prepare_model(network, evaluation_mode=True)
 
-    found = three_steps(cfg, parts)
+    found = three_steps(cfg, networks)
 
     assert inside == {torch.bfloat16}
     assert {value.dtype for terms in found for value in terms.values()} == {torch.float32}
-    assert {p.dtype for p in parts.student.parameters()} == {torch.float32}
-    assert {p.grad.dtype for p in parts.student.parameters() if p.grad is not None} == {torch.float32}
-    assert parts.seen["teacher_logits"].dtype == torch.float32
+    assert {p.dtype for p in networks.student.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in networks.student.parameters() if p.grad is not None} == {torch.float32}
     for terms, others in zip(found, expected, strict=True):
         for name, value in terms.items():
             assert math.isfinite(value)
@@ -92,9 +95,9 @@ def test_bf16_is_inside_the_networks_alone(fresh: None) -> None:
 def test_checkpointed_activations_change_no_loss() -> None:
     """Over whole steps, with drop path and dropout on, and every forward that the objective has."""
     cfg = tiny_config("--loss_weights.masked_consistency=1", "--model.drop_path_rate=0.5")
-    expected, parts = three_steps(cfg, tiny_parts(cfg)), tiny_parts(cfg)
-    parts.student.activation_checkpointing_enable()
-    for terms, others in zip(three_steps(cfg, parts), expected, strict=True):
+    expected, networks = three_steps(cfg, tiny_networks(cfg)), tiny_networks(cfg)
+    networks.student.activation_checkpointing_enable()
+    for terms, others in zip(three_steps(cfg, networks), expected, strict=True):
         assert {name: value.item() for name, value in terms.items()} == {n: v.item() for n, v in others.items()}
 
 
@@ -104,18 +107,18 @@ def test_compiled_pieces_give_the_same_losses_and_are_compiled_once() -> None:
     cfg = tiny_config(
         "--data={crop_size: [64, 128], outer_crop_size: [96, 160]}", "--hrda={enabled: true, crop_size: [32, 64]}"
     )
-    expected = three_steps(cfg, tiny_parts(cfg))
-    parts = tiny_parts(cfg)
+    expected = three_steps(cfg, tiny_networks(cfg))
+    networks = tiny_networks(cfg)
     compiled = [0]
 
     def counting(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
         compiled[0] += 1
         return graph.forward
 
-    compile_networks([parts.student, parts.teacher], counting)
+    compile_networks([networks.student, networks.teacher], counting)
     torch.compiler.reset()
     so_far: list[int] = []
-    found = three_steps(cfg, parts, lambda: so_far.append(compiled[0]))
+    found = three_steps(cfg, networks, lambda: so_far.append(compiled[0]))
 
     assert so_far[0] > 0
     assert len(set(so_far)) == 1
@@ -130,25 +133,24 @@ def test_a_compiled_run_that_was_resumed_leaves_the_files_of_a_plain_one(
     tmp_path: Path, fresh: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The backend "eager" captures graphs and runs them as written, so all must be equal bit by bit."""
-    script = load_script()
-    monkeypatch.setattr(script, "save_panel", lambda *_: None)
-    monkeypatch.setattr(script, "write_page", lambda folder: folder)
+    monkeypatch.setattr(command, "save_panel", lambda *_: None)
+    monkeypatch.setattr(command, "write_page", lambda folder: folder)
     (tmp_path / "run.yaml").write_text(RUN, encoding="utf-8")
 
     def run(name: str, *arguments: str) -> int:
         steps = ("--train.max_steps", "4", "--train.save_every", "2", "--train.evaluate_every", "3")
-        return script.main(
-            ["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / name), *steps, *arguments]
+        return main(
+            ["train", "--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / name), *steps, *arguments]
         )
 
     update, made = loop.update, [0]
 
-    def stopped_after_two(*arguments: Any) -> float:
-        factor = update(*arguments)
+    def stopped_after_two(*arguments: Any) -> object:
+        seen = update(*arguments)
         made[0] += 1
         if made[0] == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return factor
+        return seen
 
     assert run("plain") == 0
     monkeypatch.setattr(loop, "update", stopped_after_two)
@@ -165,5 +167,5 @@ def test_compiling_everything_by_the_launch_is_refused(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     (tmp_path / "run.yaml").write_text(RUN, encoding="utf-8")
-    assert load_script().main(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out")]) == 2
+    assert main(["train", "--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out")]) == 2
     assert "set train.compile instead" in capsys.readouterr().err

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
-from faults.arena import RUN, load_script
+from faults.arena import RUN
 from safetensors.torch import load_file
 
+from t2sda_hf.cli import main
+from t2sda_hf.commands import train as command
 from t2sda_hf.config import load_config
 from t2sda_hf.evaluation.run_folder import read_run
 from t2sda_hf.training import loop
 
-SCRIPT = load_script()
 PROXY = ("--select", "proxy:prior", "--train.evaluate_every", "3")
 
 
@@ -22,13 +23,13 @@ PROXY = ("--select", "proxy:prior", "--train.evaluate_every", "3")
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A function that trains twelve steps in tmp_path/<name> and returns the exit code."""
     (tmp_path / "run.yaml").write_text(RUN, encoding="utf-8")
-    domains = SCRIPT.open_domains(load_config(tmp_path / "run.yaml"), Accelerator(cpu=True))
-    monkeypatch.setattr(SCRIPT, "open_domains", lambda *_: domains)
-    monkeypatch.setattr(SCRIPT, "save_panel", lambda *_: None)
-    monkeypatch.setattr(SCRIPT, "write_page", lambda folder: folder / "index.html")
+    domains = command.open_domains(load_config(tmp_path / "run.yaml"), Accelerator(cpu=True))
+    monkeypatch.setattr(command, "open_domains", lambda *_: domains)
+    monkeypatch.setattr(command, "save_panel", lambda *_: None)
+    monkeypatch.setattr(command, "write_page", lambda folder: folder / "index.html")
 
     def run(name: str, *arguments: str) -> int:
-        return SCRIPT.main(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / name), *arguments])
+        return main(["train", "--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / name), *arguments])
 
     return run
 
@@ -36,12 +37,12 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def stop_after(updates: int, monkeypatch: pytest.MonkeyPatch) -> None:
     update, made = loop.update, [0]
 
-    def planted(*arguments: object) -> float:
-        factor = update(*arguments)
+    def planted(*arguments: object) -> object:
+        seen = update(*arguments)
         made[0] += 1
         if made[0] == updates:
             os.kill(os.getpid(), signal.SIGTERM)
-        return factor
+        return seen
 
     monkeypatch.setattr(loop, "update", planted)
 

@@ -1,0 +1,49 @@
+"""Find faults in the data of a run before you start the run.
+
+    t2sda check --config camvid/t2sda --output outputs/check
+    t2sda check --source.path photos --source.label_path masks --source.label_space camvid
+
+The command reads every file of the source, target and test domains that have a path. It prints what it found, and
+writes index.html with a sheet of pictures for each domain.
+
+Exit codes:
+    0   there is no fault
+    1   there are faults
+    2   the input is wrong, or there is nothing to check
+"""
+
+from argparse import Namespace
+from pathlib import Path
+
+from ..config import RunConfig
+from ..data.checking import DomainFacts, Finding, compare, inspect_domain
+from ..data.domains import Domain, load_domain
+from ..data.sheet import write_report
+
+
+def run(args: Namespace) -> int:
+    findings = check(args.cfg, args.only, args.output, args.pictures, args.processes)
+    for finding in sorted(findings, key=lambda found: found.severity):
+        print(f"{finding.severity}: {finding.kind}, {finding.count}x in {finding.domain}. {finding.example}")
+    faults = sum(finding.severity == "fault" for finding in findings)
+    print(
+        f"{faults} kinds of faults, {len(findings) - faults} notes. Pictures and shares: {args.output / 'index.html'}"
+    )
+    return 1 if faults else 0
+
+
+def check(cfg: RunConfig, only: list[str], output: Path, pictures: int, processes: int) -> list[Finding]:
+    """What is wrong with the domains `only` of a run, also as a page in `output`."""
+    configs = {role: config for role in only if (config := getattr(cfg, role)).path}
+    if not configs:
+        raise ValueError(
+            "there is nothing to check: give --config with a file or a recipe, or a path such as --source.path FOLDER."
+        )
+    domains: dict[str, tuple[Domain, DomainFacts]] = {}
+    for role, config in configs.items():
+        domain = load_domain(config, cfg.classes, labelled=role != "target")
+        domains[role] = domain, inspect_domain(domain, cfg.classes, processes)
+    facts = {role: fact for role, (_, fact) in domains.items()}
+    findings = [finding for fact in facts.values() for finding in fact.findings] + compare(facts, cfg.classes)
+    write_report(output, domains, findings, cfg.classes, cfg.rcs.temperature, pictures)
+    return findings

@@ -1,0 +1,141 @@
+"""Score trained models on labelled domains: IoU of each class, mIoU, accuracies and confusion matrices, in %.
+
+    t2sda evaluate outputs/run/t2sda/student --config mine.yaml          the test domain of a config, as in training
+    t2sda evaluate outputs/run --domain data/city --label_map "{human: person}" --output scores.json
+    t2sda evaluate outputs/demo_0 outputs/demo_1 --domain streets-target streets-source
+    t2sda evaluate mine=outputs/run/t2sda/student --config mine.yaml --num_processes 2
+
+A model is a folder or the Hub id of a T2S-DA model or of a SegFormer. You can also give the folder of a run. Then all
+models that the run trained are scored, and the teacher of its newest checkpoint.
+
+TITLE=MODEL sets the title of a model's column in the table. Models with the same title count as seeds of one method.
+They are shown as mean ± sd (sample standard deviation). If a model has the 19 classes of Cityscapes, the table also
+shows the means over 16 and 13 classes of SYNTHIA's benchmarks.
+"""
+
+import copy
+import csv
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from ..evaluation.evaluator import LabelledDomain, Part, evaluate_model
+from ..evaluation.inference import load_model, saved_image_size
+from ..evaluation.models import titled
+from ..evaluation.table import class_sets_of, format_table, summarise
+from ..teacher import with_statistics_of
+from ..training.checkpoint import checkpoints
+from .domains import open_labelled, test_domains
+
+Loaded = tuple[nn.Module, tuple[str, ...]]
+
+
+def run(args: Namespace) -> int:
+    if args.every < 1:
+        raise ValueError(f"--every must be at least 1, got {args.every}.")
+    domains, how = test_domains(args), args.cfg.evaluation
+    accelerator = Accelerator()
+    models = [(title, *entry) for given in args.models for title, entry in models_of(given).items()]
+    shown: dict[str, Any] = {}
+    for config in domains:
+        columns: dict[str, list[dict[str, Any]]] = {}
+        subsets: dict[str, tuple[str, ...]] = {}
+        for title, name, load in models:
+            model, classes = load()
+            subsets = subsets_of(args.subset, classes)
+            advice = "Without labels there is no score; `t2sda analyze --no_labels` says what can be said."
+            domain = open_labelled(config, classes, advice)
+            scored: LabelledDomain = domain
+            if args.every > 1:
+                scored = Part(domain, range(0, len(domain), args.every), f"{domain.name}, every {args.every}th image")
+            image_size = tuple(args.image_size) if args.image_size else saved_image_size(name)
+            result = evaluate_model(
+                # Not wrapped: this is the device, and autocast in forward if the launcher asked for it.
+                accelerator.prepare_model(model, evaluation_mode=True),
+                scored,
+                image_size=image_size,
+                classes=classes,
+                accelerator=accelerator,
+                mode=how.mode,
+                window=how.window,
+                stride=how.stride,
+                limit=how.limit,
+                skip_unreadable=True,
+            )
+            settings = {"model": name, "image_size": image_size, "mode": how.mode, "every": args.every}
+            columns.setdefault(title, []).append(settings | {"window": how.window, "stride": how.stride} | result)
+        if accelerator.is_main_process:
+            show(config.path, columns, subsets)
+            shown[config.path] = columns
+    if accelerator.is_main_process and args.output:
+        save(args.output, shown, subsets)
+    accelerator.end_training()
+    return 0
+
+
+def models_of(given: str) -> dict[str, tuple[str, Callable[[], Loaded]]]:
+    """Column title -> (folder or id, how to load it) of one argument; a run folder has several."""
+    title, name = titled(given)
+    if (Path(name) / "config.json").is_file() or not list(Path(name).glob("*/student/config.json")):
+        return {title: (name, partial(load_model, name))}
+    found: dict[str, tuple[str, Callable[[], Loaded]]] = {}
+    for student in sorted(Path(name).glob("*/student")):
+        prefix = "" if title == name else f"{title} "
+        found[f"{prefix}{student.parent.name}"] = str(student), partial(load_model, str(student))
+        newest = checkpoints(student.parent)[-1:]
+        if newest and student.parent.name != "source_only":
+            found[f"{prefix}{student.parent.name} (teacher)"] = str(student), partial(load_teacher, newest[0])
+    return found
+
+
+def load_teacher(checkpoint: Path) -> Loaded:
+    """The teacher of a checkpoint with its student's running statistics: what the table of the run calls teacher."""
+    student, classes = load_model(str(checkpoint / "student"))
+    teacher, _ = load_model(str(checkpoint / "teacher"))
+    return with_statistics_of(copy.deepcopy(teacher), student), classes
+
+
+def subsets_of(given: Sequence[str], classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    asked = {}
+    for item in given:
+        title, equals, names = item.partition("=")
+        if not equals:
+            raise ValueError(f"--subset takes NAME=CLASS,CLASS, got {item!r}.")
+        asked[title] = tuple(name.strip() for name in names.split(","))
+        unknown = [name for name in asked[title] if name not in classes]
+        if unknown:
+            raise ValueError(f"--subset {title} names {', '.join(unknown)}; the model has {', '.join(classes)}.")
+    return class_sets_of(classes) | asked
+
+
+def show(path: str, columns: dict[str, list[dict[str, Any]]], subsets: dict[str, tuple[str, ...]]) -> None:
+    first = next(iter(columns.values()))[0]
+    print(f"\n{first['domain']}, {first['num_images']} images, IoU in %\n\n{format_table(columns, subsets)}")
+    if first["unreadable"]:
+        print(f"\n{len(first['unreadable'])} images could not be read and are not in these figures:", file=sys.stderr)
+        print("\n".join(first["unreadable"]), file=sys.stderr)
+    unscored = [name for name, row in zip(first["iou"], first["confusion"], strict=True) if not sum(row)]
+    if unscored:
+        print(f"\nNo pixel of {path} is labelled {', '.join(unscored)}: 0 if predicted anywhere, otherwise left out.")
+
+
+def save(output: Path, shown: dict[str, Any], subsets: dict[str, tuple[str, ...]]) -> None:
+    """Everything as JSON: of one model on one domain its result, otherwise domain -> title -> results. And a CSV."""
+    results = [result for columns in shown.values() for seeds in columns.values() for result in seeds]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    content = results[0] if len(results) == 1 else shown
+    output.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    with output.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["domain", "model", "score", "mean", "sd", "sd_population", "n"])
+        for path, columns in shown.items():
+            for title, seeds in columns.items():
+                for row, values in summarise(seeds, subsets).items():
+                    writer.writerow([path, title, row, *values.values()])

@@ -1,0 +1,236 @@
+"""Segment an image, a video, or all images and videos of a folder. Or segment a labelled domain and show the errors.
+
+    t2sda predict outputs/run/t2sda/student photos --output out
+    t2sda predict USER/streets-t2sda drive.mp4 --output out --confidence
+    t2sda predict outputs/run/t2sda/student --compare --config mine.yaml --output out     the test domain of a config
+    t2sda predict outputs/run/t2sda/student --compare --domain data/city --label_map "{human: person}" --output out
+
+Predictions have the size of the original images. For photo.jpg the command writes:
+
+photo_ids.png          the grey value of a pixel is its class id
+photo_color.png        each class has a colour
+photo_overlay.png      these colours on top of the image
+photo_confidence.png   with --confidence: how sure the model is (the grey value 255 means sure)
+
+For drive.mp4 it writes drive_overlay.mp4 and a folder drive_ids/ with one PNG for each frame. With --confidence it also
+writes a folder drive_confidence/.
+
+With --compare the command reads a labelled domain, as `t2sda evaluate` does, instead of images. For the image with
+index 7 it writes 000007_NAME_ids.png and so on. It also writes 000007_NAME_compare.png, which shows the image, the
+true labels, the prediction and the errors side by side.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from ..data.domains import Domain
+from ..evaluation.evaluator import Part
+from ..evaluation.inference import load_model, predict, saved_image_size, to_pixel_values
+from ..evaluation.pictures import Column, errors, save_grid
+from ..labels import IGNORE_INDEX, palette
+from ..models import T2SDAForSemanticSegmentation
+from .domains import open_labelled, readable, test_domain
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
+Predict = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
+
+
+def run(args: Namespace) -> int:
+    if args.compare:
+        if args.images is not None:
+            raise ValueError(f"--compare reads a labelled domain instead of images: leave out {args.images}.")
+        return predict_domain(args)
+    if args.images is None:
+        raise ValueError("there is nothing to segment: give an image, a video or a folder of them, or --compare.")
+    unread = [word for word in args.overrides if word.startswith(("--test.", "--evaluation.limit"))]
+    if args.domain or unread:
+        flag = unread[0].partition("=")[0] if unread else "--domain"
+        raise ValueError(f"{flag} is about labelled images, which only --compare reads.")
+    return predict_files(args)
+
+
+def predict_files(args: Namespace) -> int:
+    images = find_images(args.images)
+    files = files_for(images, args.output, args.confidence)
+    refuse_existing(files, args.overwrite, images)
+    for path in images:  # a broken one must not end the command halfway
+        if path.suffix.lower() in VIDEOS:
+            open_video(path).close()
+        else:
+            read_image(path)
+    model, classes = load_model(args.model)
+    see = seeing(model, args)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for path, own in zip(tqdm(images, desc="predict"), files, strict=True):
+        kind = predict_video if path.suffix.lower() in VIDEOS else predict_image
+        kind(path, own, see, palette(classes))
+    return 0
+
+
+def predict_domain(args: Namespace) -> int:
+    config = test_domain(args)
+    model, classes = load_model(args.model)
+    domain = open_labelled(config, classes, "To segment images without labels, give them instead of --compare.")
+    part = readable(Part(domain, range(len(domain))[: args.cfg.evaluation.limit], domain.name))
+    files = [picture_files(args.output / stem_of(domain, row), args.confidence, "compare") for row in part.indices]
+    refuse_existing(files, args.overwrite)
+    see = seeing(model, args)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for index, own in enumerate(tqdm(files, desc="predict")):
+        image, truth = part.image(index), part.labels(index)
+        labels, confidence = see(image)
+        save_pictures(image, labels, confidence, own, palette(classes))
+        wrong, known = errors(labels, truth), truth != IGNORE_INDEX
+        right = f"{100 * (wrong[known] == 0).mean():.1f} % right" if known.any() else "nothing is labelled"
+        columns = [Column("image", [image]), Column("truth", [truth], "classes")]
+        columns += [Column("prediction", [labels], "classes"), Column(f"errors: {right}", [wrong], "error")]
+        save_grid(own["compare"], columns, classes)
+    print(f"{len(part)} images of {domain.name} in {args.output}")
+    return 0
+
+
+def seeing(model: T2SDAForSemanticSegmentation, args: Namespace) -> Predict:
+    """What gives the class ids (H,W) of an image at its own size, and the confidence if it is asked for."""
+    device = Accelerator().device
+    model.to(device)
+    image_size = tuple(args.image_size) if args.image_size else saved_image_size(args.model)
+    how = args.cfg.evaluation
+
+    def see(image: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        pixel_values = to_pixel_values(image, image_size, device)
+        seen = predict(model, pixel_values, image.shape[:2], how.mode, how.window, how.stride, args.confidence)
+        return seen.labels[0].cpu().numpy(), None if seen.confidence is None else seen.confidence[0].cpu().numpy()
+
+    return see
+
+
+def stem_of(domain: Domain, row: int) -> str:
+    """How the files of a row begin: its number, and the name of its file if that is known."""
+    columns = domain.table[row]
+    file = columns.get("file_name") or columns["image"]["path"]
+    return f"{row:06}_{Path(file).stem}" if file else f"{row:06}"
+
+
+def find_images(path: Path) -> list[Path]:
+    """`path` itself, or the images and videos directly in the folder `path`."""
+    if path.is_file():
+        return [path]
+    found = sorted(file for file in path.glob("*") if file.suffix.lower() in SUFFIXES + VIDEOS)
+    if not found:
+        raise ValueError(f"{path} is neither an image nor a folder with images ({', '.join(SUFFIXES + VIDEOS)}).")
+    return found
+
+
+def read_image(path: Path) -> np.ndarray:
+    """(H,W,3) uint8 RGB, turned upright if its EXIF data says so."""
+    try:
+        with Image.open(path) as picture:
+            if picture.mode.startswith(("I", "F")):  # Pillow's conversion would cut everything above 255 to white
+                raise ValueError(f"{path} has more than 8 bits per channel ({picture.mode}): save it with 8.")
+            return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def open_video(path: Path) -> Any:
+    """A container of PyAV with at least one frame of video."""
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError(f"{path} is a video: install PyAV to read it (pip install 't2sda_hf[video]').") from error
+    try:
+        container = av.open(path)
+    except (OSError, ValueError) as error:  # PyAV's errors are both of these
+        raise ValueError(f"{path} cannot be read as a video: {error}") from error
+    if not container.streams.video:
+        container.close()
+        raise ValueError(f"{path} has no pictures, only sound.")
+    return container
+
+
+def files_for(images: Sequence[Path], folder: Path, confidence: bool) -> list[dict[str, Path]]:
+    """What is written for each image or video."""
+    writers: dict[str, Path] = {}
+    files = []
+    for image in images:
+        if writers.setdefault(image.stem, image) != image:
+            raise ValueError(f"{writers[image.stem]} and {image} would get the same output files: rename one.")
+        if image.suffix.lower() in VIDEOS:
+            kinds = {"overlay": ".mp4", "ids": ""} | ({"confidence": ""} if confidence else {})
+            files.append({kind: folder / f"{image.stem}_{kind}{suffix}" for kind, suffix in kinds.items()})
+        else:
+            files.append(picture_files(folder / image.stem, confidence))
+    return files
+
+
+def picture_files(stem: Path, confidence: bool, *more: str) -> dict[str, Path]:
+    """Kind of picture -> its file."""
+    kinds = ["ids", "color", "overlay", *(["confidence"] if confidence else []), *more]
+    return {kind: stem.with_name(f"{stem.name}_{kind}.png") for kind in kinds}
+
+
+def refuse_existing(files: Sequence[Mapping[str, Path]], overwrite: bool, originals: Sequence[Path] = ()) -> None:
+    """ValueError if one of the files would replace an original, or anything that may not be overwritten."""
+    kept = {image.resolve() for image in originals}
+    for file in (file for one in files for file in one.values()):
+        if file.resolve() in kept or (file.exists() and not overwrite):
+            raise ValueError(f"{file} exists: choose another --output, or --overwrite earlier predictions.")
+
+
+def blend(image: np.ndarray, labels: np.ndarray, colors: np.ndarray) -> Image.Image:
+    return Image.blend(Image.fromarray(image), Image.fromarray(colors[labels]), 0.5)
+
+
+def save_grey(confidence: np.ndarray | None, path: Path | None) -> None:
+    if confidence is not None and path is not None:
+        Image.fromarray((255 * confidence).round().astype(np.uint8)).save(path)
+
+
+def predict_image(path: Path, files: Mapping[str, Path], see: Predict, colors: np.ndarray) -> None:
+    image = read_image(path)
+    save_pictures(image, *see(image), files, colors)
+
+
+def save_pictures(
+    image: np.ndarray, labels: np.ndarray, confidence: np.ndarray | None, files: Mapping[str, Path], colors: np.ndarray
+) -> None:
+    """Write the `picture_files` of one image."""
+    picture = Image.fromarray(labels)
+    picture.save(files["ids"])
+    picture.putpalette(colors.tobytes())
+    picture.save(files["color"])
+    blend(image, labels, colors).save(files["overlay"])
+    save_grey(confidence, files.get("confidence"))
+
+
+def predict_video(path: Path, files: Mapping[str, Path], see: Predict, colors: np.ndarray) -> None:
+    """Frame by frame, so memory does not grow with the length."""
+    import av
+
+    for folder in (files[kind] for kind in ("ids", "confidence") if kind in files):
+        folder.mkdir(exist_ok=True)
+        for old in folder.glob("*.png"):
+            old.unlink()
+    with open_video(path) as source, av.open(files["overlay"], "w") as target:
+        stream = source.streams.video[0]
+        out = target.add_stream("libx264", rate=stream.average_rate or 25)
+        # That format stores colours of 2 x 2 pixels, so it has no odd sides.
+        out.width, out.height = stream.width + stream.width % 2, stream.height + stream.height % 2
+        out.pix_fmt = "yuv420p"
+        for number, frame in enumerate(tqdm(source.decode(stream), desc=path.name, total=stream.frames or None)):
+            image = frame.to_ndarray(format="rgb24")
+            labels, confidence = see(image)
+            Image.fromarray(labels).save(files["ids"] / f"{number:06}.png")
+            save_grey(confidence, files["confidence"] / f"{number:06}.png" if "confidence" in files else None)
+            pixels = np.asarray(blend(image, labels, colors))
+            pixels = np.pad(pixels, ((0, out.height - len(pixels)), (0, out.width - pixels.shape[1]), (0, 0)), "edge")
+            target.mux(out.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        target.mux(out.encode(None))

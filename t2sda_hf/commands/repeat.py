@@ -1,0 +1,145 @@
+"""Find out whether a difference is real or luck: train one or two configs with several seeds, and compare seed by seed.
+
+    t2sda repeat demo --seeds 0..4
+    t2sda repeat a.yaml b.yaml --seeds 0..4 --output outputs/ab --train.max_steps 400
+
+Every key of a config is also a flag, and applies to all runs. The flags that start several processes are those of
+`t2sda train`. A run is written to OUTPUT/<config>/seed_N. If you call the same command again, it skips finished runs
+and continues stopped ones.
+
+The command prints the mean, the sd (sample standard deviation) and the number n of runs for every model. For two models
+it prints the mean of their differences, taken seed by seed, with a 95% confidence interval. It writes all of this to
+OUTPUT/repeat.json. The exit code is 1 if a run failed.
+"""
+
+import json
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..analysis.statistics import paired_difference
+from ..config import RunConfig, changes, differences, load_config
+from ..evaluation.table import markdown, spread
+from ..launching import Runner, refuse_keys, words_of
+
+Scores = dict[str, dict[int, float]]  # model -> seed -> mIoU
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run: the name of its config, its seed, where it lies, and the words of `t2sda train` that make it."""
+
+    name: str
+    seed: int
+    folder: Path
+    cfg: RunConfig
+    words: tuple[str, ...]
+
+
+def run(args: Namespace) -> int:
+    planned = plan(args)
+    missing = [one for one in planned if finished(one) is None]  # every mistake shows before the first run
+    failed = []
+    with Runner() as runner:
+        for one in missing:
+            print(f"\n{one.name}, seed {one.seed}: {shlex.join(('t2sda', *one.words))}", flush=True)
+            code = runner.t2sda(*one.words)
+            if code == 2:
+                raise ValueError("the run was refused, see above, and the others would be, too.")
+            if code:
+                failed.append(f"{one.name}, seed {one.seed} (exit code {code})")
+    report(args.output, planned)
+    if failed:
+        print(f"\nFailed and not in these figures: {'; '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def plan(args: Namespace) -> list[Planned]:
+    refuse_keys(args.overrides, seed="use --seeds", output_dir="use --output", resume="a run always goes on")
+    if len(args.configs) > 2:
+        raise ValueError(f"two configs are compared at most, got {len(args.configs)}.")
+    names = [Path(config).stem for config in args.configs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two configs are called {names[0]}: their runs would share a folder. Rename one.")
+    planned = []
+    for config, name, cfg in zip(args.configs, names, args.cfgs, strict=True):
+        for seed in args.seeds:
+            folder = args.output / name / f"seed_{seed}"
+            own = replace(cfg, seed=seed, output_dir=str(folder))
+            words = ("train", "--config", config, *args.overrides, f"--seed={seed}", f"--output_dir={folder}")
+            planned.append(Planned(name, seed, folder, own, (*words, "--resume=auto", *words_of(args))))
+    return planned
+
+
+def finished(run: Planned) -> dict[str, Any] | None:
+    """The summary of a run that is done; None if it is not.
+
+    Raises:
+        ValueError: if it was done with another config.
+    """
+    summary = run.folder / "summary.json"
+    if not summary.is_file():
+        return None
+    done = load_config(run.folder / run.cfg.method / "resolved_config.yaml")
+    different = differences(asdict(done), asdict(run.cfg))
+    # Where the data lies does not matter: training compares what is in it, and a finished run does not train.
+    other = [key for key in different if changes(key) in ("learning", "scoring")]
+    if other:
+        raise ValueError(
+            f"{run.folder} holds a finished run of another config, by {', '.join(other)}. Give another --output, or "
+            "remove the folder yourself."
+        )
+    found: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
+    return found
+
+
+def scores_of(summaries: dict[int, dict[str, Any]]) -> Scores:
+    found: Scores = {}
+    for seed, summary in summaries.items():
+        for method, entry in summary.items():
+            if isinstance(entry, dict) and "miou" in entry:
+                found.setdefault(method, {})[seed] = entry["miou"]
+                if "teacher_miou" in entry:
+                    found.setdefault(f"{method} (teacher)", {})[seed] = entry["teacher_miou"]
+    return found
+
+
+def report(output: Path, planned: Sequence[Planned]) -> None:
+    """Print the figures of the runs that are done, and write repeat.json."""
+    main = {one.name: one.cfg.method for one in planned}
+    summaries: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in main}
+    for one in planned:
+        if (summary := finished(one)) is not None:
+            summaries[one.name][one.seed] = summary
+    scores = {name: scores_of(found) for name, found in summaries.items()}
+    rows = []
+    for name, models in scores.items():
+        for model, by_seed in models.items():
+            found = spread(list(by_seed.values()))
+            sd = "-" if found["sd"] is None else f"{found['sd']:.2f}"
+            rows.append([name, model, f"{found['mean']:.2f}", sd, str(found["n"])])
+    if rows:
+        print("\nmIoU in %\n\n" + markdown(["config", "model", "mean", "sd", "n"], rows))
+    pairs: list[tuple[str, dict[int, float], dict[int, float]]] = []
+    for name, models in scores.items():
+        if "source_only" in models and main[name] != "source_only" and main[name] in models:
+            pairs.append((f"{name}: {main[name]} over source_only", models[main[name]], models["source_only"]))
+    if len(scores) == 2:
+        (first, of_first), (second, of_second) = scores.items()
+        both = of_second.get(main[second], {}), of_first.get(main[first], {})
+        pairs.append((f"{second} over {first}", *both))
+    compared = {}
+    for title, values, others in pairs:
+        if len(values.keys() & others.keys()) > 1:
+            compared[title] = paired_difference(values, others)
+            print(f"\n{title}: {compared[title]}")
+        else:
+            print(f"\n{title}: fewer than two seeds in common, nothing to compare")
+    output.mkdir(parents=True, exist_ok=True)
+    content = {"miou": scores, "differences": {title: vars(difference) for title, difference in compared.items()}}
+    (output / "repeat.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(f"\nFigures in {output / 'repeat.json'}")

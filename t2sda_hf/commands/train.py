@@ -1,0 +1,266 @@
+"""Adapt a segmentation model to an unlabelled target domain.
+
+    t2sda train --config demo                                       run a recipe: --list names all recipes
+    t2sda train --config mine.yaml --seed 1 --optim.lr 1e-4         every key of a config is also a flag: t2sda config
+    t2sda train --config mine.yaml --dry-run                        test the run, estimate its time and memory
+    t2sda train --config mine.yaml --resume auto                    start, continue, or report that all is done
+    t2sda train --config mine.yaml --num_processes 4 --accelerate_config fsdp2
+
+A recipe is a config file that comes with the package.
+
+--dry-run makes two updates, saves and loads a checkpoint, and evaluates one image for everything that the run will do.
+Then it prints how much memory and time the whole run needs on this machine. It deletes all that it has written, except
+the label statistics that `datasets` caches.
+
+--overfit-batch (the key train.overfit_batch) learns one batch again and again. If the losses do not fall, there is a
+fault.
+
+--resume auto continues the run in output_dir. If there is no such run, it starts one. So you can use the same command
+for every start.
+
+In a checkout of the repository, `accelerate launch scripts/train_uda.py --config ...` does the same.
+
+Exit codes. With every code except 0 the command prints one line that says why:
+    0     the run is finished
+    1     another error has ended the run
+    2     the input is wrong
+    130   the run was stopped by SIGINT (Ctrl-C), and has written a checkpoint
+    143   the run was stopped by SIGTERM, and has written a checkpoint
+"""
+
+import json
+import logging
+import os
+import shlex
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwargs
+from filelock import FileLock
+
+from ..config import RunConfig, dump_config
+from ..errors import Ended, LostContact, RunFailed
+from ..evaluation.page import write_page
+from ..evaluation.report import save_panel
+from ..evaluation.run_folder import write_data_record
+from ..evaluation.table import format_table
+from ..hub.card import record_run
+from ..hub.push import check_push, push_after_training
+from ..masking import MaskFilter, mask_known
+from ..models import T2SDAForSemanticSegmentation
+from ..training.build import (
+    Domains,
+    build_student,
+    data_record,
+    make_accelerator,
+    open_domains,
+    records,
+    run_method,
+)
+from ..training.checkpoint import write_text
+from ..training.distributed import decided_by_main, lost_contact, shards
+from ..training.dry_run import rehearse
+from ..training.resume import Start, check_folder, config_of, lock_run, plan
+from ..training.stopping import StopRequest
+
+Results = dict[str, dict[str, dict[str, Any]]]  # method -> "student", "teacher", "selected" -> result of an evaluation
+
+
+def run(args: Namespace) -> int:
+    """Build what the config names, then rehearse or train. Faults of the input show before anything is written."""
+    if args.cfg == RunConfig():
+        raise ValueError("there is nothing to train: give --config with a file or a recipe; --list names the recipes.")
+    if args.cfg.train.num_threads is not None:
+        torch.set_num_threads(args.cfg.train.num_threads)
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=args.cfg.train.timeout_seconds))
+    accelerator, cfg = make_accelerator(args.cfg, patience)
+    log_to_stderr(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    domains, initial = prepare(cfg, accelerator)
+    described = records(cfg, domains, accelerator)
+    if args.dry_run:
+        with StopRequest() as stop:
+            said = rehearse(cfg, initial, domains, accelerator, described, stop)
+        if accelerator.is_main_process:
+            print(f"{mask_known(dump_config(cfg))}\n{said}")
+        accelerator.end_training()
+        return 0
+    with ExitStack() as held:
+        decided_by_main(lambda: hold(held, lock_run(cfg)), accelerator, ValueError)
+        starts = plan(cfg, described, accelerator)
+        with explained(accelerator):
+            if accelerator.is_main_process:
+                record_run(Path(cfg.output_dir), command_of(args, accelerator), accelerator.num_processes)
+            with StopRequest() as stop:
+                results = train_all(cfg, domains, initial, accelerator, described, starts, stop)
+            accelerator.end_training()
+            if accelerator.is_main_process:
+                finish(cfg, domains, results)
+                if pushed := push_after_training(cfg):
+                    print(pushed)
+    return 0
+
+
+def hold(held: ExitStack, lock: FileLock) -> None:
+    """Keep a lock until the stack is left."""
+    held.callback(lock.release)
+
+
+def log_to_stderr(level: int) -> None:
+    handler = logging.StreamHandler()
+    handler.addFilter(MaskFilter())
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+
+
+def command_of(args: Namespace, accelerator: Accelerator) -> str:
+    """The command line that repeats the run."""
+    started = os.environ.get("T2SDA_COMMAND")  # by `launching`, whose flags do not reach this process
+    if started:
+        return started
+    several = accelerator.num_processes > 1
+    launcher = "accelerate launch" + (f" --multi_gpu --num_processes {accelerator.num_processes}" if several else "")
+    if args.door != "t2sda":
+        return f"{launcher} {args.door} {shlex.join(args.words)}"
+    return (
+        f"{launcher} -m t2sda_hf train {shlex.join(args.words)}" if several else f"t2sda train {shlex.join(args.words)}"
+    )
+
+
+@contextmanager
+def explained(accelerator: Accelerator) -> Iterator[None]:
+    """Say of an error of the machine what it means for the run; what shows only now is no fault of the input."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, Ended):
+            raise
+        raise RuntimeError(f"in the middle of the run: {error}") from error
+    except OSError as error:
+        raise RunFailed(
+            f"{type(error).__name__}: {error}. Checkpoints are intact; go on with --resume auto."
+        ) from error
+    except RuntimeError as error:
+        if isinstance(error, Ended) or accelerator.num_processes == 1 or not lost_contact(error):
+            raise
+        raise LostContact(
+            f"process {accelerator.process_index} lost contact with another one ({str(error).splitlines()[0]}). "
+            "Checkpoints are intact; start all again with --resume auto."
+        ) from error
+
+
+def prepare(cfg: RunConfig, accelerator: Accelerator) -> tuple[Domains, T2SDAForSemanticSegmentation]:
+    """The domains and the student to start from. Every fault of the input shows here; nothing is written."""
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(
+            f"mixed_precision {accelerator.mixed_precision!r} needs loss scaling, which one backward per term does not "
+            "have. Use bf16 or no."
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"accelerate was given gradient_accumulation_steps {accelerator.gradient_accumulation_steps}; "
+            "leave it at 1 and set train.micro_batches instead."
+        )
+    known = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
+    if accelerator.distributed_type not in known:
+        raise ValueError(
+            f"accelerate was started with {accelerator.distributed_type.value}, which would do nothing here. Launch "
+            "one process, several with whole networks, or FSDP2: see --accelerate_config in `t2sda train --help`."
+        )
+    if shards(accelerator) and cfg.train.compile != "none":
+        raise ValueError(f"train.compile {cfg.train.compile!r} is not built for sharded networks. Set it to none.")
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise ValueError(
+            f"accelerate was given dynamo_backend {accelerator.state.dynamo_plugin.backend.value}, which would compile "
+            "the evaluation too, and rename what is saved. Leave it at no and set train.compile instead."
+        )
+    decided_by_main(lambda: check_push(cfg), accelerator, ValueError)
+    check_folder(cfg)
+    accelerator.wait_for_everyone()  # nobody creates it before everybody looked
+    student = build_student(cfg)  # before the data: it is looked at faster
+    return open_domains(cfg, accelerator), student
+
+
+def train_all(
+    cfg: RunConfig,
+    domains: Domains,
+    initial: T2SDAForSemanticSegmentation,
+    accelerator: Accelerator,
+    described: dict[str, dict[str, Any]],
+    starts: dict[str, Start],
+    stop: StopRequest,
+) -> Results:
+    """Train the baseline, if there is one, and the method; what each evaluated at the end. Collective."""
+    folder, began = Path(cfg.output_dir), time.perf_counter()
+    if accelerator.is_main_process:
+        for method in starts:  # first: by these a folder is known as one to go on in, however early the run ends
+            (folder / method).mkdir(exist_ok=True)
+        write_data_record(folder, **data_record(cfg, domains, described))
+    results: Results = {}
+    for method, start in starts.items():
+        stop.check()
+        run_cfg, record = config_of(cfg, method), described[method]
+        results[method] = run_method(
+            run_cfg, initial, domains, accelerator, folder / method, start=start, record=record, stop=stop
+        )
+    if accelerator.is_main_process:
+        summary: dict[str, Any] = {
+            "seed": cfg.seed,
+            "num_processes": accelerator.num_processes,
+            "seconds": round(time.perf_counter() - began, 1),  # of the last start, if some of these were resumed
+            "resumed": [method for method, start in starts.items() if start.checkpoint],
+            "classes": cfg.classes,
+        }
+        write_text(folder / "summary.json", json.dumps(summary | summarise(cfg, results), indent=2))
+    return results
+
+
+def summarise(cfg: RunConfig, results: Results) -> dict[str, Any]:
+    """method -> miou and iou of the student, teacher_miou ... of the others; the gain over the baseline."""
+    summary: dict[str, Any] = {}
+    for method, evaluated in results.items():
+        entry = summary.setdefault(method, {})
+        for which, result in shown(evaluated).items():
+            prefix = "" if which == "student" else f"{which}_"
+            entry |= {f"{prefix}miou": result["miou"], f"{prefix}iou": [result["iou"][name] for name in cfg.classes]}
+    if cfg.baseline != "none":
+        summary["gain"] = summary[cfg.method]["miou"] - summary[cfg.baseline]["miou"]
+    return summary
+
+
+def shown(evaluated: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The results on the test domain, in the order of the table."""
+    return {which: evaluated[which] for which in ("student", "teacher", "selected") if which in evaluated}
+
+
+def finish(cfg: RunConfig, domains: Domains, results: Results) -> None:
+    """Draw the picture and the page of a run that is done, and print its table."""
+    folder = Path(cfg.output_dir)
+    # Loaded from the folders just written: what the picture shows is what others will load.
+    models = {name: T2SDAForSemanticSegmentation.from_pretrained(folder / name / "student").eval() for name in results}
+    picture = domains.test, models, domains.test.network_size(), cfg.classes
+    save_panel(folder / "panel.png", *picture)
+    if cfg.push_to_hub.picture == "predictions":
+        save_panel(folder / "predictions.png", *picture, 4, True)
+    columns = {
+        method if which == "student" else f"{method} ({which})": result
+        for method, evaluated in results.items()
+        for which, result in shown(evaluated).items()
+    }
+    own = results[cfg.method]
+    print(f"\nIoU on {domains.test.name}, {own['student']['num_images']} images, in %\n{format_table(columns)}")
+    if cfg.baseline != "none":
+        gain = own["student"]["miou"] - results[cfg.baseline]["student"]["miou"]
+        print(f"\n{cfg.method} gains {gain:+.2f} mIoU over {cfg.baseline} (seed {cfg.seed}).")
+    if "selected" in own:
+        kept = own["selected"]
+        print(f"Selected without target labels by {kept['proxy']}: the student after {kept['step']} updates.")
+    print(f"Figures in {folder / 'summary.json'}, everything on one page: {write_page(folder)}")

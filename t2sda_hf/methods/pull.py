@@ -1,0 +1,201 @@
+"""L_pull: what is pulled, and to what (paper section 3.2-3.4; method 5).
+
+Legend: B batch, K classes, D embedding size, H×W image, h×w feature map; s source, t target, q queries, k keys. x
+images in [0,1], y labels.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..augment.color import strong_augment
+from ..batch import normalize
+from ..config import RunConfig
+from ..labels import IGNORE_INDEX
+from ..losses.feature_distance import downscale_labels_by_share
+from ..losses.pull import (
+    PullSamples,
+    class_counts,
+    num_queries_per_class,
+    prototype_sums,
+    pull_loss,
+    sample_pull,
+    unreliable_pixels,
+)
+from ..models.image_processing_t2sda import sample_nearest
+from .pseudo_labels import PseudoLabels, equal_weights
+from .step import Graph, Step
+
+
+def pull_graph(
+    step: Step,
+    images: Mapping[str, Tensor],
+    keys: Mapping[str, Tensor],
+    pseudo_labels: PseudoLabels | None,
+    seen: Mapping[str, Any],
+) -> Graph:
+    """L_pull between the domains that the config names (paper Table 7; method 5.11).
+
+    Args:
+        step: see `Step`.
+        images: (B,3,H,W) by domain: "source", "ptarget" (at half size with HRDA), and "target" if there is one.
+        keys: (B,D,h,w) of the teacher by domain, as far as they are made already.
+        pseudo_labels: of the target; None without one.
+        seen: what the objective has looked at already.
+    """
+    cfg, pull, student, teacher = step.cfg, step.cfg.pull, step.networks.student, step.networks.teacher
+    keys = dict(keys)
+    with torch.no_grad():  # one domain at a time, for batch norm; not earlier, because maps of keys are large
+        for domain in ("source", pull.key_domain):
+            if domain not in keys:
+                keys[domain] = embed(teacher, images[domain], domain, cfg)
+    x_q = augmented(step, images[pull.query_domain]) if pull.augment else images[pull.query_domain]
+    with untracked(student, cfg) if pull.query_domain == "ptarget" else nullcontext():
+        queries = embed(student, x_q, pull.query_domain, cfg)  # (B,D,h,w)
+    samples, prototypes, importance = pull_against(step, keys[pull.key_domain], pseudo_labels)
+    loss = pull_loss(
+        queries,
+        keys["source"],
+        keys.get("target"),
+        prototypes,
+        samples,
+        importance,
+        temperature=pull.temperature,
+        objective=pull.objective,
+        reduction=pull.reduction,
+        num_classes_of_benchmark=step.num_members,
+    )
+    compared = {"samples": samples, "prototypes": prototypes, "class_weights": importance}
+    return Graph({"pull": loss}, {**seen, **compared})
+
+
+@torch.no_grad()
+def pull_against(step: Step, keys: Tensor, pseudo_labels: PseudoLabels | None) -> tuple[PullSamples, Tensor, Tensor]:
+    """What the queries are compared with: samples (CBQS, DENPS), prototypes (K,D) and class weights (K,).
+
+    `keys` (B,D,h,w) are those of pull.key_domain.
+    """
+    cfg, pull, num_classes = step.cfg, step.cfg.pull, len(step.cfg.classes)
+    labels = small_labels(step, pseudo_labels, (keys.shape[-2], keys.shape[-1]))
+    asked = step.sum_over_processes(class_counts(labels.queries, num_classes))
+    same = labels.keys is labels.queries
+    counts = asked if same else step.sum_over_processes(class_counts(labels.keys, num_classes))
+    sums = step.sum_over_processes(prototype_sums(keys, labels.keys, num_classes, pull.proto_prenorm))
+    prototypes = (sums / counts.clamp(min=1)[:, None]).float()
+    if pull.proto_momentum:
+        prototypes = step.memory.remember_prototypes(prototypes, counts > 0, pull.proto_momentum)
+
+    samples = draw_samples(step, labels, asked, counts)
+    weighed = pseudo_labels if cfg.drw.apply_to == "pull" else None
+    importance = equal_weights(step) if weighed is None else weighed.class_weights
+    if cfg.drw.normalise_over == "queried":
+        importance = importance / importance[samples.classes].sum().clamp(min=1e-12)
+    return samples, prototypes, importance
+
+
+@dataclass(frozen=True)
+class SmallLabels:
+    """Labels at the size of the embeddings, (B,h,w) int64, 255 where a pixel has none.
+
+    Attributes:
+        source: of the source, and so of its translation.
+        queries, keys: of the domain that is pulled, and of the one it is pulled to. The same tensor as `source` if it
+            is one of these two. Pseudo-labels are in them only where they may count and are sure enough.
+        target: all pseudo-labels; None without a target.
+        unreliable: (B,h,w) bool, target pixels that are negatives; None without a target.
+    """
+
+    source: Tensor
+    queries: Tensor
+    keys: Tensor
+    target: Tensor | None = None
+    unreliable: Tensor | None = None
+
+
+def small_labels(step: Step, pseudo_labels: PseudoLabels | None, size: tuple[int, int]) -> SmallLabels:
+    """The labels of source and target at `size` (h,w)."""
+    pull, y_s = step.cfg.pull, step.batch.source_labels
+    if pull.label_downscale == "nearest":
+        y_s = sample_nearest(y_s, size)
+    else:
+        y_s = downscale_labels_by_share(y_s, size, len(step.cfg.classes), 0.75)
+    if pseudo_labels is None:
+        return SmallLabels(y_s, y_s, y_s)
+    y_t = sample_nearest(pseudo_labels.labels, size)
+    confidence = sample_nearest(pseudo_labels.confidence, size)
+    counts = (confidence >= pull.target_min_conf) & (sample_nearest(pseudo_labels.inside, size) > 0)
+    trusted = torch.where(counts, y_t, IGNORE_INDEX)
+    return SmallLabels(
+        source=y_s,
+        queries=trusted if pull.query_domain == "target" else y_s,
+        keys=trusted if pull.key_domain == "target" else y_s,
+        target=y_t,
+        unreliable=unreliable_pixels(confidence, pull.unreliable_ratio, pull.gamma_scope),
+    )
+
+
+def draw_samples(step: Step, labels: SmallLabels, asked: Tensor, counts: Tensor) -> PullSamples:
+    """Queries and negatives.
+
+    Args:
+        asked, counts: (K,) pixels per class over all processes, in `labels.queries` and in `labels.keys`.
+    """
+    pull = step.cfg.pull
+    sampling: Literal["cbqs", "ceqs"] = "cbqs" if pull.query_sampling == "cbqs" else "ceqs"
+    query_labels = None
+    if labels.queries is not labels.source or labels.keys is not labels.source:
+        # A class is pulled only if there is something to pull it to.
+        y_q = labels.queries
+        has_key = (counts > 0)[y_q.clamp(max=len(counts) - 1)] & (y_q != IGNORE_INDEX)
+        query_labels = torch.where(has_key, y_q, IGNORE_INDEX)
+    return sample_pull(
+        labels.source,
+        labels.target,
+        labels.unreliable,
+        num_queries_per_class(asked * step.members, step.num_members, pull.num_queries, sampling),
+        pull.num_negatives,
+        step.generator,
+        uniform_queries=step.num_members * pull.num_queries if pull.query_sampling == "uniform" else None,
+        negatives=pull.negatives,
+        share=pull.share_negatives,
+        ignore_as_negative=pull.ignore_as_negative,
+        query_labels=query_labels,
+    )
+
+
+def embed(network: nn.Module, images: Tensor, domain: str, cfg: RunConfig) -> Tensor:
+    """Projector output (B,D,h,w). With HRDA, pseudo-target images may be at half size already (method 5.9)."""
+    shrunk = translates_context(cfg) and domain == "ptarget"
+    embeddings: Tensor = network(normalize(images), project=True, segment=False, at_context_scale=shrunk).embeddings
+    return embeddings
+
+
+def translates_context(cfg: RunConfig) -> bool:
+    """Whether pseudo-target images are at half size: HRDA's context, in which FDA swaps the band of a plain run."""
+    return cfg.hrda.enabled and cfg.translates and cfg.translate.hrda_scale == "context"
+
+
+@contextmanager
+def untracked(student: nn.Module, cfg: RunConfig) -> Iterator[None]:
+    """Pseudo-target images leave the encoder's running statistics alone, if pull.bn_track_ptarget says so."""
+    encoder: nn.Module | None = None if cfg.pull.bn_track_ptarget else student.encoder  # type: ignore[assignment]
+    norms = [] if encoder is None else [module for module in encoder.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def augmented(step: Step, images: Tensor) -> Tensor:
+    """Images (B,3,H,W) in colours of the strong augmentation."""
+    aug = step.cfg.augment
+    return strong_augment(images, aug.jitter_probability, aug.jitter_strength, aug.blur_probability, step.generator)

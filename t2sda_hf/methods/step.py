@@ -1,0 +1,137 @@
+"""What travels through an objective, and what comes back from it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from ..batch import UdaBatch
+from ..config import RunConfig
+from ..models import T2SDAForSemanticSegmentation
+from ..teacher import make_teacher
+from ..translate import TranslationEngine
+
+
+class ClassMemory(nn.Module):
+    """Running class statistics for the two choices that remember: prototypes, and confidences of absent classes.
+
+    Buffers only, so it is saved and loaded like a model. Both start at 0; a class is remembered once it was seen.
+    """
+
+    prototypes: Tensor  # (K,D) float32
+    seen: Tensor  # (K,) bool
+    confidences: Tensor  # (K,) float64
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("prototypes", torch.zeros(num_classes, dim))
+        self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
+        self.register_buffer("confidences", torch.zeros(num_classes, dtype=torch.float64))
+
+    def remember_prototypes(self, prototypes: Tensor, present: Tensor, momentum: float) -> Tensor:
+        """momentum·old + (1-momentum)·new for present classes, the new one at first sight; returns all, (K,D)."""
+        old_share = momentum * self.seen.float()
+        blended = old_share[:, None] * self.prototypes + (1 - old_share)[:, None] * prototypes
+        self.prototypes = torch.where(present[:, None], blended, self.prototypes)
+        self.seen = self.seen | present
+        return self.prototypes
+
+    def remember_confidences(self, confidences: Tensor, present: Tensor, momentum: float = 0.99) -> None:
+        self.confidences = torch.where(
+            present, momentum * self.confidences + (1 - momentum) * confidences, self.confidences
+        )
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of a run, and its translation engine, which may be one, too. Only the student is trained."""
+
+    student: nn.Module
+    teacher: nn.Module
+    imagenet: nn.Module | None  # frozen encoder of the feature distance; None if nobody asks for it
+    translate: TranslationEngine
+
+    def each(self, change: Callable[[str, nn.Module], nn.Module]) -> "Networks":
+        """The same with student, teacher and frozen encoder replaced by what `change` makes of a name and a network."""
+        imagenet = None if self.imagenet is None else change("imagenet", self.imagenet)
+        return Networks(change("student", self.student), change("teacher", self.teacher), imagenet, self.translate)
+
+
+def make_networks(cfg: RunConfig, student: T2SDAForSemanticSegmentation, translate: TranslationEngine) -> Networks:
+    """A run's networks out of its student, which is not copied.
+
+    The frozen encoder is what the student's is now: before the training, so that it is the pretrained one itself.
+    """
+    anchored = cfg.method != "source_only" and cfg.loss_weights.feature_distance > 0
+    imagenet = make_teacher(student.encoder).eval() if anchored else None
+    return Networks(student, make_teacher(student), imagenet, translate)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One batch on its way through an objective, with all that may be asked on the way.
+
+    Attributes:
+        batch: on the device, images in [0,1].
+        networks: of the run.
+        cfg: the run.
+        memory: of the run; the only thing here that an objective changes.
+        generator: of the CPU, for everything drawn.
+        sum_over_processes: sums a tensor of statistics over all processes. A collective: every process calls it the
+            same number of times, whatever its batch shows.
+        index: of the running update, from 0.
+    """
+
+    batch: UdaBatch
+    networks: Networks
+    cfg: RunConfig
+    memory: ClassMemory
+    generator: Generator
+    sum_over_processes: Callable[[Tensor], Tensor]
+    index: int
+
+    @property
+    def pulls(self) -> bool:
+        """Whether there is an L_pull in this update."""
+        return self.cfg.loss_weights.pull > 0 and self.index >= self.cfg.pull.start_step
+
+    @property
+    def num_members(self) -> int:
+        """C, the number of classes of the benchmark."""
+        return len(self.cfg.pull.class_set or self.cfg.classes)
+
+    @property
+    def members(self) -> Tensor:
+        """(K,) bool on the device, the classes of the benchmark."""
+        wanted = self.cfg.pull.class_set or self.cfg.classes
+        return torch.tensor([name in wanted for name in self.cfg.classes], device=self.batch.source_labels.device)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The losses of one autograd graph, and what the objective looked at on the way to them.
+
+    Attributes:
+        losses: unweighted, by the names of `LossWeights`: () float32 with a gradient.
+        seen: by name. References: nothing is computed for it, and nothing in it has a gradient. What an objective does
+            not look at is not there.
+
+            source_images, pseudo_target_images, target_images, mixed_images: (B,3,H,W) in [0,1]
+            source_labels, pseudo_labels, mixed_labels: (B,H,W)
+            source_logits, teacher_logits, mixed_logits: (B,K,h,w)
+            confidence, pixel_weights: (B,H,W) of the pseudo-labels
+            mixed_weights, from_source: (B,H,W) of the mixed image
+            trust: (), the mean weight of the pseudo-labels in the target loss
+            samples, prototypes, class_weights: what the queries are compared with: `PullSamples`, (K,D), (K,)
+    """
+
+    losses: dict[str, Tensor]
+    seen: Mapping[str, Any]
+
+    @property
+    def logged(self) -> dict[str, Tensor]:
+        """What the log says of it, detached: the losses, and the trust if pseudo-labels were learned."""
+        numbers = self.losses | ({"trust": self.seen["trust"]} if "trust" in self.seen else {})
+        return {name: value.detach() for name, value in numbers.items()}

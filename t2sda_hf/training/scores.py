@@ -1,0 +1,131 @@
+"""How a run scores its networks while it trains."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..config import RunConfig
+from ..data.domains import Domain
+from ..evaluation.evaluator import LabelledDomain, evaluate_model, evenly_spread
+from ..evaluation.figures import save_confusion
+from ..evaluation.report import save_panel
+from ..methods import Networks
+from ..teacher import with_statistics_of
+from .distributed import whole_network
+from .stopping import StopRequest
+
+
+@dataclass(frozen=True)
+class Interruptible:
+    """A domain for evaluation that raises Stopped at the next image after a signal."""
+
+    domain: Domain
+    stop: StopRequest
+
+    @property
+    def name(self) -> str:
+        return self.domain.name
+
+    def __len__(self) -> int:
+        return len(self.domain)
+
+    def image(self, index: int) -> np.ndarray:
+        self.stop.check()
+        return self.domain.image(index)
+
+    def labels(self, index: int) -> np.ndarray:
+        return self.domain.labels(index)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores on the test domain and on images of the source. Collective, but for the pictures.
+
+    Attributes:
+        cfg: of the method.
+        accelerator: of this process.
+        source, test: domains.
+        like: the student before it was sharded, see `whole_network`.
+        stop: after a signal, one process alone ends in the middle of an evaluation. Several finish it together, or one
+            would wait for the other.
+    """
+
+    cfg: RunConfig
+    accelerator: Accelerator
+    source: Domain
+    test: Domain
+    like: nn.Module
+    stop: StopRequest
+
+    def results(self, networks: Networks) -> dict[str, dict[str, Any]]:
+        """Results of `evaluate_model`: "student"; "teacher", unless it is never used; and both "..._source" if
+        evaluation.source_images asks for them.
+
+        Raises:
+            Stopped: see `stop`.
+        """
+        models = {"student": networks.student}
+        found = {"student": self.score(networks.student)}
+        if self.cfg.method != "source_only":
+            models["teacher"] = with_statistics_of(self._whole(networks.teacher), networks.student)
+            found["teacher"] = self.score(models["teacher"])
+        if self.cfg.evaluation.source_images:
+            seen_before = evenly_spread(self.source, self.cfg.evaluation.source_images, ", seen in training")
+            for name, model in models.items():
+                found[f"{name}_source"] = self._score(model, seen_before, self.source)
+        return found
+
+    def score(self, model: nn.Module) -> dict[str, Any]:
+        """The result of a network on the test domain."""
+        alone = self.accelerator.num_processes == 1
+        return self._score(model, Interruptible(self.test, self.stop) if alone else self.test, self.test)
+
+    def pictures(self, student: nn.Module, results: dict[str, dict[str, Any]], folder: Path) -> dict[str, Path]:
+        """Draw the whole student's predictions and confusions for the trackers; the page of the run has its own.
+
+        Args:
+            student: not sharded.
+            results: of `results`.
+            folder: is made.
+
+        Returns:
+            PNG files by name; none without a tracker.
+        """
+        if not self.cfg.train.log_with:
+            return {}
+        method, classes = self.cfg.method, self.cfg.classes
+        panels = {name: folder / f"{name}.png" for name in ("predictions", "confusion")}
+        folder.mkdir(exist_ok=True)
+        with self._as_written():
+            save_panel(panels["predictions"], self.test, {method: student.eval()}, self.test.network_size(), classes)
+        save_confusion(panels["confusion"], {method: np.array(results["student"]["confusion"])}, classes)
+        return panels
+
+    def _score(self, model: nn.Module, shown: LabelledDomain, domain: Domain) -> dict[str, Any]:
+        """The result on what is `shown` of a domain."""
+        how = self.cfg.evaluation
+        with self._as_written():
+            return evaluate_model(
+                self._whole(model),
+                shown,
+                image_size=domain.network_size(),
+                classes=self.cfg.classes,
+                accelerator=self.accelerator,
+                mode=how.mode,
+                window=how.window,
+                stride=how.stride,
+                limit=how.limit,
+            )
+
+    def _whole(self, network: nn.Module) -> nn.Module:
+        return whole_network(network, self.like, self.accelerator)
+
+    def _as_written(self) -> AbstractContextManager[Any]:
+        # Images of another size, once in thousands of steps, are not worth another compilation.
+        return torch.compiler.set_stance("force_eager") if self.cfg.train.compile != "none" else nullcontext()

@@ -1,0 +1,145 @@
+"""What a method leaves in its folder while it trains."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from ..config import RunConfig, dump_config
+from ..evaluation.watch import SELECTED, SELECTED_FILE, describe_selected, drop_selected_after, selects
+from ..masking import mask_known
+from ..models import T2SDAImageProcessor
+from .checkpoint import (
+    CheckpointError,
+    Progress,
+    checkpoint_folder,
+    keep_newest,
+    optimizer_tensors,
+    write_checkpoint,
+    write_folder,
+    write_text,
+)
+from .distributed import decided_by_main, whole_network, whole_tensor
+from .parts import Parts
+
+
+@dataclass(frozen=True)
+class Store:
+    """The folder of one method: config, checkpoints, models, results.
+
+    The main process writes, and all but `save` is collective: call it on every process.
+
+    Attributes:
+        folder: of the method.
+        cfg: of the method.
+        accelerator: of this process.
+        processor: goes with every model.
+        like: the student before it was sharded, see `whole_network`.
+        record: what the weights depend on, from `build.records`; kept in every checkpoint.
+    """
+
+    folder: Path
+    cfg: RunConfig
+    accelerator: Accelerator
+    processor: T2SDAImageProcessor
+    like: nn.Module
+    record: Mapping[str, Any]
+
+    def open(self) -> None:
+        """Make the folder, and write down the config; results of an earlier start are taken away."""
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / "resolved_config.yaml", mask_known(dump_config(self.cfg)))
+            (self.folder / "metrics.json").unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+
+    def forget_selected_after(self, step: int) -> None:
+        """Take away weights that were selected after more than `step` updates, see `drop_selected_after`."""
+        if self.accelerator.is_main_process:
+            drop_selected_after(self.folder, step)
+
+    def close(self, results: Mapping[str, Any]) -> None:
+        """Write down the results."""
+        if self.accelerator.is_main_process:
+            write_text(self.folder / "metrics.json", json.dumps(results, indent=2))
+        self.accelerator.wait_for_everyone()
+
+    def save(self, network: nn.Module, target: Path) -> None:
+        """Write a from_pretrained folder. Of one process, with a network that is whole."""
+        self.accelerator.unwrap_model(network).save_pretrained(target)
+        self.processor.save_pretrained(target)
+
+    def save_student(self, student: nn.Module) -> nn.Module:
+        """Write student/; returns the whole student.
+
+        Raises:
+            CheckpointError: on every process.
+        """
+        student = whole_network(student, self.like, self.accelerator)
+
+        def write() -> None:
+            write_folder(self.folder / "student", lambda folder: self.save(student, folder), manifest=False)
+
+        decided_by_main(write, self.accelerator, CheckpointError)
+        return student
+
+    def save_selected(self, student: nn.Module, proxies: Mapping[str, float], done: int) -> None:
+        """Keep the student if it is the best by `select`, after `done` updates.
+
+        Raises:
+            CheckpointError: on every process.
+        """
+        select = self.cfg.select
+        if not decided_by_main(lambda: selects(self.folder, select, proxies), self.accelerator):
+            return
+        student = whole_network(student, self.like, self.accelerator)
+
+        def write(folder: Path) -> None:
+            self.save(student, folder)
+            (folder / SELECTED_FILE).write_text(describe_selected(select, proxies, done), encoding="utf-8")
+
+        def keep() -> None:
+            write_folder(self.folder / SELECTED, write, manifest=False)
+
+        decided_by_main(keep, self.accelerator, CheckpointError)
+
+    def save_checkpoint(self, parts: Parts, progress: Progress) -> None:
+        """Write a checkpoint, then delete old ones.
+
+        Raises:
+            CheckpointError: on every process.
+        """
+        named = [(name, *buffer) for name, module in parts.own.items() for buffer in module.named_buffers()]
+        mine = {f"{name}.{buffer}": value.cpu() for name, buffer, value in named}
+        mine |= {f"log.{name}": values for name, values in progress.log.items()}
+        processes = gather_object([mine])
+        student, teacher = (
+            whole_network(network, self.like, self.accelerator)
+            for network in (parts.networks.student, parts.networks.teacher)
+        )
+        own = optimizer_tensors(parts.networks.student, parts.optimizer)
+        optimizer = {name: whole_tensor(tensor) for name, tensor in own.items()}
+
+        def write() -> None:
+            write_checkpoint(
+                checkpoint_folder(self.folder, progress.step),
+                save=self.save,
+                student=student,
+                teacher=teacher,
+                optimizer=optimizer,
+                processes=processes,
+                state={
+                    "method": self.cfg.method,
+                    "step": progress.step,
+                    "skipped": progress.skipped,
+                    **self.record,
+                },
+            )
+            keep_newest(self.folder, self.cfg.train.keep_checkpoints)
+
+        decided_by_main(write, self.accelerator, CheckpointError)

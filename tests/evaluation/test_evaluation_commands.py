@@ -1,0 +1,429 @@
+"""Evaluate, predict and analyze on a tiny model and images on disk, in this process, and as a user starts them."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from t2sda_hf.cli import main
+from t2sda_hf.config import DomainConfig
+from t2sda_hf.data.domains import load_domain
+from t2sda_hf.evaluation.evaluator import evaluate_model
+from t2sda_hf.evaluation.inference import load_model, predict_labels, saved_image_size, to_pixel_values
+from t2sda_hf.labels import palette
+from t2sda_hf.models import T2SDAConfig, T2SDAForSemanticSegmentation, T2SDAImageProcessor
+
+CLASSES = ("road", "building", "sky", "car")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A tiny network with random weights and the processor of a training at 32 x 64 pixels."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = T2SDAConfig(
+        depths=(1, 1, 1, 1),
+        hidden_sizes=(8, 8, 16, 16),
+        num_attention_heads=(1, 1, 2, 2),
+        decoder_hidden_size=8,
+        projector_dim=4,
+        projector_hidden=4,
+        id2label=dict(enumerate(CLASSES)),
+        label2id={name: class_id for class_id, name in enumerate(CLASSES)},
+    )
+    T2SDAForSemanticSegmentation(config).save_pretrained(folder)
+    T2SDAImageProcessor(size=(32, 64)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Images of different formats, modes and sizes, and a file that is none."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, mode, (width, height) in [
+        ("wide.png", "RGB", (70, 41)),
+        ("grey.bmp", "L", (40, 50)),
+        ("clear.webp", "RGBA", (33, 65)),
+        ("dot.tif", "RGB", (1, 1)),
+        ("space and ümlaut.JPG", "RGB", (20, 90)),
+    ]:
+        noise = rng.integers(0, 256, (height, width, len(mode)), dtype=np.uint8)
+        Image.fromarray(noise[..., 0] if mode == "L" else noise).save(folder / name)
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def open_image(path):
+    """The picture, decoded, with its file closed again."""
+    with Image.open(path) as picture:
+        picture.load()
+        return picture
+
+
+def predict(model_folder, images, output, *options):
+    return main(["predict", str(model_folder), str(images), "--output", str(output), *options])
+
+
+def last_error_line(capsys):
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_evaluate_prints_and_saves_what_the_evaluator_returns(model_folder, tmp_path, capsys):
+    output = tmp_path / "new folder" / "scores.json"
+
+    code = main(["evaluate", str(model_folder), "--domain", "streets-target", "--limit", "2", "--output", str(output)])
+
+    assert code == 0
+    model, classes = load_model(str(model_folder))
+    domain = load_domain(DomainConfig(path="streets-target", split="validation"), classes)
+    expected = evaluate_model(model, domain, image_size=(32, 64), classes=CLASSES, limit=2, progress=False)
+    saved = json.loads(output.read_text())
+    assert {key: saved[key] for key in expected} == expected
+    assert (saved["model"], saved["image_size"], saved["mode"]) == (str(model_folder), [32, 64], "whole")
+    printed = capsys.readouterr().out
+    assert "streets-target (validation), 2 images" in printed
+    assert all(f"| {name} " in printed for name in (*CLASSES, "mIoU", "pixel accuracy"))
+
+
+def test_evaluate_takes_windows_sizes_and_names_of_ids(model_folder, tmp_path):
+    output = tmp_path / "scores.json"
+    windows = ["--mode", "slide", "--window", "32", "48", "--stride", "16", "24", "--image_size", "48", "96"]
+    names = ["--class_names", "car", "road", *(f"other {n}" for n in range(17))]
+
+    code = main(
+        [
+            "evaluate",
+            str(model_folder),
+            "--domain",
+            "streets-source",
+            "--limit",
+            "1",
+            *windows,
+            *names,
+            "--output",
+            str(output),
+        ]
+    )
+
+    saved = json.loads(output.read_text())
+    assert code == 0
+    assert (saved["window"], saved["stride"], saved["image_size"]) == ([32, 48], [16, 24], [48, 96])
+    pixels_of_label = dict(zip(CLASSES, np.sum(saved["confusion"], axis=1), strict=True))
+    assert pixels_of_label["road"] > 0  # ids 1, in truth the pavement
+    assert pixels_of_label["building"] == pixels_of_label["sky"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--domain", "streets-targt"], "Did you mean 'streets-target'?"),
+        (["--domain", "streets-target", "--class_names", "cat", "dog"], "no class is shared"),
+        (["--domain", "streets-target", "--label_space", "marscapes"], "label_space must be one of"),
+        (["--domain", "streets-target", "--mode", "slide"], "needs evaluation.window and evaluation.stride"),
+        (["--domain", "streets-target", "--limit", "0"], "nothing to evaluate"),
+    ],
+)
+def test_evaluate_says_in_one_line_what_is_wrong(model_folder, options, message, capsys):
+    assert main(["evaluate", str(model_folder), *options]) == 2
+
+    line = last_error_line(capsys)
+    assert line.startswith("ValueError: ")
+    assert message in line
+
+
+def test_missing_model_is_named(tmp_path, capsys):
+    assert main(["evaluate", str(tmp_path / "nothing"), "--domain", "streets-target"]) == 2
+    assert f"cannot load a model from '{tmp_path / 'nothing'}'" in last_error_line(capsys)
+
+
+def test_encoder_without_a_trained_head_is_refused(model_folder, tmp_path):
+    encoder = tmp_path / "encoder"
+    T2SDAForSemanticSegmentation.from_pretrained(model_folder).segformer.save_pretrained(encoder)
+
+    with pytest.raises(ValueError, match="has no segmentation head"):
+        load_model(str(encoder))
+
+
+def test_input_size_is_read_from_the_processor_beside_the_model(model_folder, tmp_path):
+    assert saved_image_size(str(model_folder)) == (32, 64)
+
+    T2SDAImageProcessor(size=None).save_pretrained(tmp_path)
+    assert saved_image_size(str(tmp_path)) is None
+
+    T2SDAImageProcessor(size=(32, 64), resize="keep_ratio").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"does not state one height and width.*--image_size"):
+        saved_image_size(str(tmp_path))
+
+
+def test_model_without_a_processor_needs_a_given_size(model_folder, photos, tmp_path, capsys):
+    folder = tmp_path / "bare"
+    shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("preprocessor_config.json"))
+
+    assert predict(folder, photos, tmp_path / "out") == 2
+    assert "--image_size HEIGHT WIDTH" in last_error_line(capsys)
+    assert predict(folder, photos / "wide.png", tmp_path / "out", "--image_size", "32", "64") == 0
+
+
+def test_predict_writes_ids_colours_and_overlay_at_the_original_size(model_folder, photos, tmp_path):
+    output = tmp_path / "new" / "folder"
+
+    assert predict(model_folder, photos, output) == 0
+
+    images = [file for file in photos.iterdir() if file.suffix != ".txt"]
+    assert {file.name for file in output.iterdir()} == {
+        f"{image.stem}_{kind}.png" for image in images for kind in ("ids", "color", "overlay")
+    }
+    for path in images:
+        original = open_image(path).convert("RGB")
+        ids = open_image(output / f"{path.stem}_ids.png")
+        color = open_image(output / f"{path.stem}_color.png")
+        overlay = open_image(output / f"{path.stem}_overlay.png")
+        assert ids.size == color.size == overlay.size == original.size
+        assert (ids.mode, color.mode, overlay.mode) == ("L", "P", "RGB")
+        np.testing.assert_array_equal(np.array(color), np.array(ids))
+        colors = palette(CLASSES)[np.array(ids)]
+        np.testing.assert_array_equal(np.array(color.convert("RGB")), colors)
+        middle = (np.array(original, dtype=float) + colors) / 2
+        assert np.abs(np.array(overlay) - middle).max() <= 0.5
+
+
+def test_predicted_ids_are_those_of_the_model(model_folder, photos, tmp_path):
+    predict(model_folder, photos / "wide.png", tmp_path / "out", "--image_size", "64", "96")
+
+    model, _ = load_model(str(model_folder))
+    image = np.array(open_image(photos / "wide.png"))
+    expected = predict_labels(model, to_pixel_values(image, (64, 96), torch.device("cpu")), (41, 70))
+    np.testing.assert_array_equal(np.array(open_image(tmp_path / "out" / "wide_ids.png")), expected[0].numpy())
+
+
+def test_exif_orientation_is_applied(model_folder, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    Image.new("RGB", (60, 40)).save(tmp_path / "turned.jpg", exif=exif)
+
+    assert predict(model_folder, tmp_path / "turned.jpg", tmp_path / "out") == 0
+
+    assert open_image(tmp_path / "out" / "turned_ids.png").size == (40, 60)
+    assert open_image(tmp_path / "out" / "turned_overlay.png").size == (40, 60)
+
+
+def test_existing_predictions_are_replaced_only_on_request(model_folder, photos, tmp_path, capsys):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "wide_color.png").write_text("precious")
+
+    assert predict(model_folder, photos, output) == 2
+
+    assert "wide_color.png exists" in last_error_line(capsys)
+    assert [file.name for file in output.iterdir()] == ["wide_color.png"]
+    assert (output / "wide_color.png").read_text() == "precious"
+    assert predict(model_folder, photos, output, "--overwrite") == 0
+    assert open_image(output / "wide_color.png").mode == "P"
+
+
+def test_predictions_never_replace_the_images_themselves(model_folder, photos, capsys):
+    before = (photos / "wide.png").read_bytes()
+    (photos / "wide.png").rename(photos / "a_ids.png")
+    Image.new("RGB", (40, 40)).save(photos / "a.png")
+
+    assert predict(model_folder, photos, photos, "--overwrite") == 2
+
+    assert "a_ids.png exists" in last_error_line(capsys)
+    assert (photos / "a_ids.png").read_bytes() == before
+
+
+def test_images_that_share_a_stem_are_refused(model_folder, photos, tmp_path, capsys):
+    Image.new("RGB", (40, 40)).save(photos / "wide.bmp")
+
+    assert predict(model_folder, photos, tmp_path / "out") == 2
+
+    line = last_error_line(capsys)
+    assert "wide.bmp" in line
+    assert "wide.png" in line
+
+
+@pytest.mark.parametrize("kind", ["text", "cut", "sixteen bits"])
+def test_broken_image_is_named_before_anything_is_written(model_folder, photos, tmp_path, capsys, kind):
+    broken = photos / "zebra.png"
+    if kind == "text":
+        broken.write_text("not an image")
+    elif kind == "cut":
+        broken.write_bytes((photos / "wide.png").read_bytes()[:2000])
+    else:
+        Image.fromarray(np.full((40, 40), 4000, np.uint16)).save(broken)
+
+    assert predict(model_folder, photos, tmp_path / "out") == 2
+
+    assert last_error_line(capsys).startswith(f"ValueError: {broken} ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", ["photos/notes.txt", "nowhere", "empty"])
+def test_path_without_images_is_named(model_folder, photos, tmp_path, capsys, path):
+    (tmp_path / "empty").mkdir()
+
+    assert predict(model_folder, tmp_path / path, tmp_path / "out") == 2
+
+    assert last_error_line(capsys).startswith(f"ValueError: {tmp_path / path} ")
+
+
+# ------------------------------------------------------------------------ labelled domains that need more than a path
+
+
+@pytest.fixture
+def mapped(tmp_path):
+    """A config whose test domain has other names, other file names and a crop box, and truth (in class ids of CLASSES)
+    by file name."""
+    rng, truth = np.random.default_rng(0), {}
+    for folder in ("images", "masks"):
+        (tmp_path / "city" / folder).mkdir(parents=True)
+    for name in ("a", "b", "c"):
+        ids = rng.integers(0, 5, (6, 9)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
+        Image.fromarray(rng.integers(0, 256, (48, 72, 3), dtype=np.uint8)).save(tmp_path / f"city/images/{name}.png")
+        Image.fromarray(ids).save(tmp_path / f"city/masks/{name}.png")
+        truth[name] = np.array([255, 0, 2, 3, 1], np.uint8)[ids][8:, :64]
+    domain = {
+        "path": str(tmp_path / "city" / "images"),
+        "label_path": str(tmp_path / "city" / "masks"),
+        "split": "train",
+        "class_names": ["void", "street", "heaven", "vehicle", "house"],
+        "label_map": {"street": "road", "heaven": "sky", "vehicle": "car", "house": "building"},
+        "crop_box": [8, 0, 40, 64],
+    }
+    config = {
+        "test": domain,
+        "source": domain | {"crop_box": [0, 8, 40, 64]},
+        "classes": list(CLASSES),
+        "rcs.min_pixels": 5,
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return tmp_path / "mine.yaml", domain, truth
+
+
+def test_evaluate_and_analyze_read_a_domain_as_training_does(model_folder, mapped, tmp_path, capsys):
+    config, domain, truth = mapped
+    flags = [text for key, value in domain.items() if key != "path" for text in (f"--{key}", json.dumps(value))]
+    for name, words in (("file", ["--config", str(config)]), ("flags", ["--domain", domain["path"], *flags])):
+        assert main(["evaluate", str(model_folder), *words, "--output", str(tmp_path / f"{name}.json")]) == 0
+    scores = json.loads((tmp_path / "file.json").read_text())
+    assert scores == json.loads((tmp_path / "flags.json").read_text())
+    assert sum(scores["confusion"][1]) == sum(int((labels == 1).sum()) for labels in truth.values()) > 0
+
+    words = ["--config", str(config), "--output", str(tmp_path / "figures"), "--num_pictures", "2"]
+    assert main(["analyze", f"ours={model_folder}", *words, "--per_class", "16"]) == 0
+    figures = {file.name for file in (tmp_path / "figures").glob("*.png")}
+    assert figures == {f"{name}.png" for name in ("similarity", "relation", "distances", "tsne_ours", "pictures")}
+    with (tmp_path / "figures" / "similarity.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["class"]: float(row["IoU, %: ours"]) for row in rows} == pytest.approx(scores["iou"])
+    assert all(-1 <= float(row["similarity to the source: ours"]) <= 1 for row in rows)
+    capsys.readouterr()
+
+    assert main(["analyze", str(model_folder), *words, "--label_map", "{}"]) == 2
+    assert "no class is shared" in last_error_line(capsys)
+
+
+def test_analyze_without_labels_needs_none(model_folder, photos, tmp_path, capsys):
+    words = [str(model_folder), "--domain", str(photos), "--split", "train", "--output", str(tmp_path / "out")]
+    assert main(["analyze", *words]) == 2
+    assert "--no_labels" in last_error_line(capsys)
+    assert main(["analyze", *words, "--no_labels"]) == 0
+    assert {"proxies.csv", "classes.png", "pictures.png"} <= {file.name for file in (tmp_path / "out").iterdir()}
+
+
+def test_predict_compares_with_the_truth_of_a_domain(model_folder, mapped, tmp_path, capsys):
+    config, _, truth = mapped
+    (tmp_path / "city" / "images" / "c.png").write_bytes(b"damaged")
+    out = tmp_path / "out"
+    assert main(["predict", str(model_folder), "--compare", "--config", str(config), "--output", str(out)]) == 0
+
+    kinds = ("ids", "color", "overlay", "compare")
+    stems = ("000000_a", "000001_b")
+    assert {file.name for file in out.iterdir()} == {f"{stem}_{kind}.png" for stem in stems for kind in kinds}
+    printed = capsys.readouterr()
+    assert "1 of 3 images of" in printed.err
+    assert "2 images of" in printed.out
+    model, _ = load_model(str(model_folder))
+    image = np.array(open_image(tmp_path / "city" / "images" / "a.png"))[8:, :64]
+    expected = predict_labels(model, to_pixel_values(image, (32, 64), torch.device("cpu")), truth["a"].shape)
+    np.testing.assert_array_equal(np.array(open_image(out / "000000_a_ids.png")), expected[0].numpy())
+    assert open_image(out / "000000_a_compare.png").width > 4 * 300
+
+    again = ["predict", str(model_folder), "--compare", "--domain", "streets-target", "--output", str(out)]
+    assert main([*again, "--limit", "1", "--confidence"]) == 0
+    assert (out / "000000_target_validation_00000_confidence.png").is_file()
+    assert len(list(out.glob("*_compare.png"))) == 3
+    assert main([*again, "--limit", "1"]) == 2
+    assert "000000_target_validation_00000_ids.png exists" in last_error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "there is nothing to segment"),
+        (["photos", "--compare", "--domain", "streets-target"], "instead of images: leave out photos"),
+        (["photos", "--domain", "streets-target"], "which only --compare reads"),
+        (["--compare"], "no labelled domain was named"),
+        (["--compare", "--domain", "streets-target", "streets-source"], "one domain here"),
+        (["--compare", "--domain", "PHOTOS", "--split", "train"], "give them instead of --compare"),
+    ],
+)
+def test_what_predict_is_to_look_at_is_said_once(model_folder, photos, words, message, tmp_path, capsys):
+    words = [str(photos) if word == "PHOTOS" else word for word in words]
+    assert main(["predict", str(model_folder), *words, "--output", str(tmp_path / "out")]) == 2
+    assert message in last_error_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- as processes
+
+
+def start(*words):
+    """Run a command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "t2sda_hf", *map(str, words)],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_both_run_as_processes(model_folder, photos, tmp_path):
+    evaluated = start("evaluate", model_folder, "--domain", "streets-target", "--limit", 1)
+    predicted = start("predict", model_folder, photos / "notes.txt", "--output", tmp_path / "out")
+
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "mIoU" in evaluated.stdout
+    assert predicted.returncode == 2
+    assert "Traceback" not in predicted.stderr
+    assert predicted.stderr.strip().splitlines()[-1].startswith("ValueError: ")
+
+
+@pytest.mark.two_processes
+def test_two_processes_print_once_and_save_the_scores_of_one(model_folder, tmp_path):
+    arguments = [str(model_folder), "--domain", "streets-target", "--limit", "3", "--output"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+    two = subprocess.run(
+        [*launcher, "--module", "t2sda_hf", "evaluate", *arguments, str(tmp_path / "two.json")],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("| mIoU ") == 1
+    assert main(["evaluate", *arguments, str(tmp_path / "one.json")]) == 0
+    assert json.loads((tmp_path / "two.json").read_text()) == json.loads((tmp_path / "one.json").read_text())

@@ -1,0 +1,241 @@
+"""t2sda train as a user meets it: one run end to end, and every mistake before the first step."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from PIL import Image
+from running import ROOT, TINY_RUN, launch, t2sda
+from transformers import AutoModelForSemanticSegmentation
+
+from t2sda_hf.cli import main
+from t2sda_hf.commands.train import explained
+from t2sda_hf.config import load_config
+from t2sda_hf.errors import CheckpointError, DamagedCheckpoint, NotFinite, RunFailed
+
+CLASSES = ["road", "sky", "car"]
+
+
+def png(pixels: np.ndarray) -> dict:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def write_domain(path: Path, images: list, labels: list | None, columns: tuple[str, str] = ("image", "label")) -> str:
+    table = {columns[0]: images} | ({columns[1]: labels} if labels is not None else {})
+    Dataset.from_dict(table).to_parquet(path)
+    return str(path)
+
+
+def noise(height: int = 64, width: int = 96, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def ids(height: int = 64, width: int = 96, values: tuple[int, ...] = (0, 10, 13)) -> np.ndarray:
+    return np.random.default_rng(1).choice(np.array(values, np.uint8), (height, width))
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> list[str]:
+    """Arguments of a run on three healthy parquet files."""
+    config = tmp_path / "run.yaml"
+    config.write_text(TINY_RUN.split("classes:")[0] + f"classes: {json.dumps(CLASSES)}\n" + rest(), encoding="utf-8")
+    images, labels = [png(noise(seed=i)) for i in range(2)], [png(ids()) for _ in range(2)]
+    source = write_domain(tmp_path / "source.parquet", images, labels)
+    target = write_domain(tmp_path / "target.parquet", images, None)
+    test = write_domain(tmp_path / "test.parquet", images, labels)
+    where = ["--source.path", source, "--target.path", target, "--test.path", test, "--test.split", "train"]
+    return ["--config", str(config), "--output_dir", str(tmp_path / "out"), *where]
+
+
+def rest() -> str:
+    """TINY_RUN without its classes and domains."""
+    return TINY_RUN[TINY_RUN.index("model:") :]
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The message of a run that must stop before its first step, leaving no output folder."""
+    out = Path(arguments[arguments.index("--output_dir") + 1])
+    before = sorted(out.rglob("*")) if out.exists() else None
+    assert main(["train", *arguments]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("ValueError: ")
+    assert (sorted(out.rglob("*")) if out.exists() else None) == before
+    return message
+
+
+def test_a_run_end_to_end(tmp_path: Path) -> None:
+    """By the script of a checkout under `accelerate launch`; all else in these tests is the command."""
+    (tmp_path / "tiny.yaml").write_text(TINY_RUN, encoding="utf-8")
+    out = tmp_path / "out"
+    arguments = ["--config", str(tmp_path / "tiny.yaml"), "--output_dir", str(out), "--baseline", "source_only"]
+    arguments += ["--seed", "3", "--train.log_with", "[tensorboard]", "--train.save_every", "2"]
+    arguments += ["--push_to_hub.picture", "predictions"]
+    printed = launch(1, "scripts/train_uda.py", *arguments)
+
+    command = json.loads((out / "run.json").read_text(encoding="utf-8"))["command"]
+    assert command.startswith("OMP_NUM_THREADS=1 accelerate launch scripts/train_uda.py --config ")
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    assert summary["seed"] == 3
+    assert summary["gain"] == pytest.approx(summary["t2sda"]["miou"] - summary["source_only"]["miou"])
+    assert set(summary["t2sda"]) == {"miou", "iou", "teacher_miou", "teacher_iou"}
+    scored = [iou for iou in summary["t2sda"]["iou"] if iou is not None]
+    assert summary["t2sda"]["miou"] == pytest.approx(np.mean(scored))
+    assert f"{summary['t2sda']['miou']:.2f}" in printed
+    assert "| mIoU" in printed
+
+    with Image.open(out / "panel.png") as panel, Image.open(out / "predictions.png") as predictions:
+        assert min(panel.size) > 200
+        assert predictions.width == pytest.approx(panel.width * 2 / 5, rel=0.1)  # no images, truth and errors
+    for name in ("source_only", "t2sda"):
+        assert list((out / name).glob("**/events.out.tfevents*")), "no TensorBoard events"
+        assert load_config(str(out / name / "resolved_config.yaml")).seed == 3
+        lines = [json.loads(line) for line in (out / name / "scalars.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3, 3]  # the last: evaluation
+    assert {"source", "target", "pull", "trust", "lr", "data_share"} <= set(lines[0])
+    assert (out / "t2sda" / "checkpoint-000002" / "student" / "model.safetensors").is_file()
+    # What was saved is a model for anybody, and scores what the summary says.
+    model = AutoModelForSemanticSegmentation.from_pretrained(out / "t2sda" / "student")
+    assert model(torch.zeros(1, 3, 64, 64)).logits.shape == (1, 10, 16, 16)
+    evaluate = ["evaluate", str(out / "t2sda" / "student"), "--domain", "streets-target", "--limit", "3"]
+    t2sda(*evaluate, "--output", str(tmp_path / "scores.json"))
+    scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    assert scores["miou"] == pytest.approx(summary["t2sda"]["miou"], abs=1e-9)
+
+
+@pytest.mark.parametrize(("precision", "torchs"), [("float32", "highest"), ("tf32", "high")])
+def test_the_precision_of_products_on_a_gpu_is_the_configs(good, capsys, precision: str, torchs: str):
+    owners = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [owner.allow_tf32 for owner in owners]
+    try:
+        refused([*good, f"--train.precision={precision}", "--source.path=nowhere"], capsys)
+        assert torch.get_float32_matmul_precision() == torchs
+        assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+    finally:
+        for owner, allowed in zip(owners, before, strict=True):
+            owner.allow_tf32 = allowed
+
+
+def test_equal_seeds_give_equal_runs_and_others_do_not(tmp_path: Path, good: list[str]) -> None:
+    written = []
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        arguments = [*good, "--seed", seed]
+        arguments[arguments.index("--output_dir") + 1] = str(tmp_path / name)
+        assert main(["train", *arguments]) == 0
+        written.append((tmp_path / name / "t2sda" / "student" / "model.safetensors").read_bytes())
+    assert written[0] == written[1] != written[2]
+
+
+def test_an_existing_folder_is_not_overwritten(good: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    out = Path(good[good.index("--output_dir") + 1])
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work", encoding="utf-8")
+    assert "exists and is not empty" in refused(good, capsys)
+    assert (out / "thesis.txt").read_text(encoding="utf-8") == "years of work"
+
+
+def test_help_and_no_arguments_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["--help"], ["train", "--help"]):
+        assert main(words) == 0
+        assert "t2sda train --config demo" in capsys.readouterr().out
+    script = subprocess.run([sys.executable, "scripts/train_uda.py"], cwd=ROOT, capture_output=True, text=True)
+    assert (script.returncode, script.stderr) == (0, "")
+    assert "t2sda train --config demo" in script.stdout
+    assert main(["train"]) == 2
+    assert "there is nothing to train: give --config" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--optim.warmup", "1"], ["optim.warmup", "optim.warmup_steps"]),
+        (["--optim.lr", "fast"], ["lr", "fast"]),
+        (["--method", "t2sd"], ["method", "t2sd"]),
+        (["--loss_weights.feature_distance", "0.005"], ["loss_weights.feature_distance", "model.pretrained"]),
+        (["--train.max_steps", "0"], ["train.max_steps", "at least 1"]),
+        (["--source.path", "nowhere.parquet"], ["nowhere.parquet"]),
+        (["--source.path", "streets-sorce"], ["streets-source"]),
+        (["--target.image_column", "photo"], ["target.parquet", "photo", "image_column"]),
+        (["--source.label_column", "mask"], ["source.parquet", "mask", "label_column"]),
+        (["--test.label_map", "{car: tank}"], ["test.parquet", "tank"]),
+        (["--model.pretrained", "no/such/folder"], ["no/such/folder"]),
+        (["--config", "missing.yaml"], ["missing.yaml"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_wrong_key_or_path_is_refused(
+    good: list[str], arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if arguments[0] == "--config":
+        good = good[2:]
+    message = refused([*good, *arguments], capsys)
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize("domain", ["source", "test"])
+@pytest.mark.parametrize(
+    ("images", "labels", "parts"),
+    [
+        ([png(noise())], [png(ids(values=(0, 10, 77)))], ["row 0", "77", "label_space"]),
+        ([png(noise())] * 2, [png(ids()), png(ids(32, 96))], ["row 1", "96x64", "96x32"]),
+        ([png(noise())], [png(ids(values=(0,)))], ["only the class road"]),
+        ([png(noise())], [png(ids(values=(5, 255)))], ["none of the classes"]),
+        ([{"bytes": b"not a picture", "path": None}], [png(ids())], ["row 0", "cannot be read"]),
+        ([png(noise())], [png(noise())], ["row 0", "label_colors"]),
+        ([png(noise()), None], [png(ids())] * 2, ["row 1", "empty"]),
+    ],
+    ids=["unknown id", "sizes differ", "one class", "no class", "not an image", "colours as labels", "no file"],
+)
+def test_bad_data_is_refused(
+    tmp_path: Path,
+    good: list[str],
+    domain: str,
+    images: list,
+    labels: list,
+    parts: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write_domain(tmp_path / "bad.parquet", images, labels)
+    message = refused([*good, f"--{domain}.path", path, f"--{domain}.split", "train"], capsys)
+    for part in ["bad.parquet", *parts]:
+        assert part in message
+
+
+def test_an_empty_domain_is_refused(tmp_path: Path, good: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    full = Dataset.from_dict({"image": [png(noise())], "label": [png(ids())]})
+    full.select([]).to_parquet(tmp_path / "empty.parquet")
+    message = refused([*good, "--source.path", str(tmp_path / "empty.parquet")], capsys)
+    assert "empty.parquet" in message
+
+
+def test_an_encoder_of_another_size_is_refused(
+    tmp_path: Path, good: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import SegformerConfig, SegformerModel
+
+    SegformerModel(
+        SegformerConfig(depths=[1] * 4, hidden_sizes=[4, 4, 4, 4], num_attention_heads=[1] * 4)
+    ).save_pretrained(tmp_path / "encoder")
+    assert "hidden_sizes" in refused([*good, "--model.pretrained", str(tmp_path / "encoder")], capsys)
+
+
+def test_a_fault_that_shows_in_the_middle_of_a_run_keeps_its_trace():
+    """A ValueError before the first step is the user's, and one line; later it is ours, and needs its trace."""
+    accelerator = Accelerator(cpu=True)
+    with pytest.raises(RuntimeError, match="in the middle of the run: shapes differ") as caught, explained(accelerator):
+        raise ValueError("shapes differ")
+    assert isinstance(caught.value.__cause__, ValueError)
+    with pytest.raises(RunFailed, match=r"OSError: .*Checkpoints are intact"), explained(accelerator):
+        raise OSError("no space left")
+    for known in (DamagedCheckpoint("cut"), NotFinite("loss"), CheckpointError("disk")):
+        with pytest.raises(type(known)), explained(accelerator):
+            raise known

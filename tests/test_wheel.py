@@ -1,0 +1,80 @@
+"""Whoever installs the wheel, and has nothing of this repository: the command, the recipes, the way to the Hub."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from hub.server import TOKEN, serve
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+BUILT_FROM = ("t2sda_hf", "configs", "model_cards", "pyproject.toml", "README.md", "LICENSE")
+FEW = ["--source.num_images=6", "--target.num_images=6", "--test.num_images=2", "--evaluation.source_images=0"]
+SHORT = ["--train.max_steps=1", "--train.evaluate_every=1", "--train.batch_size=1"]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`t2sda` in an environment that has the wheel of this repository, and the libraries of this one."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in BUILT_FROM:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / "clone" / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / "clone" / name)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder)]
+    subprocess.run([*pip, *build, str(folder / "clone")], check=True, timeout=300)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "empty")], check=True, timeout=300)
+    python = folder / "empty" / "bin" / "python"
+    wheel = next(folder.glob("t2sda_hf-*.whl"))
+    subprocess.run(
+        [*pip, "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)], check=True, timeout=300
+    )
+    asked = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    packages = Path(subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60).stdout.strip())
+    # A folder that a .pth file adds is searched for packages, but its own .pth files (editable installs) are not read.
+    (packages / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    return folder / "empty" / "bin" / "t2sda"
+
+
+def test_the_wheel_takes_a_stranger_from_recipe_to_hub(command: Path, tmp_path: Path) -> None:
+    photographs, cache = tmp_path / "photos", tmp_path / "cache"
+    photographs.mkdir()
+    Image.new("RGB", (96, 64), "gray").save(photographs / "street.png")
+    with serve() as hub:
+        plain = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_", "T2SDA"))}
+        settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
+
+        def t2sda(*words: str) -> str:
+            done = subprocess.run(
+                [str(command), *words],
+                cwd=tmp_path,
+                env=plain | settings,
+                capture_output=True,
+                text=True,
+                timeout=600,
+                check=False,
+            )
+            assert done.returncode == 0, f"{words}\n{done.stderr[-3000:]}"
+            return done.stdout
+
+        assert "gta_cityscapes/t2sda_daformer" in t2sda("train", "--list").splitlines()
+        assert str(command.parents[1]) in t2sda("env")  # the recipes are those of the wheel
+        assert "0 kinds of faults" in t2sda("check", "--config", "demo", *FEW[:3])
+        t2sda("train", "--config", "demo", *FEW, *SHORT)
+        assert "| mIoU" in t2sda("evaluate", "outputs/demo", "--config", "demo", "--limit", "2")
+        t2sda("predict", "outputs/demo/t2sda/student", "photos", "--output", "seen")
+        assert (tmp_path / "seen" / "street_overlay.png").is_file()
+        said = t2sda("push", "outputs/demo", "me/streets", "--license", "apache-2.0")
+        assert f"Published: {hub.url}/me/streets" in said
+        assert {"model.safetensors", "README.md", "config.json"} <= set(hub.files("me/streets"))
+        t2sda("predict", "me/streets", "photos", "--output", "from_hub")
+        assert (tmp_path / "from_hub" / "street_ids.png").read_bytes() == (
+            tmp_path / "seen" / "street_ids.png"
+        ).read_bytes()
