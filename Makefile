@@ -16,7 +16,7 @@ test: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The demo in a real browser: needs chromium, and an environment of its own because gradio wants an older Pillow.
 browser: $(VENV)-browser/.installed

@@ -99,8 +99,9 @@ class Parser(argparse.ArgumentParser):
 
     def takes_key(self, flag: str, name: str, help_text: str = argparse.SUPPRESS) -> None:
         """Let a flag be a key of the run. Lists may be written as several words."""
-        found = keys()[name].list_of
-        metavar = "VALUE ..." if found and found[1] is None else "HEIGHT WIDTH" if found and found[1] == 2 else "VALUE"
+        key, found = keys()[name], keys()[name].list_of
+        choices = f"{{{','.join(key.choices)}}}" if key.choices else "VALUE"
+        metavar = "VALUE ..." if found and found[1] is None else "HEIGHT WIDTH" if found and found[1] == 2 else choices
         self.add_argument(flag, action=_Key, const=name, help=help_text, metavar=metavar)
 
     def takes_a_test_domain(self, without: Sequence[str] = ()) -> None:

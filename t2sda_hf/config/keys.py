@@ -132,6 +132,11 @@ class Key:
     changes: Changes
 
     @property
+    def choices(self) -> tuple[str, ...]:
+        """The words that it takes; () if it is no choice."""
+        return get_args(self.type) if get_origin(self.type) is Literal else ()
+
+    @property
     def list_of(self) -> tuple[Any, int | None] | None:
         """Of a list the type of an item and how many there are, None for any number; None for what is no list."""
         kinds = get_args(self.type) if get_origin(self.type) in _UNIONS else (self.type,)

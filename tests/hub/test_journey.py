@@ -163,7 +163,7 @@ def test_the_published_scores_are_those_of_the_summary(hub: Hub, run: Path) -> N
     assert facts["source_only"]["miou"] == summary["source_only"]["miou"]
     assert (facts["steps"], facts["num_processes"], facts["license"]) == (5, 2, "apache-2.0")
     assert facts["command"].startswith("OMP_NUM_THREADS=1 t2sda train --config")
-    assert facts["command"].endswith("--baseline source_only --num_processes 2 --cpu")
+    assert facts["command"].endswith("--baseline=source_only --num_processes 2 --cpu")
     assert len(hub.repositories[REPOSITORY].commits) == 2  # the empty one, and all files in the other
 
 
