@@ -637,7 +637,7 @@ def main(words: Sequence[str] | None = None, door: str = "t2sda") -> int:
                 load_config(path, args.overrides) for path in vars(args).get("configs", [vars(args).get("config")])
             ]
             args.cfg = args.cfgs[0]
-        if door == "t2sda" and COMMANDS[name].launched(args):
+        if COMMANDS[name].launched(args):
             code = launch(name, args)
             if code is not None:
                 return code

@@ -52,7 +52,7 @@ def launch(name: str, args: Namespace) -> int | None:
 
     Args:
         name: of the command.
-        args: with `FLAGS`, and the command's own words.
+        args: with `FLAGS`, the command's own words, and the door it came through.
 
     Returns:
         The exit code, or None if this process is to do the work.
@@ -60,7 +60,7 @@ def launch(name: str, args: Namespace) -> int | None:
     Raises:
         ValueError: for flags that do not fit together, or that a launcher has to be given.
     """
-    if any(variable in os.environ for variable in _LAUNCHED):
+    if args.door != "t2sda" or any(variable in os.environ for variable in _LAUNCHED):
         if given := words_of(args):
             raise ValueError(
                 f"this process was started by a launcher: give {' '.join(given)} to that, not to t2sda {name}."
@@ -108,6 +108,10 @@ def _alone(args: Namespace, file: Path | None) -> bool:
     os.environ["ACCELERATE_MIXED_PRECISION"] = str(asked.mixed_precision)
     if asked.use_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
+    if asked.gpu_ids not in (None, "all"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(asked.gpu_ids)
+    if backend := asked.dynamo_config.get("dynamo_backend"):
+        os.environ["ACCELERATE_DYNAMO_BACKEND"] = str(backend)  # training refuses it, and says what to set instead
     return True
 
 

@@ -6,16 +6,19 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# A few steps on drawn streets with an encoder of a few thousand parameters.
-TINY_RUN = """
-method: t2sda
+TINY_NETWORK = """
+model: {size: mit_b0, pretrained: null, head: all_mlp, depths: [1, 1, 1, 1], hidden_sizes: [8, 8, 16, 16],
+        num_attention_heads: [1, 1, 2, 2], decoder_hidden_size: 8}
+projector: {hidden: 8, dim: 8}
+"""
+# A few steps on generated streets with an encoder of a few thousand parameters.
+TINY_RUN = (
+    TINY_NETWORK
+    + """method: t2sda
 classes: [road, sidewalk, building, pole, traffic sign, vegetation, sky, person, car, bus]
 source: {path: streets-source, num_images: 6}
 target: {path: streets-target, num_images: 6}
 test: {path: streets-target, split: validation, num_images: 3}
-model: {size: mit_b0, pretrained: null, head: all_mlp, depths: [1, 1, 1, 1], hidden_sizes: [8, 8, 16, 16],
-        num_attention_heads: [1, 1, 2, 2], decoder_hidden_size: 8}
-projector: {hidden: 8, dim: 8}
 data: {crop_size: [32, 64], outer_crop_size: [64, 96], cat_max_ratio: 0.9}
 rcs: {min_pixels: 5}
 uda: {ignore_top: 0, ignore_bottom: 0, pseudo_threshold: 0.1}
@@ -24,6 +27,7 @@ optim: {lr: 1e-3, warmup_steps: 0}
 train: {max_steps: 3, batch_size: 1, log_every: 1, num_threads: 1, log_with: []}
 loss_weights: {feature_distance: 0}
 """
+)
 
 
 def t2sda(*words: str) -> str:

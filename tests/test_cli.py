@@ -57,6 +57,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         "ACCELERATE_DYNAMO_BACKEND",
         "ACCELERATE_MIXED_PRECISION",
         "ACCELERATE_USE_CPU",
+        "CUDA_VISIBLE_DEVICES",
         "T2SDA_COMMAND",
     ):
         monkeypatch.setenv(name, "")
@@ -395,10 +396,20 @@ def test_one_process_of_a_launch_file_is_this_one(monkeypatch, tmp_path):
     seen = as_read(monkeypatch, train)
     file = tmp_path / "one.yaml"
     text = (RECIPES / "accelerate" / "single_gpu.yaml").read_text(encoding="utf-8")
-    file.write_text(text.replace("mixed_precision: 'no'", "mixed_precision: bf16"), encoding="utf-8")
+    changed = text.replace("mixed_precision: 'no'", "mixed_precision: bf16").replace("'NO'", "INDUCTOR", 2)
+    file.write_text(changed.replace("INDUCTOR", "'NO'", 1) + "gpu_ids: '1'\n", encoding="utf-8")
     assert main(["train", "--config", "demo", "--accelerate_config", str(file)]) == 0
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    assert os.environ["ACCELERATE_DYNAMO_BACKEND"].endswith("INDUCTOR")  # nothing that it says is dropped
     assert len(seen) == 1
+
+
+def test_another_door_is_a_launchers_business(started, capsys):
+    words = ["train", "--config", "demo", "--num_processes", "2"]
+    assert main(words, door="scripts/train_uda.py") == 2
+    assert "give --num_processes=2 to that" in capsys.readouterr().err
+    assert started == []
 
 
 def test_what_is_wrong_with_a_config_is_said_before_anything_is_started(started, capsys):

@@ -320,7 +320,8 @@ def test_what_nothing_reads_is_no_difference():
     """So a run of the first release, whose feature distance had classes and no weight, goes on."""
     assert differences({"feature_distance.classes": ["car"]}, {}) == {}
     weighed = {"feature_distance.classes": ["car"], "loss_weights.feature_distance": 0.1}
-    assert set(differences(weighed, {})) == set(weighed)
+    assert set(differences(weighed, {})) == {"loss_weights.feature_distance"}
+    assert set(differences(weighed, {"loss_weights.feature_distance": 0.2})) == set(weighed)
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

@@ -78,7 +78,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(table: str, number: int, files: Path) -> RunConfig:
     """The row's config, made small."""
     row = table_at(table).rows[number]
-    given = tables.config_of(row)
+    given = row.cfg
     own = [f"--output_dir={files / 'out'}", MARGINS]
     if given.method != "generalization":
         own.append(TARGET)
@@ -166,7 +166,7 @@ def test_every_domain_at_the_papers_scale_has_the_split_that_is_read(path: Path)
     for row in table.rows:
         if row.config is None:
             continue
-        cfg = tables.config_of(row)
+        cfg = row.cfg
         for given in (cfg.source, cfg.target, cfg.test):
             assert not given.path or given.split in LAYOUTS[Path(given.path).name].splits
 
@@ -185,7 +185,7 @@ def test_every_row_is_a_valid_config_at_every_scale_and_changes_what_it_names(pa
             if row.config is None:
                 continue
             named = entry["set"] | entry.get("set_at", {}).get(scale, {})
-            different = differences(asdict(load_config(row.config)), asdict(tables.config_of(row)))
+            different = differences(asdict(load_config(row.config)), asdict(row.cfg))
             assert set(different) - {"baseline"} <= set(named)
 
 

@@ -89,12 +89,13 @@ def run(args: Namespace) -> int:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: `config` and `arguments` make it, None if it is quoted from the paper alone."""
+    """One line of a table: `config` and `arguments` make `cfg`; None if it is quoted from the paper alone."""
 
     label: tuple[str, ...]
     paper: tuple[tuple[float | None, float | None], ...]  # (mean, sd) per score
     config: str | None
     arguments: tuple[str, ...]
+    cfg: RunConfig | None
 
 
 @dataclass(frozen=True)
@@ -150,15 +151,16 @@ def read_table(name: str, scale: str, overrides: Sequence[str] = ()) -> Table:
         if not {"label", "set"} <= entry.keys() and not entry.get("quoted"):
             raise ValueError(f"row {number} of {path} needs label and set, or quoted.")
         config: str | None = None
+        cfg: RunConfig | None = None
         arguments: tuple[str, ...] = ()
         if not entry.get("quoted"):
             config = (content["base"] | entry.get("base", {}))[scale]
             changed = entry["set"] | entry.get("set_at", {}).get(scale, {})
             texts = (f"--{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changed.items())
             arguments = (*texts, "--baseline=none", *overrides)
-            load_config(config, arguments)
+            cfg = load_config(config, arguments)
         cells = tuple((cell[0], cell[1] if len(cell) > 1 else None) for cell in paper)
-        rows.append(Row(tuple(entry["label"]), cells, config, arguments))
+        rows.append(Row(tuple(entry["label"]), cells, config, arguments, cfg))
     return Table(
         path.stem,
         content["question"],
@@ -170,21 +172,15 @@ def read_table(name: str, scale: str, overrides: Sequence[str] = ()) -> Table:
     )
 
 
-def config_of(row: Row) -> RunConfig:
-    assert row.config is not None
-    return load_config(row.config, row.arguments)
-
-
 def cell_of(row: Row, seed: int, folder: Path) -> Cell:
     """The cell's folder is named by what its config changes, so a new key of the config moves no finished cell."""
-    cfg = config_of(row)
+    cfg = row.cfg
+    assert cfg is not None
     changed = {
         key: value
         for key, (_, value) in differences(FIRST_RELEASE, asdict(cfg)).items()
         if (changes(key) != "nothing" or key in COUNTED) and key != "seed"
     }
-    if not cfg.loss_weights.feature_distance:
-        changed.pop("feature_distance.classes", None)  # nothing reads it
     number = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
     return Cell(row, seed, folder / number / f"seed_{seed}")
 
@@ -193,7 +189,8 @@ def score(cell: Cell, table: Table) -> list[float | None] | None:
     """The cell's scores in %, in the order of the table; None if it is not finished."""
     if cell.state != "done":
         return None
-    cfg = config_of(cell.row)
+    cfg = cell.row.cfg
+    assert cfg is not None
     if table.evaluate:
         evaluated = cell.folder / f"{table.name}.json"
         if not evaluated.is_file():
@@ -220,7 +217,8 @@ def make_cell(cell: Cell, table: Table, runner: Runner, launch_words: Sequence[s
             return code
     evaluated = cell.folder / f"{table.name}.json"
     if table.evaluate and not evaluated.is_file():
-        model = cell.folder / config_of(cell.row).method / "student"
+        assert cell.row.cfg is not None
+        model = cell.folder / cell.row.cfg.method / "student"
         return runner.t2sda("evaluate", str(model), *table.evaluate, "--output", str(evaluated), *launch_words)
     return 0
 

@@ -81,7 +81,8 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, t
         for key in sorted(first.keys() | second.keys())
     }
     weight = "loss_weights.feature_distance"
-    if not first.get(weight, defaults[weight]) and not second.get(weight, defaults[weight]):  # then nothing reads these
+    if not (first.get(weight, defaults[weight]) and second.get(weight, defaults[weight])):
+        # Where one of the two does not read them, all that can differ is said by the weight.
         pairs = {key: pair for key, pair in pairs.items() if not key.startswith("feature_distance.")}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 

@@ -9,6 +9,7 @@ import data.test_domains as OWN
 import data.test_preparing as RAW
 import numpy as np
 import pytest
+from running import TINY_NETWORK
 
 from t2sda_hf.cli import main
 from t2sda_hf.data.streets import draw_scene
@@ -17,13 +18,12 @@ from t2sda_hf.labels import CITYSCAPES_CLASSES
 ROOT = Path(__file__).parents[2]
 
 
-TINY = """
+TINY = (
+    TINY_NETWORK
+    + """
 source: {path: streets-source, num_images: 4}
 target: {path: streets-target, num_images: 4}
 test: {path: streets-target, split: validation, num_images: 2}
-model: {size: mit_b0, pretrained: null, head: all_mlp, depths: [1, 1, 1, 1], hidden_sizes: [8, 8, 16, 16],
-        num_attention_heads: [1, 1, 2, 2], decoder_hidden_size: 8}
-projector: {hidden: 8, dim: 8}
 data: {crop_size: [32, 64], outer_crop_size: [32, 64]}
 rcs: {min_pixels: 5}
 uda: {ignore_top: 0, ignore_bottom: 0, pseudo_threshold: 0.1}
@@ -31,6 +31,7 @@ pull: {num_queries: 8, num_negatives: 16}
 loss_weights: {feature_distance: 0}
 train: {max_steps: 2, batch_size: 1, log_every: 1, num_threads: 1, log_with: []}
 """
+)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from reference import pull as slow
+from running import TINY_NETWORK
 from tiny import CLASSES, tiny_batch, tiny_config, tiny_graphs, tiny_networks, together
 from torch import Generator, Tensor
 
@@ -168,15 +169,13 @@ def test_no_target_is_opened(monkeypatch):
 
 def test_a_run_end_to_end(tmp_path: Path, capsys):
     (tmp_path / "run.yaml").write_text(
-        """
+        TINY_NETWORK
+        + """
 method: generalization
 baseline: source_only
 classes: [road, sidewalk, building, sky, car]
 source: {path: streets-source, num_images: 4}
 test: {path: streets-target, split: validation, num_images: 2}
-model: {size: mit_b0, pretrained: null, head: all_mlp, depths: [1, 1, 1, 1], hidden_sizes: [8, 8, 16, 16],
-        num_attention_heads: [1, 1, 2, 2], decoder_hidden_size: 8}
-projector: {hidden: 8, dim: 8}
 data: {crop_size: [32, 64], outer_crop_size: [64, 96], cat_max_ratio: 0.9}
 uda: {ignore_top: 0, ignore_bottom: 0}
 translate: {engine: style, style: {styles: [weather, cartoon]}}
