@@ -47,18 +47,15 @@ def ids(height: int = 64, width: int = 96, values: tuple[int, ...] = (0, 10, 13)
 def good(tmp_path: Path) -> list[str]:
     """Arguments of a run on three healthy parquet files."""
     config = tmp_path / "run.yaml"
-    config.write_text(TINY_RUN.split("classes:")[0] + f"classes: {json.dumps(CLASSES)}\n" + rest(), encoding="utf-8")
+    replaced = ("classes:", "source:", "target:", "test:")
+    kept = [line for line in TINY_RUN.splitlines() if not line.startswith(replaced)]
+    config.write_text("\n".join([*kept, f"classes: {json.dumps(CLASSES)}\n"]), encoding="utf-8")
     images, labels = [png(noise(seed=i)) for i in range(2)], [png(ids()) for _ in range(2)]
     source = write_domain(tmp_path / "source.parquet", images, labels)
     target = write_domain(tmp_path / "target.parquet", images, None)
     test = write_domain(tmp_path / "test.parquet", images, labels)
     where = ["--source.path", source, "--target.path", target, "--test.path", test, "--test.split", "train"]
     return ["--config", str(config), "--output_dir", str(tmp_path / "out"), *where]
-
-
-def rest() -> str:
-    """TINY_RUN without its classes and domains."""
-    return TINY_RUN[TINY_RUN.index("model:") :]
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -28,7 +28,6 @@ Exit codes. With every code except 0 the command prints one line that says why:
     143   the run was stopped by SIGTERM, and has written a checkpoint
 """
 
-import json
 import logging
 import os
 import shlex
@@ -56,6 +55,7 @@ from ..hub.card import record_run
 from ..hub.push import check_push, push_after_training
 from ..masking import MaskFilter, mask_known
 from ..models import T2SDAForSemanticSegmentation
+from ..storage import write_json
 from ..training.build import (
     Domains,
     build_student,
@@ -65,7 +65,6 @@ from ..training.build import (
     records,
     run_method,
 )
-from ..training.checkpoint import write_text
 from ..training.distributed import decided_by_main, lost_contact, shards
 from ..training.dry_run import rehearse
 from ..training.resume import Start, check_folder, config_of, lock_run, plan
@@ -219,7 +218,7 @@ def train_all(
             "resumed": [method for method, start in starts.items() if start.checkpoint],
             "classes": cfg.classes,
         }
-        write_text(folder / "summary.json", json.dumps(summary | summarise(cfg, results), indent=2))
+        write_json(folder / "summary.json", summary | summarise(cfg, results))
     return results
 
 

@@ -9,7 +9,6 @@
 <run>/<method>/panels/step_*.png      pseudo-labels over time
 """
 
-import json
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from ..storage import read_json, read_lines, write_json
 
 RUN_RECORD, DATA_RECORD = "run.json", "data.json"
 BASELINE = "source_only"
@@ -95,7 +96,7 @@ def read_run(folder: str | Path) -> RunFolder:
             "`t2sda train`."
         )
     methods = sorted((read_method(path) for path in paths), key=lambda method: method.name != BASELINE)
-    others = (_json(folder / name) for name in (RUN_RECORD, DATA_RECORD, "summary.json"))
+    others = (read_json(folder / name) or {} for name in (RUN_RECORD, DATA_RECORD, "summary.json"))
     return RunFolder(folder, methods, *others)
 
 
@@ -108,7 +109,7 @@ def read_method(path: Path) -> MethodFolder:
     iou: dict[str, list[tuple[int, dict[str, float]]]] = {}
     trust: Series = []
     skipped: list[tuple[int, str]] = []
-    for entry in _lines(path / "scalars.jsonl"):
+    for entry in read_lines(path / "scalars.jsonl"):
         step = entry["step"]
         if "skipped" in entry:
             skipped.append((step, entry["skipped"]))
@@ -127,7 +128,7 @@ def read_method(path: Path) -> MethodFolder:
                 per_class.setdefault(kind, {})[name.removeprefix("iou/")] = value
         for kind, scores in per_class.items():
             iou.setdefault(kind, []).append((step, scores))
-    results = _json(path / "metrics.json")
+    results = read_json(path / "metrics.json") or {}
     last = config.get("train", {}).get("max_steps", 0)
     for kind in ("student", "teacher", "student_source", "teacher_source"):
         if kind in results and results[kind]["miou"] is not None:
@@ -169,24 +170,8 @@ def write_data_record(
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
         "system": platform.platform(),
     }
-    (folder / DATA_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / DATA_RECORD, record)
 
 
 def _without(points: list[tuple[int, Any]], step: int) -> list[tuple[int, Any]]:
     return [point for point in points if point[0] != step]
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    entries = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:  # the last line of a run that is being written or was killed
-            continue
-    return entries
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

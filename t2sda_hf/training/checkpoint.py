@@ -15,7 +15,6 @@ comes back from the newest folder whose manifest verifies. Only safetensors and 
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, DamagedCheckpoint
+from ..storage import sync
 
 logger = logging.getLogger(__name__)
 
@@ -92,11 +92,11 @@ def write_folder(target: Path, write: Callable[[Path], None], manifest: bool = T
         if manifest:
             _write_json(partial / MANIFEST, _describe(partial))
         for path in [*partial.rglob("*"), partial]:
-            _sync(path)
+            sync(path)
         if target.exists():
             target.rename(replaced)
         partial.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
         if replaced.exists():
             shutil.rmtree(replaced)
     except (OSError, SafetensorError) as error:
@@ -306,21 +306,6 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
                 }
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file by `text` in one step: a reader sees the old or the new one, never a part.
-
-    Raises:
-        OSError: the old one stays.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        _sync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _read_network(folder: Path, network: type[PreTrainedModel]) -> dict[str, Tensor]:
     loaded: Any = network.from_pretrained(folder, use_safetensors=True, local_files_only=True, output_loading_info=True)
     model, report = loaded
@@ -344,14 +329,6 @@ def _sha256(path: Path) -> str:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _space(folder: Path, needed: int) -> str:

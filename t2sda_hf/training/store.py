@@ -14,6 +14,7 @@ from ..config import RunConfig, dump_config
 from ..evaluation.watch import SELECTED, SELECTED_FILE, describe_selected, drop_selected_after, selects
 from ..masking import mask_known
 from ..models import T2SDAImageProcessor
+from ..storage import write_text
 from .checkpoint import (
     CheckpointError,
     Progress,
@@ -22,7 +23,6 @@ from .checkpoint import (
     optimizer_tensors,
     write_checkpoint,
     write_folder,
-    write_text,
 )
 from .distributed import decided_by_main, whole_network, whole_tensor
 from .parts import Parts

@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..evaluation.trackers import log_picture
-from .checkpoint import Progress, write_text
+from ..storage import read_lines, write_text
+from .checkpoint import Progress
 
 
 class Tracker:
@@ -141,12 +142,8 @@ def _cut_log(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:  # cut by a kill
-            continue
+    for entry in read_lines(path):
         evaluated = any("/" in name for name in entry)
         if entry["step"] < step or (entry["step"] == step and not evaluated):
-            kept.append(line + "\n")
+            kept.append(json.dumps(entry) + "\n")
     write_text(path, "".join(kept))

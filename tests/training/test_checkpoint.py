@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from t2sda_hf.evaluation.watch import Watch
 from t2sda_hf.methods import ClassMemory
 from t2sda_hf.models import T2SDAForSemanticSegmentation
+from t2sda_hf.storage import write_text
 from t2sda_hf.training import resume
 from t2sda_hf.training.checkpoint import (
     MANIFEST,
@@ -33,7 +34,6 @@ from t2sda_hf.training.checkpoint import (
     verify,
     write_checkpoint,
     write_folder,
-    write_text,
 )
 from t2sda_hf.training.optim import make_optimizer
 from t2sda_hf.training.parts import Parts
