@@ -23,6 +23,7 @@ DRAWN: dict[str, Callable[[DomainConfig], Dataset]] = {
     "streets-target": lambda config: streets("target", config.split, config.num_images),
 }
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+LABEL_SUFFIXES = (*IMAGE_SUFFIXES, ".gif", ".npy")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
 LIST_SUFFIXES = (".txt", ".csv", ".tsv")
 
@@ -87,8 +88,8 @@ def _cell(path: Path) -> dict[str, Any]:
     return {"bytes": None, "path": str(path)}
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+def _is_image(path: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> bool:
+    return path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
 
 
 def _holds_images_only(folder: Path) -> bool:
@@ -114,7 +115,7 @@ def _matched(root: Path, config: DomainConfig, labelled: bool) -> list[Pair]:
         raise ValueError(f"label_path {config.label_path!r} is not a folder. Give the folder of the label maps.")
     labels: dict[str, Path] = {}
     for file in sorted(folder.rglob("*")):
-        key = _key(file, folder, config.label_suffix) if _is_image(file) else ""
+        key = _key(file, folder, config.label_suffix) if _is_image(file, LABEL_SUFFIXES) else ""
         if key and labels.setdefault(key, file) != file:
             raise ValueError(f"{labels[key]} and {file} are label maps of the same name. Remove one.")
     without = [file for key, file in images.items() if key not in labels]
