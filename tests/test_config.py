@@ -582,11 +582,64 @@ def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path, text, words):
     assert all(word in str(caught.value) for word in words)
 
 
-def test_a_file_that_names_itself_is_refused(tmp_path):
-    path = tmp_path / "loop.yaml"
-    path.write_text("traget: &s {a: *s}\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"unknown key 'traget\.a"):
+AGAIN = "a0: &a0 [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 8)}]\n" for level in range(1, 12)
+)
+LOOKS_OTHERWISE = {
+    "twice": ("seed: 1\noptim: {lr: 1.0e-4}\nseed: 2\n", "line 3: 'seed' is given twice"),
+    "twice, of a mapping": ("source:\n  path: a\n  path: a\n", "line 3: 'path' is given twice"),
+    "twice in a line": ("optim: {lr: 1.0, lr: 2.0}\n", "line 1: 'lr' is given twice"),
+    "nested and dotted": ("optim: {lr: 1.0}\noptim.lr: 2.0\n", "optim.lr is given twice in .*mine.yaml"),
+    "octal": ("output_dir: x\nseed: 010\n", "line 2: 010 is 8 to YAML"),
+    "octal, as an id": ("source:\n  label_ids: {007: road, 008: sky}\n", "line 2: 007 is 7 to YAML"),
+    "sexagesimal": ("seed: 1:30\n", "line 1: 1:30 is 90 to YAML"),
+    "sexagesimal, with a fraction": ("optim:\n  lr: 0:30.5\n", "line 2: 0:30.5 is 30.5 to YAML"),
+    "too long": (f"seed: {'1' * 5000}\n", "line 1: 1111111111... is too long"),
+    "a circle": ("traget: &s {a: *s}\n", r"line 1: \*s stands inside of what &s names"),
+    "a circle in a list": ("classes: &c [road, *c]\n", r"line 1: \*c stands inside of what &c names"),
+    "aliases of aliases": (AGAIN, "line 6: more than 100000 values"),
+    "deep": ("classes: " + "[" * 5000, "line 1: more than 100000 values, or than 32 levels"),
+    "no alias": ("seed: *other\n", "line 1 is not valid YAML: found undefined alias 'other'"),
+    "a tag": ("seed: !!python/object/apply:os.getpid []\n", "line 1 is not valid YAML: could not determine a"),
+    "no number": ("seed: !!int x\n", "is not valid YAML: invalid literal"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), LOOKS_OTHERWISE.values(), ids=LOOKS_OTHERWISE)
+def test_what_is_read_otherwise_than_it_looks_is_refused_with_its_line(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
         load_config(path)
+
+
+def test_anchors_and_texts_that_look_like_numbers_or_dates_are_read(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "source: &both {path: photos, class_names: ['010', '1:30', 2020-01-01]}\ntest: {<<: *both, path: other}\n",
+        encoding="utf-8",
+    )
+    cfg = load_config(path)
+    assert cfg.test.class_names == cfg.source.class_names == ("010", "1:30", "2020-01-01")
+    assert (cfg.source.path, cfg.test.path) == ("photos", "other")
+
+
+def test_a_flag_may_be_given_twice_and_the_last_one_wins():
+    assert load_config(None, ["--seed=1", "--seed=2"]).seed == 2
+
+
+ARCHITECTURE = "translate.trained.architecture"
+
+
+@pytest.mark.parametrize("text", [f"{ARCHITECTURE}: os:system", "translate: {trained: {architecture: os:system}}"])
+def test_no_file_names_code_to_run(tmp_path, text):
+    for name, content in {"mine": text, "heir": "base: ./mine.yaml\nseed: 1"}.items():
+        (tmp_path / f"{name}.yaml").write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match=rf"^{ARCHITECTURE} in .*mine\.yaml names code to run, 'os:system'"):
+            load_config(tmp_path / f"{name}.yaml")
+    assert load_config(tmp_path / "mine.yaml", record=True).translate.trained.architecture == "os:system"
+    flag = f"--{ARCHITECTURE}=torch.nn:Identity"
+    assert load_config(tmp_path / "mine.yaml", [flag]).translate.trained.architecture == "torch.nn:Identity"
 
 
 def test_a_file_of_another_encoding_is_named(tmp_path):

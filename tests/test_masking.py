@@ -1,6 +1,7 @@
 """A secret comes out nowhere: of no command, however it ends, and of no file that is published."""
 
 import logging
+import re
 import runpy
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from t2sda_hf.cli import COMMANDS
 from t2sda_hf.hub.push import refuse_secrets
-from t2sda_hf.masking import mask
+from t2sda_hf.masking import _IN_TEXT, _KEYS, mask
 
 SCRIPTS = {path.name: path for path in sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))}
 CANARY, SECRET = "hf_CANARYcanary0123456789CANARY", "correct-horse-battery"
@@ -45,6 +46,13 @@ def test_every_form_is_masked_and_stops_a_push(start: str, secret: str, tmp_path
         with pytest.raises(ValueError, match=r"weights\.bin holds what looks like") as raised:
             refuse_secrets(tmp_path)
         assert secret not in str(raised.value)
+
+
+def test_every_form_has_an_example_here() -> None:
+    examples = ["".join(pair) + "@example.org" for pair in FORMS.values()]
+    starts = [start for letters in _KEYS.values() for start in letters]
+    assert [start for start in starts if not any(re.match(start, text) for text in examples)] == []
+    assert [form.pattern for form in _IN_TEXT if not any(form.search(text) for text in examples)] == []
 
 
 def test_a_secret_of_the_environment_stops_a_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

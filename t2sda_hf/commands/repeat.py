@@ -84,7 +84,7 @@ def finished(run: Planned) -> dict[str, Any] | None:
     summary = run.folder / "summary.json"
     if not summary.is_file():
         return None
-    done = load_config(run.folder / run.cfg.method / "resolved_config.yaml")
+    done = load_config(run.folder / run.cfg.method / "resolved_config.yaml", record=True)
     different = differences(asdict(done), asdict(run.cfg))
     # Where the data lies does not matter: training compares what is in it, and a finished run does not train.
     other = [key for key in different if changes(key) in ("learning", "scoring")]

@@ -159,6 +159,9 @@ def read_table(name: str, scale: str, overrides: Sequence[str] = ()) -> Table:
             texts = (f"--{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changed.items())
             arguments = (*texts, "--baseline=none", *overrides)
             cfg = load_config(config, arguments)
+            named = cfg.translate.trained.architecture
+            if named != load_config(config, overrides).translate.trained.architecture:
+                raise ValueError(f"row {number} of {path} names code to run, {named!r}, which no file may do.")
         cells = tuple((cell[0], cell[1] if len(cell) > 1 else None) for cell in paper)
         rows.append(Row(tuple(entry["label"]), cells, config, arguments, cfg))
     return Table(

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
@@ -21,13 +22,16 @@ RECIPES = next(
     for folder in (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "configs")
     if folder.is_dir()
 )
+COMMAND_LINE = "the command line"  # in messages, where a value was given
+_CODE = "translate.trained.architecture"  # the key that names code
+_LARGEST_YAML, _DEEPEST_YAML = 100_000, 32  # values, with every alias written out, and levels
 _NO_RUNS = ("ablations", "accelerate", "base")  # folders of RECIPES whose files are no runs
 # Keys of earlier releases with the one value that still means what the code does.
 GONE: dict[str, float] = {f"{domain}.drawing_seed": 0 for domain in ("source", "target", "test")}
 GONE |= {"translate.style.random_share": 0.5, "model.encoder_ln_eps_fix": True}
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *, record: bool = False) -> RunConfig:
     """Read a recipe or a YAML file of differences and apply command line overrides (`--optim.lr 1e-4`, `--seed=3`).
 
     Both use the same keys, nested or dotted, and values in YAML's form (`--data.crop_size "[64, 128]"`). A file may
@@ -36,6 +40,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Args:
         path: of a YAML file, or the name of a recipe (see `recipe_names`); None is a run of defaults.
         overrides: words of a command line. Later ones win.
+        record: the file says how a finished run was made, and nothing of it will be built. Only then may it name code
+            that is not this package's: a config that came with somebody's model must not choose what runs here.
 
     Raises:
         ValueError: for a missing file, an unknown key (naming the nearest known one), a wrong type or a value out
@@ -54,11 +60,18 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
                 f"expected --key value on the command line, got {key!r}{'' if equals else ' and no value'}."
             )
         text = value if equals else arguments.pop(0)
-        _merge(tree, {key[2:]: _parse_yaml(text, key)}, "", "the command line", said_in)
+        _merge(tree, {key[2:]: _parse_yaml(text, key)}, "", COMMAND_LINE, said_in)
     try:
-        return _adapter().validate_python(tree)
+        config = _adapter().validate_python(tree)
     except ValidationError as error:
         raise ValueError(_sentence(error.errors()[0], tree, said_in)) from None
+    named, given_in = config.translate.trained.architecture, said_in.get(_CODE, COMMAND_LINE)
+    if given_in != COMMAND_LINE and named != keys()[_CODE].default and not record:
+        raise ValueError(
+            f"{_CODE} in {given_in} names code to run, {named!r}, which no file may do. If you trust that class, give "
+            f"it as a flag: --{_CODE} {named}"
+        )
+    return config
 
 
 def dump_config(config: RunConfig) -> str:
@@ -177,10 +190,81 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content or {}
 
 
+class _Refused(yaml.MarkedYAMLError):
+    """YAML allows it, and nobody means it."""
+
+    def __init__(self, problem: str, mark: Any) -> None:
+        super().__init__(problem=problem, problem_mark=mark)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without what is read otherwise than it looks, and of a size that cannot grow by aliases."""
+
+    anchors: dict[str, yaml.Node]
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._count = self._depth = 0
+        self._sizes: dict[int, int] = {}  # of each node, with its aliases written out
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event, before = self.peek_event(), self._count
+        if isinstance(event, yaml.AliasEvent):
+            meant = self.anchors.get(event.anchor)
+            if isinstance(meant, yaml.CollectionNode) and meant.end_mark is None:  # it is still being read
+                raise _Refused(f"*{event.anchor} stands inside of what &{event.anchor} names", event.start_mark)
+            self._count += self._sizes.get(id(meant), 0)
+        self._count, self._depth = self._count + 1, self._depth + 1
+        if self._count > _LARGEST_YAML or self._depth > _DEEPEST_YAML:
+            raise _Refused(
+                f"more than {_LARGEST_YAML} values, or than {_DEEPEST_YAML} levels, is no config", event.start_mark
+            )
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        self._sizes[id(node)] = self._count - before
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        known: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in known:
+                    raise _Refused(f"{key.value!r} is given twice. Keep one", key.start_mark)
+                known.add(key.value)
+        return node
+
+
+def _number_as_it_looks(loader: _Loader, node: yaml.ScalarNode) -> Any:
+    """A number; ValueError where YAML 1.1 reads another one than people do: 010 is octal, 1:30 counts by sixty."""
+    make = loader.construct_yaml_int if node.tag.endswith(":int") else loader.construct_yaml_float
+    digits = node.value.lstrip("+-").replace("_", "")
+    if len(digits) > 40:
+        raise _Refused(f"{digits[:10]}... is too long for a number", node.start_mark)
+    value: Any = make(node)
+    if ":" in digits or (re.match("0[0-9]", digits) and node.tag.endswith(":int")):
+        advice = f'Write the number that you mean plainly, or "{node.value}" for a text'
+        raise _Refused(f"{node.value} is {value} to YAML. {advice}", node.start_mark)
+    return value
+
+
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _number_as_it_looks)
+# Dates stay texts: no key takes one, but a class or a folder may be called like one.
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark and not where.startswith("--") else ""
+        what = "" if isinstance(error, _Refused) else " is not valid YAML"
+        raise ValueError(f"{where}{line}{what}: {error.problem}.") from error
+    except (yaml.YAMLError, ValueError) as error:  # a byte that no text has; `!!int abc`
         raise ValueError(f"{where} is not valid YAML: {error}") from error
 
 
@@ -213,6 +297,8 @@ def _merge(tree: dict[str, Any], values: Mapping[str, Any], prefix: str, where: 
                 )
             _merge(tree, value, f"{key}.", where, said_in)
         else:
+            if said_in.get(key) == where != COMMAND_LINE:  # once nested and once dotted
+                raise ValueError(f"{key} is given twice in {where}. Keep one.")
             if isinstance(value, bool) and str(value).lower() in get_args(kind):
                 value = str(value).lower()  # a choice between the words "true" and "false" and others
             node[leaf], said_in[key] = value, where

@@ -346,7 +346,8 @@ class TrainedConfig(Section):
         "", "folder or Hub repository with config.json and model.safetensors; `t2sda translator` trains it"
     )
     architecture: str = key(
-        "t2sda_hf.translate.generator:TranslationGenerator", "class of its nn.Module, as module:name"
+        "t2sda_hf.translate.generator:TranslationGenerator",
+        "class of its nn.Module in an installed package, as module:name; another one only as a flag, never in a file",
     )
     folder: str = key("", "folder with one translated image per source image, and manifest.json")
 

@@ -17,8 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..config import read_yaml
 from ..storage import read_json, read_lines, write_json
 
 RUN_RECORD, DATA_RECORD = "run.json", "data.json"
@@ -102,7 +101,7 @@ def read_run(folder: str | Path) -> RunFolder:
 
 def read_method(path: Path) -> MethodFolder:
     """Read the folder of one method, finished or not; a file that is not there leaves its part empty."""
-    config = yaml.safe_load((path / "resolved_config.yaml").read_text(encoding="utf-8")) or {}
+    config = read_yaml(path / "resolved_config.yaml")
     losses: dict[str, Series] = {}
     over_time: dict[str, dict[str, Series]] = {"miou": {}, "pixel_accuracy": {}}
     proxies: dict[str, Series] = {}

@@ -158,7 +158,7 @@ def gather_facts(run_folder: Path, repo_id: str, given: Mapping[str, Any] | None
     """
     given = dict(given or {})
     folder = method_folder(run_folder)
-    cfg = load_config(_existing(folder / "resolved_config.yaml"))
+    cfg = load_config(_existing(folder / "resolved_config.yaml"), record=True)
     metrics = _read_json(folder / "metrics.json")
     run = _run_facts(folder, given)
     push = cfg.push_to_hub
@@ -195,7 +195,7 @@ def gather_facts(run_folder: Path, repo_id: str, given: Mapping[str, Any] | None
         student=_scores(metrics["student"]),
         teacher=_scores(metrics["teacher"]) if "teacher" in metrics else None,
         source_only=_scores(baseline["student"]),
-        source_only_seed=load_config(_existing(baseline_folder / "resolved_config.yaml")).seed,
+        source_only_seed=load_config(_existing(baseline_folder / "resolved_config.yaml"), record=True).seed,
         note=str(given.get("note") or push.note),
         **run,
     )
@@ -290,7 +290,7 @@ def _baseline(folder: Path, cfg: RunConfig, metrics: dict[str, Any], given: str)
     other = Path(given) if given else folder.parent
     other = other / "source_only" if (other / "source_only").is_dir() else other
     config = other / "resolved_config.yaml"
-    if not (other / "metrics.json").is_file() or load_config(_existing(config)).method != "source_only":
+    if not (other / "metrics.json").is_file() or load_config(_existing(config), record=True).method != "source_only":
         raise ValueError(
             f"there is no source-only run to compare {folder} with. Train with --baseline source_only, or give the "
             "folder of one with --source_only (push_to_hub.source_only)."

@@ -83,7 +83,7 @@ def stage_run(run_folder: Path, repo_id: str, folder: Path, given: Mapping[str, 
     """
     source = method_folder(run_folder)
     facts = gather_facts(source, repo_id, given)
-    cfg = load_config(source / "resolved_config.yaml")
+    cfg = load_config(source / "resolved_config.yaml", record=True)
     panel = source.parent / ("panel.png" if cfg.push_to_hub.picture == "images" else "predictions.png")
     if not panel.is_file():
         raise ValueError(f"{panel} is missing: a card needs one picture of results.")

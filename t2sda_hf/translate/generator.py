@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -74,19 +75,12 @@ def load_translator(location: str, architecture: str) -> nn.Module:
     Args:
         location: a folder, or a repository of the Hub, with config.json (arguments of the class) and
             model.safetensors (its state_dict).
-        architecture: "package.module:Class" of an installed package.
+        architecture: "package.module:Class", a class of nn.Module in an installed package.
 
     Raises:
         ValueError: if the class or a file is not there, or a tensor is missing, unknown or of another shape.
     """
-    module_name, _, class_name = architecture.partition(":")
-    try:
-        made_by = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"translate.trained.architecture must be package.module:Class of an installed package, got "
-            f"{architecture!r}: {error}."
-        ) from error
+    made_by = _module_class(architecture)
     config = local_file(location, CONFIG_FILE)
     weights = local_file(location, WEIGHTS_FILE)
     missing = [name for name, path in ((CONFIG_FILE, config), (WEIGHTS_FILE, weights)) if path is None]
@@ -95,9 +89,31 @@ def load_translator(location: str, architecture: str) -> nn.Module:
             f"translate.trained.model: no {' and no '.join(missing)} in {location!r}, which must be a folder or a "
             "repository of the Hub. `t2sda translator train` writes such a folder."
         )
-    translator: nn.Module = made_by(**json.loads(config.read_text(encoding="utf-8")))
+    try:
+        translator = made_by(**json.loads(config.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{config} does not hold the arguments of {architecture}: {error}.") from error
     load_tensors(translator, load_file(weights), str(weights))
     return translator.requires_grad_(False).eval()
+
+
+def _module_class(architecture: str) -> type[nn.Module]:
+    """The class that is named, which must be one of `nn.Module` in an installed package: nothing else is imported."""
+    module_name, _, class_name = architecture.partition(":")
+    package, found = module_name.partition(".")[0], None
+    problem = f"no installed package has a module {package!r}"
+    if package == __name__.partition(".")[0] or package in packages_distributions():
+        try:
+            found = getattr(importlib.import_module(module_name), class_name)
+            problem = f"{class_name!r} is not such a class"
+        except (ImportError, AttributeError, ValueError) as error:
+            problem = str(error)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(
+            f"translate.trained.architecture must be package.module:Class, a torch.nn.Module of an installed package, "
+            f"got {architecture!r}: {problem}."
+        )
+    return found
 
 
 def local_file(location: str, name: str) -> Path | None:

@@ -73,10 +73,28 @@ def test_a_network_that_changes_the_size_is_refused():
         NetworkTranslation(nn.AvgPool2d(2))(images(32), None, random())
 
 
-@pytest.mark.parametrize("architecture", ["torch.nn:Nothing", "no_such_package:Net", "torch.nn", ""])
-def test_an_unknown_class_is_named(folder, architecture):
+@pytest.mark.parametrize(
+    "architecture",
+    ["torch.nn:Nothing", "no_such_package:Net", "torch.nn", "", "os:system", "torch:load", "t2sda_hf.config:RunConfig"],
+)
+def test_what_is_no_class_of_a_network_is_named(folder, architecture):
     with pytest.raises(ValueError, match=r"architecture must be package\.module:Class"):
         load_translator(str(folder), architecture)
+
+
+def test_what_is_in_no_installed_package_is_not_even_imported(folder, tmp_path, monkeypatch):
+    (tmp_path / "mine_here.py").write_text("from pathlib import Path\nPath('imported').touch()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="no installed package has a module 'mine_here'"):
+        load_translator(str(folder), "mine_here:Net")
+    assert not (tmp_path / "imported").exists()
+
+
+def test_arguments_that_do_not_fit_the_class_are_named(folder):
+    (folder / "config.json").write_text(json.dumps({"wdith": 4}))
+    with pytest.raises(ValueError, match=r"config\.json does not hold the arguments of .*'wdith'"):
+        load_translator(str(folder), OURS)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
