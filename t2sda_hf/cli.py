@@ -27,6 +27,7 @@ from .errors import Ended, Stopped
 from .launching import FLAGS as LAUNCH_FLAGS
 from .launching import launch
 from .masking import mask, run_masked
+from .training.stopping import SIGNALS
 
 FOLDER: dict[str, Any] = {"type": Path, "metavar": "DIR"}
 SIZE: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("HEIGHT", "WIDTH")}
@@ -610,8 +611,8 @@ def overview() -> str:
 def main(words: Sequence[str] | None = None, door: str = "t2sda") -> int:
     """Do what a command line says; the exit code.
 
-    0; 2 when the input is at fault; 143 or 130 after SIGTERM or SIGINT; 1 for what else ends a command. All but 0 come
-    with one line that says why.
+    0; 2 when the input is at fault; 128 + number after a signal; 1 for what else ends a command. All but 0 come with
+    one line that says why.
 
     Args:
         words: of the command line, after the name of the program; None takes those of this process.
@@ -676,10 +677,12 @@ def _told_to_stop(number: int, frame: object) -> None:
 
 
 def entry() -> None:
-    """The console script: `main` with a mask over all that the process prints, and a word after SIGTERM."""
+    """The console script: `main` with a mask over all that the process prints, and a word after a signal."""
     # Before torch is loaded. Threads that wait by spinning make a step many times slower where others use the same
     # cores; large pages make large tensors in half the time on Linux.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    signal.signal(signal.SIGTERM, _told_to_stop)
+    for number in set(SIGNALS) - {signal.SIGINT}:
+        if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
+            signal.signal(number, _told_to_stop)
     sys.exit(run_masked(main))

@@ -21,8 +21,8 @@ class Ended(Exception):
 class Stopped(Ended):
     """A command ends because it was told to; `exit_code` is 128 + number of the signal."""
 
-    def __init__(self, number: int, advice: str = "go on with --resume auto") -> None:
-        super().__init__(f"by {signal.Signals(number).name}; {advice}.")
+    def __init__(self, number: int, advice: str = "") -> None:
+        super().__init__(f"by {signal.Signals(number).name}{f'; {advice}' if advice else ''}.")
         self.exit_code = 128 + number
 
 
@@ -44,6 +44,10 @@ class PushFailed(Ended):
 
 class NotFinite(Ended, FloatingPointError):
     """Losses, gradients or weights are not finite; the text says which, and what to do."""
+
+
+class DataFailed(Ended):
+    """A process could not read the next batch; the text says which, and why. Every process ends with it."""
 
 
 class RunFailed(Ended):

@@ -18,6 +18,7 @@ import yaml
 
 from .config import RECIPES, find_recipe
 from .errors import Stopped
+from .training.stopping import LAUNCHED, SIGNALS
 
 # The flags of commands that several processes may run.
 FLAGS: dict[str, dict[str, Any]] = {
@@ -39,8 +40,6 @@ FLAGS: dict[str, dict[str, Any]] = {
     },
 }
 _OF_ACCELERATE = ("num_processes", "machine_rank", "main_process_ip", "mixed_precision")
-# Set in the processes that a launcher starts: by those of several, by accelerate's of one, by this module.
-_LAUNCHED = ("LOCAL_RANK", "ACCELERATE_DYNAMO_BACKEND", "T2SDA_COMMAND")
 
 
 def launch(name: str, args: Namespace) -> int | None:
@@ -60,7 +59,7 @@ def launch(name: str, args: Namespace) -> int | None:
     Raises:
         ValueError: for flags that do not fit together, or that a launcher has to be given.
     """
-    if args.door != "t2sda" or any(variable in os.environ for variable in _LAUNCHED):
+    if args.door != "t2sda" or any(variable in os.environ for variable in LAUNCHED):
         if given := words_of(args):
             raise ValueError(
                 f"this process was started by a launcher: give {' '.join(given)} to that, not to t2sda {name}."
@@ -133,6 +132,9 @@ def _start(name: str, args: Namespace, file: Path | None) -> int:
     else:
         flags = [f"--config_file={file}", *(word for word in words_of(args) if word[2:].startswith(_OF_ACCELERATE))]
     os.environ["T2SDA_COMMAND"] = shlex.join(["t2sda", name, *args.words])  # for the record of the run
+    # torch's launcher passes these on, and waits: a step and a save may take longer than its half minute.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(signal.Signals(number).name for number in SIGNALS)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     try:
         launch_command(launch_command_parser().parse_args([*flags, "--module", "t2sda_hf", name, *_own(args.words)]))
     except subprocess.CalledProcessError as error:
@@ -181,7 +183,7 @@ class Runner:
         self.stopped_by = 0
 
     def __enter__(self) -> "Runner":
-        self.before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -200,7 +202,7 @@ class Runner:
             Stopped: if it, or this process, was told to stop. Nothing is started after that.
         """
         code = self.run([sys.executable, "-m", "t2sda_hf", *words])
-        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        if code - 128 in SIGNALS:
             raise Stopped(code - 128, "the same command goes on from here")
         return code
 
@@ -208,7 +210,8 @@ class Runner:
         """The exit code of a command; 128 + number of a signal that came before, and it is not started."""
         if self.stopped_by:
             return 128 + self.stopped_by
-        self.child = subprocess.Popen(command, start_new_session=True)
+        watched = os.environ | {"T2SDA_PARENT": str(os.getpid())}  # see `stopping.launcher`
+        self.child = subprocess.Popen(command, start_new_session=True, env=watched)
         if self.stopped_by:  # while it was being started
             self._pass_on(self.stopped_by, None)
         code = self.child.wait()

@@ -4,7 +4,10 @@ import json
 import logging
 import os
 import signal
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -13,14 +16,15 @@ from accelerate import Accelerator
 from faults.arena import RUN, outcome
 from filelock import FileLock
 from torch import Tensor
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from t2sda_hf.cli import main
 from t2sda_hf.commands import train as command
 from t2sda_hf.config import load_config
-from t2sda_hf.data.pairs import PositionSampler
+from t2sda_hf.data.pairs import PairDataset, PositionSampler
 from t2sda_hf.masking import mask
 from t2sda_hf.methods import METHODS
-from t2sda_hf.training import loop
+from t2sda_hf.training import loop, stopping
 from t2sda_hf.training.checkpoint import Progress, checkpoints
 from t2sda_hf.training.scores import Interruptible
 from t2sda_hf.training.stopping import Stopped, StopRequest
@@ -184,6 +188,134 @@ def test_a_folder_in_use_or_of_somebody_else_is_refused(run, tmp_path: Path, cap
     assert "holds no run" in capsys.readouterr().err
     (out / ".lock").write_text("left by a process that is gone", encoding="utf-8")
     assert run("out", "--train.max_steps", "1") == 0
+
+
+def _unreadable(error: type[Exception]) -> Callable[[int], None]:
+    def read(position: int) -> None:
+        if position == 7:
+            raise error("street_7.png is gone")
+
+    return read
+
+
+def _killed(position: int) -> None:
+    if position == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("workers", "read", "said"),
+    [
+        (0, _unreadable(OSError), "DataFailed: OSError: street_7.png is gone"),
+        (1, _unreadable(RuntimeError), "DataFailed: RuntimeError: street_7.png is gone"),
+        (1, _killed, "a worker that reads data was ended by SIGKILL. If memory ran out, lower data.num_workers."),
+    ],
+)
+def test_data_that_ends_a_run_costs_no_step(run, tmp_path: Path, capfd, monkeypatch, workers, read, said) -> None:
+    """Nothing is due to be saved before the end; what was learned until then is there, and the run goes on from it."""
+    often = ("--train.save_every", "100", "--data.num_workers", str(workers))
+    getitem, killer = PairDataset.__getitem__, signal.getsignal(signal.SIGCHLD)
+
+    def planted(self: PairDataset, position: int) -> dict:
+        read(position)
+        return getitem(self, position)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PairDataset, "__getitem__", planted)
+        patch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))  # seconds between looks
+        assert run("out", *often) == 1
+    (saved,) = checkpoints(tmp_path / "out" / "t2sda")
+    assert "checkpoint-000004" < saved.name <= "checkpoint-000007"
+    error = capfd.readouterr().err
+    assert said in error
+    assert error.strip().endswith(f"The newest checkpoint is t2sda/{saved.name}; go on with --resume auto.")
+    assert "Traceback" not in error.splitlines()[-1]
+    assert not active_children()
+    assert signal.getsignal(signal.SIGCHLD) == killer
+    assert run("whole", *often) == 0
+    assert run("out", *often, "--resume", "auto") == 0
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+
+
+def test_an_error_inside_an_update_leaves_the_state_before_it(run, tmp_path: Path, capsys, monkeypatch) -> None:
+    """Memory that runs out in the backward of step 8: the class memory was moved on already, and is put back."""
+    method, often = METHODS["t2sda"], ("--train.save_every", "100")
+
+    def spoiled(step):
+        for graph in method(step):
+            yield graph
+            if step.index == 7:
+                raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(METHODS, "t2sda", spoiled)
+        assert run("out", *often) == 1
+    assert "OutOfMemoryError: tried to allocate 20 GiB. The newest checkpoint is t2sda/checkpoint-000007;" in (
+        capsys.readouterr().err
+    )
+    assert run("whole", *often) == 0
+    assert run("out", *often, "--resume", "auto") == 0
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+
+
+def test_an_update_that_is_half_done_is_not_saved(run, tmp_path: Path, monkeypatch) -> None:
+    def torn(*_: object) -> None:
+        raise RuntimeError("in the middle of the teacher")
+
+    monkeypatch.setattr(loop, "update_teacher", torn)
+    with pytest.raises(RuntimeError, match="in the middle of the teacher"):
+        run("out")
+    assert checkpoints(tmp_path / "out" / "t2sda") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_closed_terminal_and_a_warning_of_slurm_save_the_step(run, stop_after, tmp_path: Path, capsys, number):
+    stop_after(2, number)
+    assert run("out") == 128 + number
+    assert checkpoints(tmp_path / "out" / "t2sda")[-1].name == "checkpoint-000002"
+    assert f"Stopped: by {number.name}. The newest checkpoint is t2sda/checkpoint-000002" in capsys.readouterr().err
+
+
+def test_a_signal_ends_the_wait_for_data() -> None:
+    def never() -> Iterator[int]:
+        yield 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            time.sleep(0.01)
+
+    with StopRequest() as stop:
+        waiting = stop.waiting(never())
+        assert next(waiting) == 1
+        with pytest.raises(Stopped, match="SIGTERM"):
+            next(waiting)
+
+
+def test_what_comes_with_a_closed_terminal_is_no_impatience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGHUP and then SIGTERM, as init sends them; and nohup, which ignores the first."""
+    monkeypatch.setattr(stopping, "_SAME", 0)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.number == signal.SIGHUP
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            stop.check()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_launcher_that_is_gone_is_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "launcher", lambda: 12345)
+    monkeypatch.setattr(os, "getppid", lambda: 12345)
+    with StopRequest() as stop:
+        stop.check()
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        with pytest.raises(Stopped, match="SIGTERM"):
+            stop.check()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

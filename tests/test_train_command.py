@@ -225,14 +225,32 @@ def test_an_encoder_of_another_size_is_refused(
     assert "hidden_sizes" in refused([*good, "--model.pretrained", str(tmp_path / "encoder")], capsys)
 
 
-def test_a_fault_that_shows_in_the_middle_of_a_run_keeps_its_trace():
+def test_a_fault_that_shows_in_the_middle_of_a_run_keeps_its_trace(tmp_path: Path) -> None:
     """A ValueError before the first step is the user's, and one line; later it is ours, and needs its trace."""
     accelerator = Accelerator(cpu=True)
-    with pytest.raises(RuntimeError, match="in the middle of the run: shapes differ") as caught, explained(accelerator):
+    with (
+        pytest.raises(RuntimeError, match="in the middle of the run: shapes differ") as caught,
+        explained(accelerator, tmp_path),
+    ):
         raise ValueError("shapes differ")
     assert isinstance(caught.value.__cause__, ValueError)
-    with pytest.raises(RunFailed, match=r"OSError: .*Checkpoints are intact"), explained(accelerator):
-        raise OSError("no space left")
     for known in (DamagedCheckpoint("cut"), NotFinite("loss"), CheckpointError("disk")):
-        with pytest.raises(type(known)), explained(accelerator):
+        with pytest.raises(type(known)), explained(accelerator, tmp_path):
             raise known
+
+
+def test_the_line_at_the_end_says_what_is_there(tmp_path: Path) -> None:
+    def said() -> str:
+        with pytest.raises(RunFailed) as failed, explained(Accelerator(cpu=True), tmp_path):
+            raise OSError("no space left")
+        return str(failed.value)
+
+    (tmp_path / "t2sda").mkdir()
+    assert said() == (
+        "OSError: no space left. No checkpoint was written; the same command with --resume auto starts from the "
+        "beginning."
+    )
+    (tmp_path / "source_only" / "checkpoint-000012").mkdir(parents=True)
+    assert said().endswith("The newest checkpoint is source_only/checkpoint-000012; go on with --resume auto.")
+    (tmp_path / "t2sda" / "checkpoint-000003").mkdir()
+    assert said().endswith("The newest checkpoint is t2sda/checkpoint-000003; go on with --resume auto.")

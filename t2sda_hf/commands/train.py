@@ -25,7 +25,7 @@ Exit codes. With every code except 0 the command prints one line that says why:
     1     another error has ended the run
     2     the input is wrong
     130   the run was stopped by SIGINT (Ctrl-C), and has written a checkpoint
-    143   the run was stopped by SIGTERM, and has written a checkpoint
+    143   the run was stopped by SIGTERM, 129 by SIGHUP, 138 by SIGUSR1, and has written a checkpoint
 """
 
 import logging
@@ -46,7 +46,7 @@ from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwa
 from filelock import FileLock
 
 from ..config import RunConfig, dump_config
-from ..errors import Ended, LostContact, RunFailed
+from ..errors import DamagedCheckpoint, Ended, LostContact, RunFailed
 from ..evaluation.page import write_page
 from ..evaluation.report import save_panel
 from ..evaluation.run_folder import write_data_record
@@ -65,6 +65,7 @@ from ..training.build import (
     records,
     run_method,
 )
+from ..training.checkpoint import left_in
 from ..training.distributed import decided_by_main, lost_contact, shards
 from ..training.dry_run import rehearse
 from ..training.resume import Start, check_folder, config_of, lock_run, plan
@@ -94,7 +95,7 @@ def run(args: Namespace) -> int:
     with ExitStack() as held:
         decided_by_main(lambda: hold(held, lock_run(cfg)), accelerator, ValueError)
         starts = plan(cfg, described, accelerator)
-        with explained(accelerator):
+        with explained(accelerator, Path(cfg.output_dir)):
             if accelerator.is_main_process:
                 record_run(Path(cfg.output_dir), command_of(args, accelerator), accelerator.num_processes)
             with StopRequest() as stop:
@@ -135,24 +136,26 @@ def command_of(args: Namespace, accelerator: Accelerator) -> str:
 
 
 @contextmanager
-def explained(accelerator: Accelerator) -> Iterator[None]:
-    """Say of an error of the machine what it means for the run; what shows only now is no fault of the input."""
+def explained(accelerator: Accelerator, folder: Path) -> Iterator[None]:
+    """Say of an error what it means for the run in `folder`; what shows only now is no fault of the input."""
     try:
         yield
+    except DamagedCheckpoint:  # nothing was begun
+        raise
+    except Ended as error:
+        error.args = (f"{error} {left_in(folder)}",)
+        raise
     except ValueError as error:
-        if isinstance(error, Ended):
-            raise
-        raise RuntimeError(f"in the middle of the run: {error}") from error
-    except OSError as error:
-        raise RunFailed(
-            f"{type(error).__name__}: {error}. Checkpoints are intact; go on with --resume auto."
-        ) from error
+        raise RuntimeError(f"in the middle of the run: {error} {left_in(folder)}") from error
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        text = str(error).rstrip(".")
+        raise RunFailed(f"{type(error).__name__}: {text}. {left_in(folder)}") from error
     except RuntimeError as error:
-        if isinstance(error, Ended) or accelerator.num_processes == 1 or not lost_contact(error):
+        if accelerator.num_processes == 1 or not lost_contact(error):
             raise
         raise LostContact(
             f"process {accelerator.process_index} lost contact with another one ({str(error).splitlines()[0]}). "
-            "Checkpoints are intact; start all again with --resume auto."
+            f"{left_in(folder)}"
         ) from error
 
 

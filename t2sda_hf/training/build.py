@@ -1,11 +1,14 @@
 """Where the parts of a run meet: data, networks, objective, optimiser, evaluation."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+import signal
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from multiprocessing import active_children
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any
 
 import datasets
@@ -233,8 +236,9 @@ def run_method(
     store.open()
     progress = load_run(start.checkpoint, parts, accelerator)
     store.forget_selected_after(progress.step)
-    loaded = read_batches(cfg, domains, accelerator, progress.step)
-    results = train(Run(cfg, accelerator, parts, METHODS[cfg.method], loaded), evaluation, store, stop, progress)
+    with closing(read_batches(cfg, domains, accelerator, progress.step)) as batches:
+        run = Run(cfg, accelerator, parts, METHODS[cfg.method], stop.waiting(batches))
+        results = train(run, evaluation, store, stop, progress)
     return finish(initial, evaluation, store, results)
 
 
@@ -256,8 +260,14 @@ def build_parts(
     return parts, accelerator.prepare_model(deepcopy(initial), evaluation_mode=True)
 
 
-def read_batches(cfg: RunConfig, domains: Domains, accelerator: Accelerator, step: int) -> Iterator[UdaBatch]:
-    """The micro-batches of this process from an update on."""
+def read_batches(
+    cfg: RunConfig, domains: Domains, accelerator: Accelerator, step: int
+) -> Generator[UdaBatch, None, None]:
+    """The micro-batches of this process from an update on. Closed, it leaves no worker behind.
+
+    Raises:
+        RuntimeError: where a batch is asked for and a worker that would read it is gone.
+    """
     rare = None
     if cfg.rcs.enabled:
         rare = rare_classes(domains.source_counts, cfg.rcs.temperature, cfg.rcs.min_pixels)
@@ -265,7 +275,29 @@ def read_batches(cfg: RunConfig, domains: Domains, accelerator: Accelerator, ste
     dataset = PairDataset(cfg, domains.source, target, rare, domains.translated)
     loader = batches(dataset, accelerator.process_index, accelerator.num_processes, step)
     loader.worker_init_fn = leave_signals_to_parent
-    return iter(loader)
+    others, raised_anywhere = active_children(), signal.getsignal(signal.SIGCHLD)
+    loaded = iter(loader)
+    workers = [child for child in active_children() if child not in others]
+    if workers and current_thread() is main_thread():
+        # torch would raise out of a signal's handler, in the middle of an update or of a save. It looks after its
+        # workers also while it waits for a batch.
+        signal.signal(signal.SIGCHLD, raised_anywhere or signal.SIG_DFL)
+    try:
+        yield from loaded
+    except RuntimeError as error:
+        ended = [worker.exitcode for worker in workers if worker.exitcode]
+        if not ended:
+            raise
+        raise RuntimeError(
+            f"a worker that reads data was ended {_by(ended[0])}. If memory ran out, lower data.num_workers."
+        ) from error
+    finally:
+        for worker in workers:
+            worker.kill()  # one that hangs would be waited for
+
+
+def _by(exitcode: int) -> str:
+    return f"by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"with exit code {exitcode}"
 
 
 def finish(

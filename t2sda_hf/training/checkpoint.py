@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, DamagedCheckpoint
+from ..evaluation.run_folder import BASELINE
 from ..storage import sync
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,15 @@ def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder by step, oldest first, whatever their files' times say; other names are none."""
     found = [path for path in folder.glob("checkpoint-*") if _STEP.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def left_in(output_dir: Path) -> str:
+    """What of a run that ended is on the disk, and how to go on: a sentence that is true of its folder."""
+    newest = [found[-1] for folder in sorted(output_dir.glob("*/")) if (found := checkpoints(folder))]
+    if not newest:
+        return "No checkpoint was written; the same command with --resume auto starts from the beginning."
+    last = max(newest, key=lambda path: (path.parent.name != BASELINE, path.name))
+    return f"The newest checkpoint is {last.parent.name}/{last.name}; go on with --resume auto."
 
 
 def write_folder(target: Path, write: Callable[[Path], None], manifest: bool = True, needed: int = 0) -> None:
@@ -336,4 +346,4 @@ def _space(folder: Path, needed: int) -> str:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     about = f" It takes about {needed / 1e6:.1f} MB," if needed else ""
-    return f"{about} {free / 1e6:.1f} MB are free there. Older checkpoints are intact."
+    return f"{about} {free / 1e6:.1f} MB are free there."

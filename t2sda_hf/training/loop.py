@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ..batch import UdaBatch
 from ..config import LossWeights, RunConfig
-from ..errors import NotFinite
+from ..errors import CheckpointError, DataFailed, NotFinite
 from ..evaluation.watch import panel_due, save_panel_of_step
 from ..methods import Method, Step
 from ..teacher import ema_momentum, update_teacher
@@ -43,7 +44,8 @@ def train(
 ) -> dict[str, dict[str, Any]]:
     """Run the updates from `start` to max_steps, and evaluate the last weights. Collective: every process calls it.
 
-    Leaves the newest `keep_checkpoints` checkpoints, the last one after the last update, and student/.
+    Leaves the newest `keep_checkpoints` checkpoints, the last one after the last update, and student/. Whatever ends it
+    in between, a checkpoint of the last finished update is written first, see `_saved_first`.
 
     Args:
         run: what is trained.
@@ -56,34 +58,32 @@ def train(
         The results of the last evaluation, see `Evaluation.results`.
 
     Raises:
-        Stopped: after a signal, with a checkpoint of the last finished update.
+        Stopped: after a signal.
+        DataFailed: if the next batch cannot be read; see `update`.
         NotFinite: if losses or gradients are not finite; see `update`.
         CheckpointError: if a checkpoint cannot be written.
     """
     limit, networks, start = run.cfg.train, run.parts.networks, start or Progress()
-    saved, took = start.step, list[float]()  # seconds of the first two updates
-    with Tracker(run.accelerator, store.folder, limit.max_steps, start, store.folder.name) as tracker:
+    at, took = _Position(start.step, start.step), list[float]()  # seconds of the first two updates
+    with (
+        Tracker(run.accelerator, store.folder, limit.max_steps, start, store.folder.name) as tracker,
+        _saved_first(run, store, tracker, at),
+    ):
         networks.student.train()
         for step in range(start.step, limit.max_steps):
             # At the start of the next step, so that a checkpoint is never younger than the evaluation of its weights.
             if step and step % limit.evaluate_every == 0:
-                try:
-                    results = evaluation.results(networks)
-                except Stopped:
-                    if step != saved:
-                        store.save_checkpoint(run.parts, tracker.progress(step))
-                    raise
-                observe(run, step, tracker, store, results)
+                observe(run, step, tracker, store, evaluation.results(networks))
             began = time.perf_counter()
             seen = update(run, step, tracker)
             _say_compiled(took, time.perf_counter() - began, limit.compile, tracker)
-            done = step + 1  # the number of finished updates is the only counter there is
+            done = at.done = step + 1  # the number of finished updates is the only counter there is
             if _due(done, limit.log_every, limit.max_steps):
                 tracker.flush(done, run.cfg.optim.lr * learning_rate_factor(step, run.cfg.optim, limit.max_steps))
             number = largest(stop.number, run.accelerator)
             if number or _due(done, limit.save_every, limit.max_steps):
                 store.save_checkpoint(run.parts, tracker.progress(done))
-                saved = done
+                at.saved = done
             if panel_due(done, limit.max_steps, limit.evaluate_every):
                 picture(run, done, tracker, store, seen)
             del seen  # its maps are large
@@ -98,27 +98,56 @@ def train(
     return results
 
 
+@dataclass
+class _Position:
+    done: int  # finished updates
+    saved: int  # of these, how many the newest checkpoint holds
+
+
+@contextmanager
+def _saved_first(run: Run, store: Store, tracker: Tracker, at: _Position) -> Iterator[None]:
+    """Whatever ends a run: write a checkpoint of the last finished update first, if there is none and it can be.
+
+    It cannot where the numbers themselves are in doubt, nor where only this process of several knows of the end.
+    """
+    try:
+        yield
+    except BaseException as error:
+        doubtful = tracker.torn or isinstance(error, NotFinite | CheckpointError)
+        known = run.accelerator.num_processes == 1 or isinstance(error, Stopped | DataFailed)
+        if known and not doubtful and at.done > at.saved:
+            store.save_checkpoint(run.parts, tracker.progress(at.done))
+        raise
+
+
 def update(run: Run, step: int, tracker: Tracker) -> Mapping[str, Any]:
     """One update of student and teacher. Collective.
 
     If a loss or a gradient is not finite on any process, nothing is updated on any: student, teacher, optimiser, class
     memory and watch stay as they were, buffers too. Then the step is skipped, or the run stops (`train.non_finite`).
+    They stay as they were also if anything else goes wrong before the optimiser's step.
 
     Returns:
         What was seen in the last micro-batch, see `Graph.seen`.
 
     Raises:
         NotFinite: naming what was not finite, the step and the process.
+        DataFailed, Stopped: see `read`.
     """
+    batches = read(run, tracker)
     cfg, accelerator, parts = run.cfg, run.accelerator, run.parts
     student, teacher = parts.networks.student, parts.networks.teacher
     set_learning_rate(parts.optimizer, learning_rate_factor(step, cfg.optim, cfg.train.max_steps))
     before = [(m, {name: b.clone() for name, b in m.named_buffers()}) for m in (student, teacher, *parts.own.values())]
     logged: list[dict[str, Tensor]] = []
     seen: Mapping[str, Any] = {}
-    for micro in range(cfg.train.micro_batches):
-        seen = {}  # the maps of the micro-batch before are large
-        seen = learn(run, next_step(run, step, micro, tracker), logged)
+    try:
+        for micro in range(cfg.train.micro_batches):
+            seen = {}  # the maps of the micro-batch before are large
+            seen = learn(run, next_step(run, step, micro, batches.pop(0)), logged)
+    except BaseException:
+        _as_before(before)
+        raise
     # Before the average spreads it. Of a sharded student it is in the pieces of all processes already.
     own = _broken_gradient(student) if accelerator.num_processes > 1 else None
     average_gradients(student, accelerator, cfg.train.micro_batches)  # collective: every rank, every step
@@ -128,10 +157,10 @@ def update(run: Run, step: int, tracker: Tracker) -> Mapping[str, Any]:
     if largest(int(not finite), accelerator):  # on every process or on none
         guilty = _broken_loss(logged) or own or (_broken_gradient(student) if accelerator.num_processes == 1 else None)
         parts.optimizer.zero_grad()
-        for module, buffers in before:
-            module.load_state_dict(buffers, strict=False)
+        _as_before(before)
         _skip_or_stop(step, guilty, run, tracker)
         return seen
+    tracker.torn = True
     for terms in logged:
         tracker.add(terms)
     if cfg.optim.max_grad_norm is not None:
@@ -139,17 +168,40 @@ def update(run: Run, step: int, tracker: Tracker) -> Mapping[str, Any]:
     parts.optimizer.step()
     parts.optimizer.zero_grad()
     update_teacher(teacher, student, ema_momentum(step + 1, cfg.uda.ema_momentum))
+    tracker.torn = False
     tracker.step_done()
     return seen
 
 
-def next_step(run: Run, index: int, micro: int, tracker: Tracker) -> Step:
-    """The next micro-batch with all that the objective needs for it; the wait is put down."""
+def read(run: Run, tracker: Tracker) -> list[UdaBatch]:
+    """The micro-batches of the next update, still on the CPU; the wait is put down. Collective.
+
+    Raises:
+        DataFailed: on every process, if one of them cannot read its own.
+        Stopped: on every process, if one of them was told to stop while it waited.
+    """
+    asked, read, reason, number = time.perf_counter(), list[UdaBatch](), "", 0
+    try:
+        read = [next(run.batches) for _ in range(run.cfg.train.micro_batches)]
+    except Stopped as error:
+        number = error.exit_code - 128
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        # a worker hands on its traceback as the text of the error; what went wrong is its last line
+        name, last = type(error).__name__, (str(error).strip().splitlines() or [""])[-1]
+        reason = last if last.startswith(name) else f"{name}: {last}"
+    tracker.waited(time.perf_counter() - asked)
+    if largest(int(bool(reason)), run.accelerator):
+        raise DataFailed("; ".join(gather_object([reason] if reason else [])))
+    if number := largest(number, run.accelerator):
+        raise Stopped(number)
+    return read
+
+
+def next_step(run: Run, index: int, micro: int, batch: UdaBatch) -> Step:
+    """A micro-batch with all that the objective needs for it."""
     cfg, accelerator, parts = run.cfg, run.accelerator, run.parts
     generator = seed_step(cfg.seed, index, accelerator.process_index * cfg.train.micro_batches + micro)
-    asked = time.perf_counter()
-    batch = next(run.batches).on(accelerator.device)
-    tracker.waited(time.perf_counter() - asked)
+    batch = batch.on(accelerator.device)
     shared = cfg.pull.sync_stats and accelerator.num_processes > 1
     sum_over_processes = accelerator.reduce if shared else _unchanged
     return Step(batch, parts.networks, cfg, parts.memory, generator, sum_over_processes, index)
@@ -211,14 +263,19 @@ def _skip_or_stop(step: int, guilty: str | None, run: Run, tracker: Tracker) -> 
     if limit.non_finite == "stop":
         raise NotFinite(
             f"{reason}, in step {step + 1}. Nothing was updated. Lower optim.lr, set optim.max_grad_norm, or leave out "
-            "such steps with train.non_finite skip. Checkpoints are intact."
+            "such steps with train.non_finite skip."
         )
     if tracker.skipped >= limit.max_skipped_steps:
         raise NotFinite(
             f"{reason}, in step {step + 1}, after {tracker.skipped} skipped ones, the most that "
-            "train.max_skipped_steps allows. Nothing was updated. Checkpoints are intact."
+            "train.max_skipped_steps allows. Nothing was updated."
         )
     tracker.step_skipped(step, reason)
+
+
+def _as_before(before: list[tuple[nn.Module, dict[str, Tensor]]]) -> None:
+    for module, buffers in before:
+        module.load_state_dict(buffers, strict=False)
 
 
 def _broken_loss(logged: list[dict[str, Tensor]]) -> str | None:

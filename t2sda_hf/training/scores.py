@@ -1,6 +1,7 @@
 """How a run scores its networks while it trains."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from ..config import RunConfig
 from ..data.domains import Domain
+from ..errors import RunFailed
 from ..evaluation.evaluator import LabelledDomain, evaluate_model, evenly_spread
 from ..evaluation.figures import save_confusion
 from ..evaluation.report import save_panel
@@ -23,10 +25,13 @@ from .stopping import StopRequest
 
 @dataclass(frozen=True)
 class Interruptible:
-    """A domain for evaluation that raises Stopped at the next image after a signal."""
+    """A domain for evaluation that raises Stopped at the next image after a signal, if there is something to ask.
+
+    An image that was whole when the run began and cannot be read now is RunFailed.
+    """
 
     domain: Domain
-    stop: StopRequest
+    stop: StopRequest | None
 
     @property
     def name(self) -> str:
@@ -36,11 +41,22 @@ class Interruptible:
         return len(self.domain)
 
     def image(self, index: int) -> np.ndarray:
-        self.stop.check()
-        return self.domain.image(index)
+        if self.stop is not None:
+            self.stop.check()
+        with _read_later():
+            return self.domain.image(index)
 
     def labels(self, index: int) -> np.ndarray:
-        return self.domain.labels(index)
+        with _read_later():
+            return self.domain.labels(index)
+
+
+@contextmanager
+def _read_later() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise RunFailed(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -84,7 +100,7 @@ class Evaluation:
     def score(self, model: nn.Module) -> dict[str, Any]:
         """The result of a network on the test domain."""
         alone = self.accelerator.num_processes == 1
-        return self._score(model, Interruptible(self.test, self.stop) if alone else self.test, self.test)
+        return self._score(model, Interruptible(self.test, self.stop if alone else None), self.test)
 
     def pictures(self, student: nn.Module, results: dict[str, dict[str, Any]], folder: Path) -> dict[str, Path]:
         """Draw the whole student's predictions and confusions for the trackers; the page of the run has its own.

@@ -28,6 +28,7 @@ class Tracker:
 
     Attributes:
         skipped: updates left out so far because something was not finite.
+        torn: whether an update has only partly reached the weights.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class Tracker:
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
         for name, values in start.log.items():
             self._sums[name] = list(values.to(accelerator.device))
-        self.skipped = start.skipped
+        self.skipped, self.torn = start.skipped, False
         self._waited, self._since, self._steps = 0.0, time.perf_counter(), 0
         main = accelerator.is_main_process
         if main:

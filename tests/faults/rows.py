@@ -328,7 +328,7 @@ def really_full(yard: Yard, trials: int) -> Row:
             code = yard.run(out, *keep)
             subprocess.run(["mount", "-o", "remount,size=50m", place], check=True)
             text = log_of(out).read_text()
-            said = re.findall(r"^(?:CheckpointError|OSError): .*intact.*$", text, re.MULTILINE)
+            said = re.findall(r"^(?:CheckpointError|RunFailed): .*heckpoint.*--resume auto.*$", text, re.MULTILINE)
             if code == 0:
                 row.count("survived")
             elif code != 1 or len(said) != 1:
