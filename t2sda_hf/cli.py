@@ -32,6 +32,7 @@ from .training.stopping import SIGNALS
 FOLDER: dict[str, Any] = {"type": Path, "metavar": "DIR"}
 SIZE: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("HEIGHT", "WIDTH")}
 MODEL = "folder or Hub id of a T2S-DA model or of a SegFormer"
+RUN_OR_MODEL = f"{MODEL}, or the folder of a run"
 
 
 class Parser(argparse.ArgumentParser):
@@ -219,7 +220,7 @@ def _train(parser: Parser) -> None:
 
 
 def _evaluate(parser: Parser) -> None:
-    parser.add_argument("models", nargs="+", metavar="[TITLE=]MODEL", help=f"{MODEL}, or the folder of a run")
+    parser.add_argument("models", nargs="+", metavar="[TITLE=]MODEL", help=RUN_OR_MODEL)
     parser.takes_a_test_domain()
     parser.takes_key("--limit", "evaluation.limit", keys()["evaluation.limit"].meaning)
     parser.add_argument("--every", type=int, default=1, metavar="N", help="score only every N-th image; default: 1")
@@ -237,7 +238,7 @@ def _evaluate(parser: Parser) -> None:
 
 
 def _predict(parser: Parser) -> None:
-    parser.add_argument("model", help=MODEL)
+    parser.add_argument("model", help=RUN_OR_MODEL)
     parser.add_argument("images", type=Path, nargs="?", help="an image, a video, or a folder of images and videos")
     parser.add_argument("--output", required=True, help="write the predictions into this folder", **FOLDER)
     parser.add_argument("--overwrite", action="store_true", help="replace files that already exist in DIR")
@@ -309,7 +310,7 @@ def _prepare(parser: Parser) -> None:
 
 def _analyze(parser: Parser) -> None:
     parser.add_argument(
-        "models", nargs="+", metavar="[TITLE=]MODEL", help=f"{MODEL}; all models must have the same classes"
+        "models", nargs="+", metavar="[TITLE=]MODEL", help=f"{RUN_OR_MODEL}; all models must have the same classes"
     )
     parser.takes_a_test_domain(without=("source",))
     parser.add_argument("--no_labels", action="store_true", help="use this if the domain has no labels")
@@ -407,15 +408,15 @@ def _estimate(parser: Parser) -> None:
 
 
 def _demo(parser: Parser) -> None:
-    parser.add_argument("model", help=MODEL)
+    parser.add_argument("model", help=RUN_OR_MODEL)
     parser.add_argument("--compare", metavar="MODEL", help="show this source-only model beside the other one")
     parser.add_argument(
         "--examples", help="folder of images that one can choose from; default: three toy streets", **FOLDER
     )
     parser.add_argument(
         "--title",
-        default="Street scenes, adapted without labels",
-        help="title of the page; default: Street scenes, adapted without labels",
+        metavar="TEXT",
+        help="title of the page; default: the name of the model",
     )
     parser.add_argument(
         "--port", type=int, metavar="N", help="port of the server; default: the first free one from 7860"
@@ -426,7 +427,7 @@ def _demo(parser: Parser) -> None:
 
 
 def _export(parser: Parser) -> None:
-    parser.add_argument("model", help=MODEL)
+    parser.add_argument("model", help=RUN_OR_MODEL)
     parser.add_argument("output", type=Path, metavar="FILE.onnx", help="file to write")
 
 

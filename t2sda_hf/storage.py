@@ -7,6 +7,7 @@ out and, where it can be, made again. Only the standard library is imported here
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,15 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def share_weights(folder: Path) -> None:
+    """Give weights in a folder, and below it, the rights that any new file has there.
+
+    safetensors writes them for their owner alone, whatever the umask allows to a group.
+    """
+    probe = folder / ".rights"
+    probe.touch()
+    for path in folder.rglob("*.safetensors"):
+        shutil.copymode(probe, path)
+    probe.unlink()

@@ -51,7 +51,7 @@ from ..data.domains import Domain, load_domain
 from ..data.transforms import Size
 from ..evaluation.evaluator import Part, evaluate_model, evenly_spread
 from ..evaluation.inference import load_model, predict_labels, saved_image_size, to_pixel_values
-from ..evaluation.models import titled
+from ..evaluation.models import model_of, titled
 from ..evaluation.pictures import Column, save_grid
 from ..evaluation.report import save_panel
 from ..models import T2SDAForSemanticSegmentation
@@ -68,6 +68,7 @@ def run(args: Namespace) -> int:
     classes: tuple[str, ...] = ()
     for given in args.models:
         title, name = titled(given)
+        name = model_of(name)
         model, names = load_model(name)
         if classes and names != classes:
             raise ValueError(f"the models have different classes: {', '.join(classes)}; {title}: {', '.join(names)}.")

@@ -1,6 +1,6 @@
 """Try models in the browser: what they predict, how sure they are, and how large each class is. It works offline.
 
-    t2sda demo outputs/demo/t2sda/student --compare outputs/demo/source_only/student
+    t2sda demo outputs/demo --compare outputs/demo/source_only/student
     t2sda demo USER/streets-t2sda --examples photos
     t2sda demo USER/streets-t2sda --compare USER/source-only --space space     # then: hf upload USER/NAME space ...
 
@@ -21,6 +21,7 @@ from PIL import Image
 from ..config import DomainConfig
 from ..data.domains import load_domain
 from ..evaluation.inference import load_model
+from ..evaluation.models import called, model_of
 from ..hub import space_app
 from ..labels import palette
 
@@ -32,13 +33,14 @@ def run(args: Namespace) -> int:
         import gradio as gr
     except ImportError as error:
         raise ValueError("the demo needs gradio: pip install 't2sda_hf[demo]'.") from error
+    args.model, args.compare = model_of(args.model), args.compare and model_of(args.compare)
     models = {} if args.compare is None else {"source only": args.compare}
     models["adapted" if models else "model"] = args.model
     known = [load_model(name)[1] for name in models.values()]  # whatever is wrong with one is said in a sentence
     if any(classes != known[0] for classes in known):
         raise ValueError(f"{args.model} knows {', '.join(known[-1])}; {args.compare} knows {', '.join(known[0])}.")
     colors = dict(zip(known[0], palette(known[0]).tolist(), strict=True))
-    settings = {"title": args.title, "models": models, "colors": colors}
+    settings = {"title": args.title or called(args.model), "models": models, "colors": colors}
     with TemporaryDirectory() as temporary:
         examples = space_app.examples_in(args.examples) if args.examples else drawn_examples(Path(temporary))
         if not examples:

@@ -1,10 +1,11 @@
 """Segment an image, a video, or all images and videos of a folder. Or segment a labelled domain and show the errors.
 
-    t2sda predict outputs/run/t2sda/student photos --output out
+    t2sda predict outputs/run photos --output out
     t2sda predict USER/streets-t2sda drive.mp4 --output out --confidence
-    t2sda predict outputs/run/t2sda/student --compare --config mine.yaml --output out     the test domain of a config
-    t2sda predict outputs/run/t2sda/student --compare --domain data/city --label_map "{human: person}" --output out
+    t2sda predict outputs/run --compare --config mine.yaml --output out     the test domain of a config
+    t2sda predict outputs/run --compare --domain data/city --label_map "{human: person}" --output out
 
+Of the folder of a run, the command takes the student that was adapted, which is outputs/run/t2sda/student here.
 Predictions have the size of the original images. For photo.jpg the command writes:
 
 photo_ids.png          the grey value of a pixel is its class id
@@ -15,13 +16,17 @@ photo_confidence.png   with --confidence: how sure the model is (the grey value 
 For drive.mp4 it writes drive_overlay.mp4 and a folder drive_ids/ with one PNG for each frame. With --confidence it also
 writes a folder drive_confidence/.
 
+legend.png shows the colour of every class. A file that cannot be read is left out and named at the end. The exit code
+is 1 then.
+
 With --compare the command reads a labelled domain, as `t2sda evaluate` does, instead of images. For the image with
 index 7 it writes 000007_NAME_ids.png and so on. It also writes 000007_NAME_compare.png, which shows the image, the
 true labels, the prediction and the errors side by side.
 """
 
+import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +38,24 @@ from tqdm import tqdm
 from ..data.domains import Domain
 from ..evaluation.evaluator import Part
 from ..evaluation.inference import load_model, predict, saved_image_size, to_pixel_values
-from ..evaluation.pictures import Column, errors, save_grid
+from ..evaluation.models import model_of
+from ..evaluation.pictures import Column, draw_legend, errors, save_grid
 from ..labels import IGNORE_INDEX, palette
 from ..models import T2SDAForSemanticSegmentation
 from .domains import open_labelled, readable, test_domain
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+LEGEND = "legend.png"
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
 Predict = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
 
 
+class Unreadable(ValueError):
+    """One file is no picture; the others may be."""
+
+
 def run(args: Namespace) -> int:
+    args.model = model_of(args.model)
     if args.compare:
         if args.images is not None:
             raise ValueError(f"--compare reads a labelled domain instead of images: leave out {args.images}.")
@@ -61,27 +73,30 @@ def predict_files(args: Namespace) -> int:
     images = find_images(args.images)
     files = files_for(images, args.output, args.confidence)
     refuse_existing(files, args.overwrite, images)
-    for path in images:  # a broken one must not end the command halfway
-        if path.suffix.lower() in VIDEOS:
-            open_video(path).close()
-        else:
-            read_image(path)
     model, classes = load_model(args.model)
-    see = seeing(model, args)
-    args.output.mkdir(parents=True, exist_ok=True)
+    legend = legend_for(args, classes, images)
+    see, colors = seeing(model, args), palette(classes)
+    unread: list[str] = []
     for path, own in zip(tqdm(images, desc="predict"), files, strict=True):
         kind = predict_video if path.suffix.lower() in VIDEOS else predict_image
-        kind(path, own, see, palette(classes))
-    return 0
+        try:
+            kind(path, own, see, colors)
+        except Unreadable as error:
+            unread.append(str(error))
+    if len(unread) == len(images):
+        raise ValueError(f"{unread[0]}{f' So are all {len(unread)} files.' if len(unread) > 1 else ''}")
+    return report(f"{len(images) - len(unread)} of {len(images)} files", unread, args.output, legend)
 
 
 def predict_domain(args: Namespace) -> int:
     config = test_domain(args)
     model, classes = load_model(args.model)
     domain = open_labelled(config, classes, "To segment images without labels, give them instead of --compare.")
-    part = readable(Part(domain, range(len(domain))[: args.cfg.evaluation.limit], domain.name))
+    asked = range(len(domain))[: args.cfg.evaluation.limit]
+    part = readable(Part(domain, asked, domain.name))
     files = [picture_files(args.output / stem_of(domain, row), args.confidence, "compare") for row in part.indices]
     refuse_existing(files, args.overwrite)
+    legend = legend_for(args, classes)
     see = seeing(model, args)
     args.output.mkdir(parents=True, exist_ok=True)
     for index, own in enumerate(tqdm(files, desc="predict")):
@@ -93,8 +108,26 @@ def predict_domain(args: Namespace) -> int:
         columns = [Column("image", [image]), Column("truth", [truth], "classes")]
         columns += [Column("prediction", [labels], "classes"), Column(f"errors: {right}", [wrong], "error")]
         save_grid(own["compare"], columns, classes)
-    print(f"{len(part)} images of {domain.name} in {args.output}")
-    return 0
+    report(f"{len(part)} images of {domain.name}", [], args.output, legend)
+    return int(len(part) < len(asked))  # `readable` has named the others
+
+
+def legend_for(args: Namespace, classes: Sequence[str], originals: Sequence[Path] = ()) -> bytes:
+    """The legend, drawn; ValueError if another picture of its name is in the way."""
+    legend, path = draw_legend(classes), args.output / LEGEND
+    if not path.is_file() or path.read_bytes() != legend:  # that of an earlier prediction may stay
+        refuse_existing([{"legend": path}], args.overwrite, originals)
+    return legend
+
+
+def report(done: str, unread: Sequence[str], folder: Path, legend: bytes) -> int:
+    """Write the legend, and say where everything is; the exit code."""
+    (folder / LEGEND).write_bytes(legend)
+    print(f"{done} in {folder}. The colours of the classes: {folder / LEGEND}")
+    if unread:
+        print(f"{len(unread)} could not be read and {'is' if len(unread) == 1 else 'are'} left out:", file=sys.stderr)
+        print("\n".join(unread), file=sys.stderr)
+    return int(bool(unread))
 
 
 def seeing(model: T2SDAForSemanticSegmentation, args: Namespace) -> Predict:
@@ -123,7 +156,7 @@ def find_images(path: Path) -> list[Path]:
     """`path` itself, or the images and videos directly in the folder `path`."""
     if path.is_file():
         return [path]
-    found = sorted(file for file in path.glob("*") if file.suffix.lower() in SUFFIXES + VIDEOS)
+    found = sorted(file for file in path.glob("*") if file.suffix.lower() in SUFFIXES + VIDEOS and file.is_file())
     if not found:
         raise ValueError(f"{path} is neither an image nor a folder with images ({', '.join(SUFFIXES + VIDEOS)}).")
     return found
@@ -134,10 +167,10 @@ def read_image(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as picture:
             if picture.mode.startswith(("I", "F")):  # Pillow's conversion would cut everything above 255 to white
-                raise ValueError(f"{path} has more than 8 bits per channel ({picture.mode}): save it with 8.")
+                raise Unreadable(f"{path} has more than 8 bits per channel ({picture.mode}): save it with 8.")
             return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
     except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        raise Unreadable(f"{path} cannot be read as an image: {error}") from error
 
 
 def open_video(path: Path) -> Any:
@@ -149,10 +182,10 @@ def open_video(path: Path) -> Any:
     try:
         container = av.open(path)
     except (OSError, ValueError) as error:  # PyAV's errors are both of these
-        raise ValueError(f"{path} cannot be read as a video: {error}") from error
+        raise Unreadable(f"{path} cannot be read as a video: {error}") from error
     if not container.streams.video:
         container.close()
-        raise ValueError(f"{path} has no pictures, only sound.")
+        raise Unreadable(f"{path} has no pictures, only sound.")
     return container
 
 
@@ -196,6 +229,7 @@ def save_grey(confidence: np.ndarray | None, path: Path | None) -> None:
 
 def predict_image(path: Path, files: Mapping[str, Path], see: Predict, colors: np.ndarray) -> None:
     image = read_image(path)
+    files["ids"].parent.mkdir(parents=True, exist_ok=True)
     save_pictures(image, *see(image), files, colors)
 
 
@@ -215,22 +249,34 @@ def predict_video(path: Path, files: Mapping[str, Path], see: Predict, colors: n
     """Frame by frame, so memory does not grow with the length."""
     import av
 
-    for folder in (files[kind] for kind in ("ids", "confidence") if kind in files):
-        folder.mkdir(exist_ok=True)
-        for old in folder.glob("*.png"):
-            old.unlink()
-    with open_video(path) as source, av.open(files["overlay"], "w") as target:
-        stream = source.streams.video[0]
-        out = target.add_stream("libx264", rate=stream.average_rate or 25)
-        # That format stores colours of 2 x 2 pixels, so it has no odd sides.
-        out.width, out.height = stream.width + stream.width % 2, stream.height + stream.height % 2
-        out.pix_fmt = "yuv420p"
-        for number, frame in enumerate(tqdm(source.decode(stream), desc=path.name, total=stream.frames or None)):
-            image = frame.to_ndarray(format="rgb24")
-            labels, confidence = see(image)
-            Image.fromarray(labels).save(files["ids"] / f"{number:06}.png")
-            save_grey(confidence, files["confidence"] / f"{number:06}.png" if "confidence" in files else None)
-            pixels = np.asarray(blend(image, labels, colors))
-            pixels = np.pad(pixels, ((0, out.height - len(pixels)), (0, out.width - pixels.shape[1]), (0, 0)), "edge")
-            target.mux(out.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        target.mux(out.encode(None))
+    with open_video(path) as source:
+        for folder in (files[kind] for kind in ("ids", "confidence") if kind in files):
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in folder.glob("*.png"):
+                old.unlink()
+        with av.open(files["overlay"], "w") as target:
+            stream = source.streams.video[0]
+            out = target.add_stream("libx264", rate=stream.average_rate or 25)
+            # That format stores colours of 2 x 2 pixels, so it has no odd sides.
+            out.width, out.height = stream.width + stream.width % 2, stream.height + stream.height % 2
+            out.pix_fmt = "yuv420p"
+            frames = tqdm(frames_of(source, path), desc=path.name, total=stream.frames or None)
+            for number, image in enumerate(frames):
+                labels, confidence = see(image)
+                Image.fromarray(labels).save(files["ids"] / f"{number:06}.png")
+                save_grey(confidence, files["confidence"] / f"{number:06}.png" if "confidence" in files else None)
+                pixels = np.asarray(blend(image, labels, colors))
+                sides = (0, out.height - pixels.shape[0]), (0, out.width - pixels.shape[1]), (0, 0)
+                target.mux(out.encode(av.VideoFrame.from_ndarray(np.pad(pixels, sides, "edge"), format="rgb24")))
+            target.mux(out.encode(None))
+
+
+def frames_of(source: Any, path: Path) -> Iterator[np.ndarray]:
+    """(H,W,3) uint8 RGB, one after the other; what comes before a damage was good."""
+    number = 0
+    try:
+        for frame in source.decode(source.streams.video[0]):
+            yield frame.to_ndarray(format="rgb24")
+            number += 1
+    except (OSError, ValueError) as error:  # PyAV's errors are both of these
+        raise Unreadable(f"{path} cannot be read after {number} frames: {error}") from error

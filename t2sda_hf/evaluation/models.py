@@ -1,6 +1,9 @@
 """How models are named on a command line."""
 
+import sys
 from pathlib import Path
+
+from .run_folder import BASELINE
 
 
 def titled(given: str) -> tuple[str, str]:
@@ -9,3 +12,22 @@ def titled(given: str) -> tuple[str, str]:
     if not equals or Path(given).exists():
         return given, given
     return title, name
+
+
+def model_of(name: str) -> str:
+    """Folder or Hub id of one model. Of the folder of a run it is the student that was adapted, which is said."""
+    folder = Path(name)
+    if (folder / "config.json").is_file():
+        return name
+    students = [path.parent for path in (*folder.glob("student/config.json"), *folder.glob("*/student/config.json"))]
+    if not students:
+        return name
+    chosen = min(students, key=lambda student: (student.parent.name == BASELINE, student))
+    print(f"{name} is the folder of a run: its student {chosen} is taken.", file=sys.stderr)
+    return str(chosen)
+
+
+def called(name: str) -> str:
+    """What people call the model in a folder or repository: the run and its method, or the name of the repository."""
+    parts = Path(name).absolute().parts if Path(name).exists() else tuple(name.split("/"))
+    return f"{parts[-3]}, {parts[-2]}" if parts[-1] == "student" and len(parts) > 3 else parts[-1]

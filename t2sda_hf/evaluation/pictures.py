@@ -1,5 +1,6 @@
 """Pictures of images, label maps and confidences side by side, with a legend."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,19 @@ def save_grid(path: Path, columns: Sequence[Column], classes: Sequence[str], tit
     figure.subplots_adjust(left=0.004, right=0.996, top=top, bottom=bottom, wspace=0.02, hspace=0.02)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def draw_legend(classes: Sequence[str]) -> bytes:
+    """A PNG with the colour of every class, in the order of their ids; equal for equal names."""
+    handles = [Patch(color=color / 255, label=name) for name, color in zip(classes, palette(classes), strict=True)]
+    figure = plt.figure(figsize=(3, 0.3))
+    legend = figure.legend(handles=handles, loc="upper left", ncol=-(-len(handles) // 40), fontsize=11, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # "$" is a letter
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=130, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+    return file.getvalue()
 
 
 def _rgb(picture: np.ndarray, kind: str, classes: Sequence[str]) -> np.ndarray:

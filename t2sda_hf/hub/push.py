@@ -20,6 +20,7 @@ from ..errors import PushFailed, causes
 from ..evaluation.figures import save_curves
 from ..evaluation.run_folder import read_method
 from ..masking import holds_secret
+from ..storage import share_weights
 from .card import (
     check_start,
     domain_facts,
@@ -88,7 +89,7 @@ def stage_run(run_folder: Path, repo_id: str, folder: Path, given: Mapping[str, 
     if not panel.is_file():
         raise ValueError(f"{panel} is missing: a card needs one picture of results.")
     shutil.copytree(source / "student", folder)
-    (folder / "model.safetensors").chmod(0o644)
+    share_weights(folder)
     shutil.copy(panel, folder / "panel.png")
     for name in ("resolved_config.yaml", "metrics.json"):
         shutil.copy(source / name, folder / name)

@@ -2,7 +2,6 @@
 without this package: they import torch, transformers, numpy, PIL and each other, nothing else of ours."""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 
 from .configuration_t2sda import MIT_SIZES, RESNET_SIZES, T2SDAConfig
 from .image_processing_t2sda import T2SDAImageProcessor
@@ -17,8 +16,6 @@ AutoImageProcessor.register(
     image_processor_classes={"pil": T2SDAImageProcessor, "torchvision": T2SDAImageProcessor},
     exist_ok=True,
 )
-# `pipeline` looks here for the names of the models it knows, and warns about others.
-MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[T2SDAConfig.model_type] = T2SDAForSemanticSegmentation.__name__
 
 __all__ = [
     "MIT_SIZES",

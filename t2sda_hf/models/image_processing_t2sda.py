@@ -11,9 +11,11 @@ from PIL import Image
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature, get_size_dict
 from transformers.image_utils import ImageInput, make_flat_list_of_images
-from transformers.utils import TensorType
+from transformers.utils import TensorType, logging
 
 from .heads import upsample
+
+logger = logging.get_logger(__name__)
 
 RESIZE_RULES = ("exact", "keep_ratio")
 Maps = TypeVar("Maps", np.ndarray, Tensor)
@@ -90,6 +92,17 @@ class T2SDAImageProcessor(BaseImageProcessor):
         self.do_normalize = do_normalize
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
+
+    @property
+    def padding_value(self) -> None:
+        """None: images are not padded. A pipeline asks for it before it stacks images, and does not say what fails."""
+        if self.size is None or self.resize == "keep_ratio":
+            logger.warning_once(
+                "This model keeps the sizes of images: a batch works if all of its images have the same size. For "
+                "images of different sizes leave batch_size at 1, or set `image_processor.size` to "
+                '{"height": h, "width": w} and `image_processor.resize` to "exact".'
+            )
+        return None
 
     def preprocess(
         self,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, SegformerLayer, SegformerModel
 from transformers import initialization as init
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 from transformers.utils import ModelOutput
 
 from .configuration_t2sda import T2SDAConfig
@@ -293,3 +294,6 @@ def name_some(keys: Sequence[str]) -> str:
 
 
 T2SDAForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
+# `pipeline` looks here for the names of the models it knows, and warns about others. Here, and not beside the Auto
+# classes, so that it also holds for those who have only this file.
+MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[T2SDAConfig.model_type] = T2SDAForSemanticSegmentation.__name__

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, DamagedCheckpoint
 from ..evaluation.run_folder import BASELINE
-from ..storage import sync
+from ..storage import share_weights, sync
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,7 @@ def write_folder(target: Path, write: Callable[[Path], None], manifest: bool = T
                 shutil.rmtree(leftover)
         partial.mkdir(parents=True)
         write(partial)
+        share_weights(partial)
         if manifest:
             _write_json(partial / MANIFEST, _describe(partial))
         for path in [*partial.rglob("*"), partial]:

@@ -12,6 +12,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..storage import share_weights
+
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
@@ -67,6 +69,7 @@ def save_translator(folder: Path, translator: nn.Module, arguments: dict[str, An
     save_file(
         {name: tensor.contiguous().cpu() for name, tensor in translator.state_dict().items()}, folder / WEIGHTS_FILE
     )
+    share_weights(folder)
 
 
 def load_translator(location: str, architecture: str) -> nn.Module:

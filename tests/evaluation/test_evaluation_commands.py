@@ -18,6 +18,8 @@ from t2sda_hf.config import DomainConfig
 from t2sda_hf.data.domains import load_domain
 from t2sda_hf.evaluation.evaluator import evaluate_model
 from t2sda_hf.evaluation.inference import load_model, predict_labels, saved_image_size, to_pixel_values
+from t2sda_hf.evaluation.models import called, model_of
+from t2sda_hf.evaluation.pictures import draw_legend
 from t2sda_hf.labels import palette
 from t2sda_hf.models import T2SDAConfig, T2SDAForSemanticSegmentation, T2SDAImageProcessor
 
@@ -181,7 +183,8 @@ def test_predict_writes_ids_colours_and_overlay_at_the_original_size(model_folde
 
     images = [file for file in photos.iterdir() if file.suffix != ".txt"]
     assert {file.name for file in output.iterdir()} == {
-        f"{image.stem}_{kind}.png" for image in images for kind in ("ids", "color", "overlay")
+        "legend.png",
+        *(f"{image.stem}_{kind}.png" for image in images for kind in ("ids", "color", "overlay")),
     }
     for path in images:
         original = open_image(path).convert("RGB")
@@ -253,19 +256,51 @@ def test_images_that_share_a_stem_are_refused(model_folder, photos, tmp_path, ca
 
 
 @pytest.mark.parametrize("kind", ["text", "cut", "sixteen bits"])
-def test_broken_image_is_named_before_anything_is_written(model_folder, photos, tmp_path, capsys, kind):
-    broken = photos / "zebra.png"
+def test_a_broken_image_is_named_and_the_others_are_predicted(model_folder, photos, tmp_path, capsys, kind):
+    broken, output = photos / "a broken.png", tmp_path / "out"
     if kind == "text":
         broken.write_text("not an image")
     elif kind == "cut":
         broken.write_bytes((photos / "wide.png").read_bytes()[:2000])
     else:
         Image.fromarray(np.full((40, 40), 4000, np.uint16)).save(broken)
+    (photos / "folder.png").mkdir()  # a name alone makes no picture
 
-    assert predict(model_folder, photos, tmp_path / "out") == 2
+    assert predict(model_folder, photos, output) == 1
 
+    printed = capsys.readouterr()
+    assert f"5 of 6 files in {output}. The colours of the classes: {output / 'legend.png'}" in printed.out
+    assert "1 could not be read and is left out:" in printed.err
+    assert printed.err.strip().splitlines()[-1].startswith(f"{broken} ")
+    assert (output / "wide_ids.png").is_file()
+    assert not list(output.glob("*broken*"))
+    assert predict(model_folder, broken, tmp_path / "none") == 2
     assert last_error_line(capsys).startswith(f"ValueError: {broken} ")
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_legend_has_every_class_and_replaces_no_other_picture(model_folder, photos, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert predict(model_folder, photos / "wide.png", output) == 0
+    legend = open_image(output / "legend.png").convert("RGB")
+    assert {tuple(color) for color in palette(CLASSES).tolist()} <= {color for _, color in legend.getcolors(1 << 16)}
+    assert predict(model_folder, photos / "grey.bmp", output) == 0  # the same legend
+    (output / "legend.png").write_text("precious")
+    assert predict(model_folder, photos / "dot.tif", output) == 2
+    assert "legend.png exists" in last_error_line(capsys)
+    assert (output / "legend.png").read_text() == "precious"
+    assert draw_legend(["$x_1$", "a$", "straße"] * 85).startswith(b"\x89PNG")
+
+
+def test_of_a_run_the_adapted_student_is_taken(model_folder, photos, tmp_path, capsys):
+    for method in ("source_only", "t2sda"):
+        shutil.copytree(model_folder, tmp_path / "run" / method / "student")
+    assert predict(tmp_path / "run", photos / "wide.png", tmp_path / "out") == 0
+    student = tmp_path / "run" / "t2sda" / "student"
+    assert f"its student {student} is taken" in capsys.readouterr().err
+    assert model_of(str(tmp_path / "run" / "source_only")) == str(tmp_path / "run" / "source_only" / "student")
+    assert model_of("me/streets") == called("me/streets").replace("streets", "me/streets")
+    assert called(str(student)) == "run, t2sda"
 
 
 @pytest.mark.parametrize("path", ["photos/notes.txt", "nowhere", "empty"])
@@ -345,11 +380,14 @@ def test_predict_compares_with_the_truth_of_a_domain(model_folder, mapped, tmp_p
     config, _, truth = mapped
     (tmp_path / "city" / "images" / "c.png").write_bytes(b"damaged")
     out = tmp_path / "out"
-    assert main(["predict", str(model_folder), "--compare", "--config", str(config), "--output", str(out)]) == 0
+    assert main(["predict", str(model_folder), "--compare", "--config", str(config), "--output", str(out)]) == 1
 
     kinds = ("ids", "color", "overlay", "compare")
     stems = ("000000_a", "000001_b")
-    assert {file.name for file in out.iterdir()} == {f"{stem}_{kind}.png" for stem in stems for kind in kinds}
+    assert {file.name for file in out.iterdir()} == {
+        "legend.png",
+        *(f"{stem}_{kind}.png" for stem in stems for kind in kinds),
+    }
     printed = capsys.readouterr()
     assert "1 of 3 images of" in printed.err
     assert "2 images of" in printed.out

@@ -28,7 +28,12 @@ def test_every_frame_gets_its_ids_and_the_overlay_is_a_video_of_the_same_length(
     write_video(tmp_path / "drive.mp4", frames)
     student, out = str(finished_run / "t2sda" / "student"), tmp_path / "out"
     assert main(["predict", student, str(tmp_path / "drive.mp4"), "--output", str(out), "--confidence"]) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["drive_confidence", "drive_ids", "drive_overlay.mp4"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "drive_confidence",
+        "drive_ids",
+        "drive_overlay.mp4",
+        "legend.png",
+    ]
     for kind in ("ids", "confidence"):
         assert sorted(path.name for path in (out / f"drive_{kind}").iterdir()) == [f"{n:06}.png" for n in range(5)]
     with av.open(out / "drive_overlay.mp4") as overlay:

@@ -1,4 +1,5 @@
 import json
+import logging
 import math
 import os
 import subprocess
@@ -561,6 +562,22 @@ def test_the_segmentation_pipeline_masks_what_the_model_says(small, tmp_path, ra
     assert [one["label"] for one in masks] == [names[index] for index in np.unique(labels)]
     for one, index in zip(masks, np.unique(labels), strict=True):
         assert np.array_equal(np.asarray(one["mask"]) == 255, labels == index)
+
+
+def test_a_pipeline_says_when_a_batch_needs_one_size(small, randomize, caplog):
+    images = [Image.new("RGB", (64, height)) for height in (48, 64)]
+    processor, words = T2SDAImageProcessor(), "leave batch_size at 1"
+    segment = pipeline("image-segmentation", model=build(**small).eval(), image_processor=processor, device="cpu")
+    with caplog.at_level(logging.WARNING, logger="transformers"):
+        segment(images)
+        assert words not in caplog.text
+        with pytest.raises(RuntimeError, match="Sizes of tensors"):
+            segment(images, batch_size=2)
+    assert words in caplog.text
+    caplog.clear()
+    processor.size = {"height": 64, "width": 64}
+    assert len(segment(images, batch_size=2)) == 2
+    assert words not in caplog.text
 
 
 # Plain SegFormer files

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,6 +128,12 @@ def test_a_checkpoint_in_which_the_watch_is_a_part_of_the_memory_is_read(tmp_pat
     parts = stepped(3, steps=0)
     load_run(folder, parts, Accelerator(cpu=True))
     assert_equal(everything(parts), everything(stepped(10)))
+
+
+def test_a_group_may_read_all_of_it_if_the_umask_lets_it(kept: Path) -> None:
+    os.umask(forbidden := os.umask(0))
+    allowed = 0o666 & ~forbidden
+    assert {stat.S_IMODE(path.stat().st_mode) for path in kept.rglob("*") if path.is_file()} == {allowed}
 
 
 def test_a_checkpoint_holds_safetensors_and_json_and_nothing_else_that_is_read(kept: Path) -> None:
