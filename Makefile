@@ -18,7 +18,7 @@ test: install
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# The demo in a real browser: needs chromium, and an environment of its own because gradio wants an older Pillow.
+# Pages and the demo in a real browser: needs chromium, and an environment of its own: `make test` is without gradio.
 browser: $(VENV)-browser/.installed
 	@command -v chromium > /dev/null || { echo "make browser needs chromium (Debian: apt-get install chromium)"; exit 2; }
 	$(VENV)-browser/bin/python -m pytest tests/hub/test_demo_in_browser.py
@@ -42,6 +42,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)-browser/.installed: $(VENV)/.installed
 	$(VENV)/bin/python -m venv $(VENV)-browser
-	grep -v '^pillow==' constraints.txt > $(VENV)-browser/constraints.txt
-	$(VENV)-browser/bin/python -m pip install --quiet --constraint $(VENV)-browser/constraints.txt --editable ".[browser]"
+	$(VENV)-browser/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
 	touch $@

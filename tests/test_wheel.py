@@ -5,11 +5,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
 from hub.server import TOKEN, serve
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
+from trove_classifiers import classifiers
 
 ROOT = Path(__file__).parents[1]
 BUILT_FROM = ("t2sda_hf", "configs", "model_cards", "pyproject.toml", "README.md", "LICENSE")
@@ -78,3 +82,23 @@ def test_the_wheel_takes_a_stranger_from_recipe_to_hub(command: Path, tmp_path: 
         assert (tmp_path / "from_hub" / "street_ids.png").read_bytes() == (
             tmp_path / "seen" / "street_ids.png"
         ).read_bytes()
+
+
+def test_every_extra_fits_the_pinned_versions() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    pinned = {canonicalize_name(name): version for name, version in pinned.items()}
+    for extra, words in (project["optional-dependencies"] | {"": project["dependencies"]}).items():
+        for asked in map(Requirement, words):
+            own = asked.name in ("t2sda_hf", "imagecorruptions-imaug")  # the second clashes with headless OpenCV
+            assert own or asked.specifier.contains(pinned[canonicalize_name(asked.name)]), (extra, str(asked))
+
+
+def test_the_metadata_says_who_where_and_what() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["authors"] == [{"name": "The t2sda_hf authors"}]
+    assert project["urls"]["Paper"] == "https://arxiv.org/abs/2305.13752"
+    assert set(project["classifiers"]) <= set(classifiers)
+    supported = [word.rpartition(" ")[2] for word in project["classifiers"] if ":: Python :: 3." in word]
+    assert [version in Requirement(f"x{project['requires-python']}").specifier for version in supported] == [True] * 3
