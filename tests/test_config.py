@@ -10,7 +10,7 @@ import pytest
 import yaml
 from tiny import tiny_config
 
-from t2sda_hf.config import DomainConfig, RunConfig, differences, dump_config, keys, load_config
+from t2sda_hf.config import DomainConfig, RunConfig, differences, dump_config, json_schema, keys, load_config
 from t2sda_hf.labels import CITYSCAPES_CLASSES
 
 Load = Callable[[str, str], RunConfig]
@@ -440,7 +440,9 @@ WRONG_TYPES = [
     ("source.resize", "[720]", "a list like [a, b] of 2 whole numbers or null"),
     ("test.resize", "{height: 1}", "a list like [a, b] of 2 whole numbers or null"),
     ("evaluation.window", "32", "a list like [a, b] of 2 whole numbers or null"),
-    ("model.depths", "[1, 1, x, 1]", "a list like [a, b] of whole numbers or null"),
+    ("model.depths", "[1, 1, x, 1]", "a list like [a, b] of 4 whole numbers or null"),
+    ("model.depths", "[]", "a list like [a, b] of 4 whole numbers or null"),
+    ("model.hidden_sizes", "[32, 64, 160]", "a list like [a, b] of 4 whole numbers or null"),
     ("projector.in_index", "0", "a list like [a, b] of whole numbers"),
     ("classes", "road", "a list like [a, b] of texts"),
     ("classes", "[road, 3]", "a list like [a, b] of texts"),
@@ -538,6 +540,29 @@ OUT_OF_RANGE = [
     ("train.evaluate_every", "0"),
     ("train.save_every", "-4000"),
     ("evaluation.mode", "slide"),
+    ("evaluation.limit", "0"),
+    ("evaluation.window", "[0, 64]"),
+    ("evaluation.stride", "[64, 0]"),
+    ("test.crop_box", "[0, 0, 0, 8]"),
+    ("test.crop_box", "[-1, 0, 8, 8]"),
+    ("optim.weight_decay", "-1"),
+    ("optim.power", "-1"),
+    ("optim.head_lr_multiplier", "0"),
+    ("optim.warmup_ratio", "2"),
+    ("optim.max_grad_norm", "0"),
+    ("model.depths", "[2, 2, 0, 2]"),
+    ("model.depths", "[2, 2, 2, 1000000]"),
+    ("model.hidden_sizes", "[32, 64, -160, 256]"),
+    ("model.num_attention_heads", "[1, 0, 5, 8]"),
+    ("model.head_dilations", "[]"),
+    ("model.head_dilations", "[1, 0]"),
+    ("model.decoder_hidden_size", "0"),
+    ("model.head_dropout", "1"),
+    ("model.drop_path_rate", "-0.1"),
+    ("rcs.min_crop_ratio", "-1"),
+    ("feature_distance.min_ratio", "1.5"),
+    ("translate.gaussian_blur.sigma", "[2, 1]"),
+    ("translate.gaussian_blur.sigma", "[0, 1]"),
 ]
 
 
@@ -548,6 +573,46 @@ def test_a_value_out_of_range_is_refused_with_its_key(load, key, text):
     message = str(caught.value)
     assert "must be" in message or "needs" in message
     assert key in message.split(" must ")[0].split(" needs ")[0]
+
+
+def test_every_numeric_key_has_a_range():
+    """Not those of an id: which ids there are, a domain knows."""
+    words = {name: repr(found.type) for name, found in keys().items()}
+    numeric = {name for name, text in words.items() if "Strict" in text and "bool" not in text}
+    assert {name for name in numeric if not keys()[name].range} == {
+        f"{domain}.{name}" for domain in ("source", "target", "test") for name in ("label_ids", "ignore_id")
+    }
+
+
+def test_the_schema_says_ranges_of_lists_at_their_items():
+    depths = json_schema()["$defs"]["ModelConfig"]["properties"]["depths"]
+    assert {(one["minimum"], one["maximum"]) for one in depths["anyOf"][0]["prefixItems"]} == {(1, 256)}
+    assert "minimum" not in depths
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["--evaluation.window=[64, 64]", "--evaluation.stride=[65, 1]"],
+            r"evaluation\.stride must be at most .*\(64, 64\)",
+        ),
+        (
+            ["--model.hidden_sizes=[33, 64, 160, 256]", "--model.num_attention_heads=[2, 2, 5, 8]"],
+            r"model\.hidden_sizes must be multiples of model\.num_attention_heads \(2, 2, 5, 8\)",
+        ),
+        (["--source.resize=[100000, 200000]"], r"source\.resize must be at most 33554432 pixels"),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(None, overrides)
+
+
+def test_a_long_value_is_shown_by_its_beginning():
+    with pytest.raises(ValueError, match=r"seed in the command line must be a whole number, got ") as caught:
+        load_config(None, [f"--seed={'x' * 100_000}"])
+    assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("domain", ["source", "target", "test"])

@@ -23,8 +23,10 @@ def _number(value: Any) -> Any:
 Whole = Annotated[int, Strict()]
 Flag = Annotated[bool, Strict()]
 Number = Annotated[float, Strict(), BeforeValidator(_number)]
+LIMITS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")  # the words of JSON schema
 _UNIONS = (Union, UnionType)  # Annotated[int] | None is the first, str | None the second
 Size = tuple[Whole, Whole]  # (height, width) in pixels
+Stages = tuple[Whole, Whole, Whole, Whole]  # of an encoder, finest first
 
 
 def key(
@@ -46,9 +48,9 @@ def key(
         source: "P" the paper states the value, "D" the public DAFormer code that it builds on, "O A3" a choice that
             the paper leaves open, with its entry in the register of open points; "" is ours.
         changes: what another value changes, see `Changes`.
-        at_least, above, at_most, below: the range; None is no limit.
+        at_least, above, at_most, below: the range, of a list that of each item; None is no limit.
     """
-    limits = {"minimum": at_least, "exclusiveMinimum": above, "maximum": at_most, "exclusiveMaximum": below}
+    limits = dict(zip(LIMITS, (at_least, above, at_most, below), strict=True))
     extra: dict[str, Any] = {name: limit for name, limit in limits.items() if limit is not None}
     extra |= {"source": source, "changes": changes}
     metadata = {"description": meaning, "json_schema_extra": extra}  # pydantic makes its schema of these
@@ -60,7 +62,13 @@ def key(
 def require(condition: bool, name: str, rule: str, value: object) -> None:
     """Raise the ValueError that every wrong value gets: key, rule, value."""
     if not condition:
-        raise ValueError(f"{name} must be {rule}, got {value!r}.")
+        raise ValueError(f"{name} must be {rule}, got {shown(value)}.")
+
+
+def shown(value: object) -> str:
+    """A value as messages show it; of a long one the beginning."""
+    text = repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 class Section:
@@ -74,7 +82,8 @@ class Section:
         for item in fields(self):  # type: ignore[arg-type]
             value, rule = getattr(self, item.name), _range(item)
             if rule and value is not None:
-                require(_inside(value, item), prefix + item.name, rule, value)
+                inside = all(_inside(one, item) for one in (value if isinstance(value, tuple) else [value]))
+                require(inside, prefix + item.name, rule, value)
         self.check()
 
     def check(self) -> None:
@@ -98,7 +107,12 @@ def _inside(value: float, item: Field) -> bool:
 
 def _range(item: Field) -> str:
     """The range in words; "" without one."""
-    limits = _limits(item)
+    words = _in_words(_limits(item))
+    kinds = (item.type, *get_args(item.type))
+    return f"{words} in every place" if words and any(get_origin(kind) is tuple for kind in kinds) else words
+
+
+def _in_words(limits: Mapping[str, Any]) -> str:
     low, above = limits.get("minimum"), limits.get("exclusiveMinimum")
     high, below = limits.get("maximum"), limits.get("exclusiveMaximum")
     bottom, top = (low if above is None else above), (high if below is None else below)

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from .keys import flatten, in_words
+from .keys import LIMITS, flatten, in_words, shown
 from .run import RunConfig, keys
 
 # The recipes of configs/: beside the package in a checkout, inside it in a wheel.
@@ -133,11 +133,25 @@ def json_schema() -> dict[str, Any]:
     """What an editor needs to complete and check a YAML file of a run. Keys may be nested, or dotted at the top."""
     schema = _adapter().json_schema()
     schema = json.loads(json.dumps(schema))  # tuples as lists
+    for section in (schema, *schema["$defs"].values()):
+        for found in section["properties"].values():
+            _limit_items(found)
     schema["properties"] = {"base": {"type": "string", "description": "recipe or file to start from"}} | schema[
         "properties"
     ]
     schema["patternProperties"] = {rf"^{section}\.": {} for section in schema["properties"]}
     return schema
+
+
+def _limit_items(found: dict[str, Any]) -> None:
+    """Put the range of a list where JSON schema looks for it: at its items."""
+    lists = [kind for kind in (found, *found.get("anyOf", ())) if kind.get("type") == "array"]
+    limits = {name: found[name] for name in LIMITS if lists and name in found}
+    for one in lists:
+        for items in (*one.get("prefixItems", ()), *([one["items"]] if "items" in one else [])):
+            items |= limits
+    for name in limits:
+        del found[name]
 
 
 def _plain(value: Any) -> Any:
@@ -160,7 +174,7 @@ def _with_base(path: str | Path) -> list[tuple[Path, dict[str, Any]]]:
     if base is None:
         return [(file, content)]
     if not isinstance(base, str):
-        raise ValueError(f"base in {file} must be text, the name of a recipe or a path, got {base!r}.")
+        raise ValueError(f"base in {file} must be text, the name of a recipe or a path, got {shown(base)}.")
     beside = file.parent / base
     try:
         below = find_recipe(beside if beside.is_file() else base)
@@ -274,7 +288,9 @@ def _merge(tree: dict[str, Any], values: Mapping[str, Any], prefix: str, where: 
         key = f"{prefix}{name}"
         if key in GONE:
             if value != GONE[key]:
-                raise ValueError(f"{key} in {where} is no key any more: it is always {GONE[key]!r}, got {value!r}.")
+                raise ValueError(
+                    f"{key} in {where} is no key any more: it is always {GONE[key]!r}, got {shown(value)}."
+                )
             continue
         kind: Any = RunConfig
         node = tree
@@ -293,7 +309,7 @@ def _merge(tree: dict[str, Any], values: Mapping[str, Any], prefix: str, where: 
             if not isinstance(value, dict):
                 inside = ", ".join(known for known in keys() if known.startswith(f"{key}."))
                 raise ValueError(
-                    f"{key} in {where} is a section, got the value {value!r}. Set one of its keys: {inside}."
+                    f"{key} in {where} is a section, got the value {shown(value)}. Set one of its keys: {inside}."
                 )
             _merge(tree, value, f"{key}.", where, said_in)
         else:
@@ -314,7 +330,7 @@ def _sentence(error: Mapping[str, Any], tree: Mapping[str, Any], said_in: Mappin
     value: Any = tree
     for part in key.split("."):
         value = value[part]
-    return f"{key} in {said_in.get(key, 'the defaults')} must be {in_words(keys()[key].type)}, got {value!r}."
+    return f"{key} in {said_in.get(key, 'the defaults')} must be {in_words(keys()[key].type)}, got {shown(value)}."
 
 
 def unknown_key(key: str, where: str) -> str:

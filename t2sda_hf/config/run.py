@@ -10,7 +10,7 @@ from functools import cache
 from typing import Literal
 
 from ..labels import CITYSCAPES_CLASSES, LABEL_SPACES
-from .keys import Changes, Flag, Key, Number, Section, Size, Whole, key, require, walk
+from .keys import Changes, Flag, Key, Number, Section, Size, Stages, Whole, key, require, walk
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class DomainConfig(Section):
     ignore_id: Whole | None = key(None, "an id in label maps that has no class; 255 is always one")
     label_map: dict[str, str] = key({}, "{class name of the data set: class name of the run}, where names differ")
     crop_box: tuple[Whole, Whole, Whole, Whole] | None = key(
-        None, "(top, left, height, width) in pixels of the file that are used at all; null uses all"
+        None, "(top, left, height, width) in pixels of the file that are used at all; null uses all", at_least=0
     )
-    resize: Size | None = key(None, "(height, width) in pixels before cropping; null keeps the size")
+    resize: Size | None = key(None, "(height, width) in pixels before cropping; null keeps the size", at_least=1)
     resize_mode: Literal["keep_ratio", "exact"] = key(
         "keep_ratio", 'how resize is reached; keep_ratio makes of "1280x720" really 1280x704 for GTA5', "D"
     )
@@ -77,9 +77,10 @@ class DomainConfig(Section):
         for label_id in [*self.label_ids, *([] if self.ignore_id is None else [self.ignore_id])]:
             require(0 <= label_id <= 255, "label_ids and ignore_id", "ids in 0..255", label_id)
         if self.resize is not None:
-            require(min(self.resize) >= 1, "resize", "two positive numbers (height, width)", self.resize)
+            most = max(self.max_pixels, 2**25)
+            require(self.resize[0] * self.resize[1] <= most, "resize", f"at most {most} pixels", self.resize)
         if self.crop_box is not None:
-            good = min(self.crop_box) >= 0 and min(self.crop_box[2:]) >= 1
+            good = min(self.crop_box[2:]) >= 1
             require(good, "crop_box", "(top, left, height, width) with a positive height and width", self.crop_box)
 
 
@@ -95,21 +96,40 @@ class ModelConfig(Section):
     )
     head: Literal["daformer", "all_mlp", "deeplabv2"] = key("daformer", "what makes classes of features", "P")
     head_dilations: tuple[Whole, ...] | None = key(
-        None, "of the head's branches; null is 1, 6, 12, 18 for daformer and 6, 12 for deeplabv2", "D"
+        None,
+        "of the head's branches; null is 1, 6, 12, 18 for daformer and 6, 12 for deeplabv2",
+        "D",
+        at_least=1,
+        at_most=256,
     )
     decoder_hidden_size: Whole | None = key(
-        None, "channels of the head; null is 256, but 768 for all_mlp on mit_b2 to mit_b5", "D"
+        None, "channels of the head; null is 256, but 768 for all_mlp on mit_b2 to mit_b5", "D", at_least=1
     )
-    head_dropout: Number = key(0.1, "share of channels that the head drops in training", "D")
-    drop_path_rate: Number = key(0.1, "probability with which the last block of the encoder is skipped", "D")
+    head_dropout: Number = key(0.1, "share of channels that the head drops in training", "D", at_least=0, below=1)
+    drop_path_rate: Number = key(
+        0.1, "probability with which the last block of the encoder is skipped", "D", at_least=0, below=1
+    )
     activation_checkpointing: Flag = key(
         False, "keep less for backward and compute it once more: less memory, more time", changes="nothing"
     )
-    depths: tuple[Whole, ...] | None = key(None, "blocks of the four stages, for an encoder of your own size")
-    hidden_sizes: tuple[Whole, ...] | None = key(None, "channels of the four stages, for an encoder of your own size")
-    num_attention_heads: tuple[Whole, ...] | None = key(
-        None, "attention heads of the stages, for an encoder of your own size"
+    depths: Stages | None = key(
+        None, "blocks of the four stages, for an encoder of your own size", at_least=1, at_most=256
     )
+    hidden_sizes: Stages | None = key(None, "channels of the four stages, for an encoder of your own size", at_least=1)
+    num_attention_heads: Stages | None = key(
+        None, "attention heads of the stages, which divide their channels", at_least=1
+    )
+
+    def check(self) -> None:
+        branches = self.head_dilations
+        require(branches is None or 1 <= len(branches) <= 16, "model.head_dilations", "1 to 16 numbers", branches)
+        heads, channels = self.num_attention_heads, self.hidden_sizes
+        require(
+            not heads or not channels or all(size % head == 0 for size, head in zip(channels, heads, strict=True)),
+            "model.hidden_sizes",
+            f"multiples of model.num_attention_heads {heads}",
+            channels,
+        )
 
     @property
     def logits_stride(self) -> int:
@@ -123,7 +143,7 @@ class HrdaConfig(Section):
 
     section = "hrda"
     enabled: Flag = key(False, "train and predict at two resolutions", "D")
-    crop_size: Size = key((512, 512), "(height, width) of the detail, in pixels of data.crop_size", "D")
+    crop_size: Size = key((512, 512), "(height, width) of the detail, in pixels of data.crop_size", "D", at_least=32)
     detail_weight: Number = key(
         0.1, "λ_d: losses are (1-λ_d) of the fused logits' and λ_d of the detail's", "D", at_least=0, at_most=1
     )
@@ -133,9 +153,6 @@ class HrdaConfig(Section):
         changes="nothing",
         at_least=1,
     )
-
-    def check(self) -> None:
-        require(min(self.crop_size) >= 32, "hrda.crop_size", "at least 32 x 32", self.crop_size)
 
 
 @dataclass(frozen=True)
@@ -147,8 +164,10 @@ class ProjectorConfig(Section):
         None,
         "encoder levels, resized to the finest and concatenated; null is all of a MiT, the last of a ResNet",
         "O A3",
+        at_least=0,
+        at_most=3,
     )
-    kernel: Whole = key(1, "side of its convolutions, 1 or 3", "O A2")
+    kernel: Whole = key(1, "side of its convolutions, 1 or 3", "O A2", at_least=1, at_most=3)
     hidden: Whole = key(256, "channels between its convolutions", "O A2", at_least=1)
     dim: Whole = key(256, "channels of the embeddings", "O A2", at_least=1)
     final_relu: Flag = key(True, 'whether the second block ends in a ReLU: "two Conv-BN-ReLU blocks"', "P")
@@ -170,21 +189,20 @@ class DataConfig(Section):
     """Crops, and how they are loaded."""
 
     section = "data"
-    crop_size: Size = key((512, 512), "(height, width) of the crops that the student sees", "P")
+    crop_size: Size = key((512, 512), "(height, width) of the crops that the student sees", "P", at_least=32)
     outer_crop: Literal["auto", "true", "false"] = key(
         "auto", "whether crops come out of a larger window; auto: only when the run translates", "O A10"
     )
-    outer_crop_size: Size = key((512, 1024), "(height, width) of the window in which FDA works", "P")
+    outer_crop_size: Size = key((512, 1024), "(height, width) of the window in which FDA works", "P", at_least=32)
     cat_max_ratio: Number = key(
         0.75, "largest share of a source crop that one class may cover", "D", above=0, at_most=1
     )
     flip: Flag = key(True, "mirror with probability 1/2, source and target on their own", "D")
     num_workers: Whole = key(
-        0, "processes that load ahead; 0 loads in the training process", changes="nothing", at_least=0
+        0, "processes that load ahead; 0 loads in the training process", changes="nothing", at_least=0, at_most=1024
     )
 
     def check(self) -> None:
-        require(min(self.crop_size) >= 32, "data.crop_size", "at least 32 x 32", self.crop_size)
         require(
             all(side % 32 == 0 for side in self.crop_size),
             "data.crop_size",
@@ -211,7 +229,7 @@ class RareClassSamplingConfig(Section):
         3000, "pixels of a class that an image must show, at the label's own resolution", "D", at_least=0
     )
     min_crop_ratio: Number = key(
-        0.5, "a crop must show more than min_pixels times this of the class; ten tries are made", "D"
+        0.5, "a crop must show more than min_pixels times this of the class; ten tries are made", "D", at_least=0
     )
 
 
@@ -311,10 +329,11 @@ class GaussianBlurConfig(Section):
 
     section = "translate.gaussian_blur"
     probability: Number = key(0.5, "that an image is blurred", "O A13", at_least=0, at_most=1)
-    sigma: tuple[Number, Number] = key((0.1, 2.0), "lowest and highest deviation, in pixels", "P")
+    sigma: tuple[Number, Number] = key((0.1, 2.0), "lowest and highest deviation, in pixels", "P", above=0)
 
     def check(self) -> None:
-        require(0 < self.sigma[0] <= self.sigma[1], "translate.gaussian_blur.sigma", "0 < low <= high", self.sigma)
+        low, high = self.sigma
+        require(low <= high, "translate.gaussian_blur.sigma", "the lower one and then the higher", self.sigma)
 
 
 STYLES = ("fda", "randomization", "adain", "weather", "cartoon")
@@ -430,7 +449,7 @@ class PullConfig(Section):
     teacher_forward: Literal["separate", "joint"] = key(
         "separate", "whether the teacher sees source and target in two batches or in one", "O A5"
     )
-    start_step: Whole = key(0, "updates before the first pull", "O A31")
+    start_step: Whole = key(0, "updates before the first pull", "O A31", at_least=0)
     augment: Flag = key(False, "colour-augment the pseudo-target image", "O A33")
     bn_track_ptarget: Flag = key(True, "whether pseudo-target images count in the running statistics of a ResNet")
     proto_momentum: Number = key(0.0, "memory of prototypes across steps; 0 is none", "O A34", at_least=0, below=1)
@@ -461,7 +480,9 @@ class FeatureDistanceConfig(Section):
     classes: tuple[str, ...] = key(
         (), "classes whose pixels count, DAFormer: things, which ImageNet has; [] is every pixel"
     )
-    min_ratio: Number = key(0.75, "share of its pixels that must be of one class for a cell to count", "D")
+    min_ratio: Number = key(
+        0.75, "share of its pixels that must be of one class for a cell to count", "D", at_least=0, at_most=1
+    )
 
 
 @dataclass(frozen=True)
@@ -484,12 +505,14 @@ class OptimConfig(Section):
 
     section = "optim"
     lr: Number = key(6e-5, "learning rate of the encoder after the warm-up", "P", above=0)
-    head_lr_multiplier: Number = key(10.0, "head and projector learn so many times as fast", "P")
-    weight_decay: Number = key(0.01, "of AdamW, not on norms and biases", "P")
+    head_lr_multiplier: Number = key(10.0, "head and projector learn so many times as fast", "P", above=0)
+    weight_decay: Number = key(0.01, "of AdamW, not on norms and biases", "P", at_least=0)
     warmup_steps: Whole = key(1500, "updates in which the rate rises", "P", at_least=0)
-    warmup_ratio: Number = key(1e-6, "share of the rate at the first update", "D")
-    power: Number = key(1.0, "of the decay; 1 is linear", "P")
-    max_grad_norm: Number | None = key(None, "longer gradients are shortened to this norm; null clips nothing", "D")
+    warmup_ratio: Number = key(1e-6, "share of the rate at the first update", "D", at_least=0, at_most=1)
+    power: Number = key(1.0, "of the decay; 1 is linear", "P", at_least=0)
+    max_grad_norm: Number | None = key(
+        None, "longer gradients are shortened to this norm; null clips nothing", "D", above=0
+    )
 
 
 @dataclass(frozen=True)
@@ -527,7 +550,7 @@ class TrainConfig(Section):
         at_most=864_000,
     )
     num_threads: Whole | None = key(
-        None, "CPU threads of torch; null leaves torch's choice", changes="nothing", at_least=1
+        None, "CPU threads of torch; null leaves torch's choice", changes="nothing", at_least=1, at_most=1024
     )
     log_with: tuple[str, ...] = key(("tensorboard",), "trackers of accelerate; [] is none", changes="nothing")
 
@@ -538,9 +561,11 @@ class EvaluationConfig(Section):
 
     section = "evaluation"
     mode: Literal["whole", "slide"] = key("whole", "whole images, or windows that overlap", "D", changes="scoring")
-    window: Size | None = key(None, "(height, width) of a window, for mode slide", changes="scoring")
-    stride: Size | None = key(None, "(height, width) between windows, for mode slide", changes="scoring")
-    limit: Whole | None = key(None, "only the first so many images; null is all", changes="scoring")
+    window: Size | None = key(None, "(height, width) of a window, for mode slide", changes="scoring", at_least=1)
+    stride: Size | None = key(
+        None, "(height, width) between windows, for mode slide; at most the window", changes="scoring", at_least=1
+    )
+    limit: Whole | None = key(None, "only the first so many images; null is all", changes="scoring", at_least=1)
     source_images: Whole = key(
         32,
         "score so many images of the source, too, evenly spread; they are seen in training",
@@ -551,6 +576,12 @@ class EvaluationConfig(Section):
     def check(self) -> None:
         if self.mode == "slide" and (self.window is None or self.stride is None):
             raise ValueError("evaluation.mode slide needs evaluation.window and evaluation.stride (height, width).")
+        require(
+            not self.window or not self.stride or all(s <= w for s, w in zip(self.stride, self.window, strict=True)),
+            "evaluation.stride",
+            f"at most evaluation.window {self.window}, to miss no pixel",
+            self.stride,
+        )
 
 
 @dataclass(frozen=True)
