@@ -6,7 +6,7 @@ what is in a file in `files`; what the ids mean is settled here, once, by class 
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -20,8 +20,9 @@ from PIL import ImageColor
 
 from ..config import DomainConfig
 from ..labels import CITYSCAPES_CLASSES, IGNORE_INDEX, LABEL_SPACES, SPACE_COLORS, id_map
+from ..listing import account
 from .files import Color, LabelRule, read_header, read_ids, read_image
-from .sources import load_rows, open_stream
+from .sources import at_home, cache_explained, load_rows, open_stream
 from .transforms import Size, resize_image, resize_labels, resized_size
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class Domain:
         rule: what label files mean; None without labels.
         valid: (h,w) bool, the static validity mask at its own size; None if all is valid.
         config: crop, resize rule and limits of the domain.
+        ignored: reason -> files of a folder that are no part of the domain.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Domain:
     rule: LabelRule | None
     valid: np.ndarray | None
     config: DomainConfig
+    ignored: Mapping[str, Sequence[Path]] = field(default_factory=dict, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -177,7 +180,8 @@ class ImageStream(Iterator[np.ndarray]):
                 where = f"an image {row.get('file_name') or (row[config.image_column] or {}).get('path') or ''}"
                 where = f"{where.strip()} of {domain.name}"
                 try:
-                    image = domain.cut(read_image(row[config.image_column], where, config.max_pixels))
+                    cell = at_home(row[config.image_column], where, config)
+                    image = domain.cut(read_image(cell, where, config.max_pixels))
                 except ValueError as error:
                     logger.warning("left out: %s", error)
                     continue
@@ -212,7 +216,7 @@ def load_domain(
             )
         first = load_domain(replace(config, num_images=_LOOKED_AT), classes, labelled)
         return StreamedDomain(first.name, first.table, None, first.valid, config, open_stream(config))
-    rows, space = load_rows(config, labelled)
+    rows, space, ignored = load_rows(config, labelled)
     name = f"{config.path} ({config.split})"
     columns = {"image": config.image_column} | ({"label": config.label_column} if labelled else {})
     for kind, column in columns.items():
@@ -242,7 +246,9 @@ def load_domain(
         rule = label_rule(config, space, classes) if labelled else None
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return Domain(name, rows, rule, _validity_mask(config), config)
+    if told := account(len(rows) * len(columns), ignored):
+        logger.warning("%s: %s", name, told)
+    return Domain(name, rows, rule, _validity_mask(config), config, ignored=ignored)
 
 
 def label_names(config: DomainConfig, space: str) -> tuple[tuple[str, ...], dict[Color, int] | None]:
@@ -319,14 +325,16 @@ def check_domain(domain: Domain, classes: Sequence[str], num_proc: int | None = 
     Raises:
         ValueError: naming the first row that is not an image, has a label map of another size or orientation, or shows
             an id that the data set does not define; or if fewer than two classes occur in a labelled domain.
+        RunFailed: if the cache of `datasets` cannot be written.
     """
-    counted = domain.table.map(
-        partial(_count_row, domain=_without_rows(domain), num_classes=len(classes)),
-        with_indices=True,
-        remove_columns=domain.table.column_names,
-        num_proc=num_proc,
-        desc=f"reading {domain.name}",
-    )
+    with cache_explained():
+        counted = domain.table.map(
+            partial(_count_row, domain=_without_rows(domain), num_classes=len(classes)),
+            with_indices=True,
+            remove_columns=domain.table.column_names,
+            num_proc=num_proc,
+            desc=f"reading {domain.name}",
+        )
     counts = np.array(counted["counts"], dtype=np.int64).reshape(len(domain), len(classes))
     present = [name for name, total in zip(classes, counts.sum(axis=0), strict=True) if total]
     if domain.rule is not None and len(present) < 2:

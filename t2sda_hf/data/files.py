@@ -5,6 +5,8 @@ A cell is what a column `Image(decode=False)` of `datasets` holds: {"bytes", "pa
 
 import io
 import logging
+import os
+import stat
 import struct
 import warnings
 import zlib
@@ -20,12 +22,16 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..labels import IGNORE_INDEX
+from ..listing import refuse_pointer
 from .transforms import Size
 
 logger = logging.getLogger(__name__)
 
 Cell = Mapping[str, Any]
 Color = tuple[int, int, int]
+
+HUB = "hf://datasets/"  # how paths on the Hub begin
+_PIXELS = 2**22  # files up to 64 MiB are read whatever max_pixels says
 
 # What Pillow and its plugins raise for damaged files.
 _DAMAGE = (
@@ -68,7 +74,7 @@ def read_image(cell: Cell | None, where: str, max_pixels: int) -> np.ndarray:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        data = file_bytes(cell, where)
+        data = file_bytes(cell, where, max_pixels)
         picture = _opened(data, where, max_pixels)
         plain = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if _is_plain_bmp(picture, data) else None
         if plain is not None:
@@ -94,7 +100,7 @@ def read_ids(cell: Cell | None, where: str, rule: LabelRule, max_pixels: int) ->
     Raises:
         ValueError: for a file that is no map of ids (JPEG, colours without a table, unknown colours or ids).
     """
-    data = file_bytes(cell, where)
+    data = file_bytes(cell, where, max_pixels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         picture = _opened(data, where, max_pixels)
@@ -141,7 +147,7 @@ def read_header(cell: Cell | None, where: str, max_pixels: int) -> tuple[Size, i
     Raises:
         ValueError: as `read_image`, also if the file is cut.
     """
-    data = file_bytes(cell, where)
+    data = file_bytes(cell, where, max_pixels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         picture = _opened(data, where, max_pixels)
@@ -161,28 +167,43 @@ def read_header(cell: Cell | None, where: str, max_pixels: int) -> tuple[Size, i
     return ((width, height) if orientation in (5, 6, 7, 8) else (height, width)), orientation
 
 
-def file_bytes(cell: Cell | None, where: str) -> bytes:
-    """The file of a cell, from memory, disk or wherever fsspec reads.
+def file_bytes(cell: Cell | None, where: str, max_pixels: int = _PIXELS) -> bytes:
+    """The file of a cell, from memory, the disk, or the Hub. Its size is looked at before it is read.
+
+    Args:
+        max_pixels: a file of more than 16 bytes for each of them is no image that would be allowed.
 
     Raises:
-        ValueError: if it is missing or empty.
+        ValueError: if it is missing or empty, too large, no regular file, of another place, or a Git LFS pointer.
     """
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
         raise ValueError(f"{where} is empty: it has no file. Leave the row out, or give it one.")
-    if cell["bytes"] is not None:
-        data = cell["bytes"]
-    else:
-        path = cell["path"]
-        try:
-            if "://" in path:
-                with fsspec.open(path) as stream:
-                    data = stream.read()
-            else:
-                data = Path(path).read_bytes()
-        except OSError as error:
-            raise ValueError(f"{where}: {path} cannot be read: {error}. Check that the file is still there.") from error
+    data: bytes = _read(cell["path"], where, 16 * max(max_pixels, _PIXELS)) if cell["bytes"] is None else cell["bytes"]
     if not data:
         raise ValueError(f"{where} is an empty file of 0 bytes. Copy or export it again.")
+    refuse_pointer(data, where)
+    return data
+
+
+def _read(path: str, where: str, most: int) -> bytes:
+    """What lies at `path`, which is one that `sources` allows."""
+    try:
+        if path.startswith(HUB):
+            with fsspec.open(path) as stream:
+                size = stream.size
+                data: bytes | None = stream.read() if size <= most else None
+        elif "://" in path or not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError(f"{where}: {path} is no file. Only regular files are read.")
+        else:
+            size = os.path.getsize(path)
+            data = Path(path).read_bytes() if size <= most else None
+    except OSError as error:
+        raise ValueError(f"{where}: {path} cannot be read: {error}. Check that the file is still there.") from error
+    if data is None:
+        raise ValueError(
+            f"{where}: {path} has {size} bytes, which is far too large for an image: it is not read. Raise the "
+            "domain's max_pixels if the size is right."
+        )
     return data
 
 

@@ -173,11 +173,14 @@ def _prepared(domain: Domain, index: int, num_classes: int, encoding: Encoding) 
     size = (image.shape[0], image.shape[1])
     target = domain.working_size(size)
     resized = target != size
-    cell = {"bytes": _encoded(domain.resized_image(index), encoding) if resized else file_bytes(row["image"], where)}
+    limit = domain.config.max_pixels
+    cell = {
+        "bytes": _encoded(domain.resized_image(index), encoding) if resized else file_bytes(row["image"], where, limit)
+    }
     result: dict[str, Any] = {"image": cell | {"path": None}, "file_name": row["file_name"]}
     if domain.rule is None:
         return result
-    if read_header(row["image"], where, domain.config.max_pixels)[1] != 1:
+    if read_header(row["image"], where, limit)[1] != 1:
         raise ValueError(f"{where}: the photo must be turned (EXIF), its label map cannot be. Save it upright.")
     labels = domain.labels(index)
     if labels.shape != size:

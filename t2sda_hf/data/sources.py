@@ -1,19 +1,32 @@
 """Where the rows of a domain come from: drawn, files, parquet, the Hub or a video in; one `datasets` table out."""
 
+import codecs
 import csv
 import difflib
+import errno
+import glob
 import io
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import cv2
-from datasets import Dataset, Features, Image, IterableDataset, Value, load_dataset
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import constants
 from PIL import Image as PILImage
 
 from ..config import DomainConfig
+from ..errors import RunFailed, causes
+from ..listing import IMAGE_SUFFIXES, LABEL_SUFFIXES, VIDEO_SUFFIXES, Listing, list_files, refuse_pointer_file
+from .files import HUB, Cell, read_image
 from .layouts import find_files
 from .streets import streets
 
@@ -22,39 +35,71 @@ DRAWN: dict[str, Callable[[DomainConfig], Dataset]] = {
     "streets-source": lambda config: streets("source", config.split, config.num_images),
     "streets-target": lambda config: streets("target", config.split, config.num_images),
 }
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-LABEL_SUFFIXES = (*IMAGE_SUFFIXES, ".gif", ".npy")
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
 LIST_SUFFIXES = (".txt", ".csv", ".tsv")
 
 Pair = tuple[Path, Path | None]
+Ignored = dict[str, list[Path]]  # reason -> files of a folder that are not used
 
 
-def load_rows(config: DomainConfig, labelled: bool) -> tuple[Dataset, str]:
-    """The table of a domain and the label space of its label files.
+def load_rows(config: DomainConfig, labelled: bool) -> tuple[Dataset, str, Ignored]:
+    """The table of a domain, the label space of its label files, and the files that are not used.
 
     Returns:
         Rows with the columns config.image_column and, if there are labels, config.label_column, and perhaps
-        "file_name"; the name of the label space, config.label_space unless a layout knows better.
+        "file_name"; the name of the label space, config.label_space unless a layout knows better; for a folder of
+        images what is left out of it, see `listing`. Cells hold bytes, or the absolute path of a file of the data set.
 
     Raises:
-        ValueError: if there is no such data set, or it does not fit together.
+        ValueError: if there is no such data set, it does not fit together, or a cell points out of it.
+        RunFailed: if the cache of `datasets` cannot be written.
     """
     if not config.path:
         raise ValueError("a domain has no path. Set source.path, target.path and test.path.")
+    with cache_explained():
+        return _rows(config, labelled)
+
+
+def _rows(config: DomainConfig, labelled: bool) -> tuple[Dataset, str, Ignored]:
     path = Path(config.path)
     if config.layout:
         pairs, space = find_files(config.layout, config.path, config.split, labelled)
-        return _table(pairs, path, config), space
+        return _table(pairs, path, config), space, {}
     if config.path in DRAWN:
-        return DRAWN[config.path](config), config.label_space
+        return DRAWN[config.path](config), config.label_space, {}
+    if path.is_file():
+        refuse_pointer_file(path)
     if path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES:
-        return _video(path, config), config.label_space
+        return _video(path, config), config.label_space, {}
     if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
-        return _table(_listed(path, labelled), path.parent, config), config.label_space
-    if path.is_dir() and (config.label_path or _holds_images_only(path)):
-        return _table(_matched(path, config, labelled), path, config), config.label_space
-    return _loaded(config), config.label_space
+        return _table(_listed(path, labelled), path.parent, config), config.label_space, {}
+    if path.is_dir():
+        found = list_files(path, IMAGE_SUFFIXES)
+        if config.label_path or _holds_images_only(found):
+            pairs, ignored = _matched(path, found, config, labelled)
+            return _table(pairs, path, config), config.label_space, ignored
+    return _loaded(config), config.label_space, {}
+
+
+@contextmanager
+def cache_explained() -> Iterator[None]:
+    """Say which folder it is if `datasets` cannot write its cache.
+
+    Raises:
+        RunFailed: naming the folder and how to choose another one.
+    """
+    try:
+        yield
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        cache = str(datasets.config.HF_DATASETS_CACHE)
+        for cause in causes(error):
+            full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+            own = isinstance(cause, OSError) and str(cause.filename).startswith((cache, str(constants.HF_HOME)))
+            if full or (own and isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EROFS, errno.EPERM)):
+                raise RunFailed(
+                    f"`datasets` cannot write its cache {cache}: {cause}. Make room there, or name a folder on another "
+                    "disk in the environment variable HF_HOME, or HF_DATASETS_CACHE for this cache alone."
+                ) from error
+        raise
 
 
 def _table(pairs: list[Pair], root: Path, config: DomainConfig) -> Dataset:
@@ -88,36 +133,57 @@ def _cell(path: Path) -> dict[str, Any]:
     return {"bytes": None, "path": str(path)}
 
 
-def _is_image(path: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> bool:
-    return path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
-
-
-def _holds_images_only(folder: Path) -> bool:
-    """No parquet or metadata file, which `datasets` would read."""
-    known = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-    return not any(file.name in known or file.suffix == ".parquet" for file in folder.rglob("*")) and any(
-        _is_image(file) for file in folder.rglob("*")
+def _holds_images_only(found: Listing) -> bool:
+    """No parquet or metadata file, which `datasets` would read, and no folder that it saved."""
+    known = ("metadata.jsonl", "metadata.csv", "state.json", "dataset_dict.json")
+    others = [file for files in found.ignored.values() for file in files]
+    return bool(found.files) and not any(
+        file.suffix == ".parquet" or file.name in known for file in others if not file.name.startswith(".")
     )
 
 
-def _matched(root: Path, config: DomainConfig, labelled: bool) -> list[Pair]:
-    """Images and label maps of the same relative name, without the suffixes and extensions."""
-    images = {_key(file, root, config.image_suffix): file for file in sorted(root.rglob("*")) if _is_image(file)}
-    images.pop("", None)
+def _matched(root: Path, found: Listing, config: DomainConfig, labelled: bool) -> tuple[list[Pair], Ignored]:
+    """Images and label maps of the same relative name, without the suffixes and extensions; what is not used."""
+    ignored = {reason: list(files) for reason, files in found.ignored.items()}
+    folder = Path(config.label_path) if config.label_path else None
+    if labelled and folder is not None and not folder.is_dir():
+        raise ValueError(f"label_path {config.label_path!r} is not a folder. Give the folder of the label maps.")
+    photos, maps = found.files, list[Path]()
+    if folder is not None and folder.is_dir():
+        if folder.samefile(root):
+            if not config.image_suffix and not config.label_suffix:
+                raise ValueError(
+                    f"images and label maps lie in the same folder {root}. Say how the names of the label maps end, "
+                    "before the extension, in label_suffix, for example _mask."
+                )
+        else:
+            beside = list_files(folder, LABEL_SUFFIXES)
+            maps = beside.files
+            own, theirs = {_place(file) for file in photos}, {_place(file) for file in maps}
+            if own > theirs:  # the label maps lie in a folder among the images
+                photos = [file for file in photos if _place(file) not in theirs]
+            elif labelled:
+                maps = [file for file in maps if _place(file) not in own]
+                for reason, files in beside.ignored.items():
+                    ignored.setdefault(reason, []).extend(files)
+    is_map = {file for file in photos if config.label_suffix and file.stem.endswith(config.label_suffix)}
+    if folder is None or folder.samefile(root):
+        photos = [file for file in photos if file not in is_map]
+    images = _by_name(photos, root, config.image_suffix, "images", ignored)
+    if not config.label_suffix and folder is None:
+        _refuse_label_maps(images, root)
     if not labelled:
-        return [(file, None) for file in images.values()]
-    if not config.label_path:
+        if is_map:
+            ignored["label maps"] = sorted(is_map)
+        return [(file, None) for file in images.values()], ignored
+    if folder is None:
         raise ValueError(
             f"{root} is a folder of images and its labels are needed. Set label_path to the folder of the label maps."
         )
-    folder = Path(config.label_path)
-    if not folder.is_dir():
-        raise ValueError(f"label_path {config.label_path!r} is not a folder. Give the folder of the label maps.")
-    labels: dict[str, Path] = {}
-    for file in sorted(folder.rglob("*")):
-        key = _key(file, folder, config.label_suffix) if _is_image(file, LABEL_SUFFIXES) else ""
-        if key and labels.setdefault(key, file) != file:
-            raise ValueError(f"{labels[key]} and {file} are label maps of the same name. Remove one.")
+    if folder.samefile(root):
+        both = list_files(folder, LABEL_SUFFIXES)
+        maps, ignored = sorted(set(both.files) - set(images.values())), dict(both.ignored)
+    labels = _by_name(maps, folder, config.label_suffix, "label maps", ignored)
     without = [file for key, file in images.items() if key not in labels]
     if without:
         example = next(iter(labels.values()), None)
@@ -126,18 +192,93 @@ def _matched(root: Path, config: DomainConfig, labelled: bool) -> list[Pair]:
             f"a label map there is {example.name if example else 'nowhere'}. Names must be equal up to the extension; "
             "say what else differs in image_suffix and label_suffix."
         )
-    return [(file, labels[key]) for key, file in images.items()]
+    if left := [file for key, file in labels.items() if key not in images]:
+        ignored["label maps without an image"] = left
+    return [(file, labels[key]) for key, file in images.items()], ignored
 
 
-def _key(file: Path, root: Path, suffix: str) -> str:
-    """Relative name without extension and suffix; "" if the file does not end in the suffix."""
-    name = file.relative_to(root).with_suffix("").as_posix()
-    return name.removesuffix(suffix) if name.endswith(suffix) else ""
+def _place(file: Path) -> str:
+    return os.path.abspath(file)
+
+
+def _by_name(files: Iterable[Path], root: Path, suffix: str, what: str, ignored: Ignored) -> dict[str, Path]:
+    """Relative name without extension and suffix -> file. Composed and decomposed letters are the same.
+
+    Files that do not end in the suffix are added to `ignored`.
+
+    Raises:
+        ValueError: for two files of the same name.
+    """
+    named: dict[str, Path] = {}
+    for file in files:
+        name = file.relative_to(root).with_suffix("").as_posix()
+        if not name.endswith(suffix):
+            ignored.setdefault(_other_ending(suffix), []).append(file)
+            continue
+        key = unicodedata.normalize("NFC", name.removesuffix(suffix))
+        if key and named.setdefault(key, file) != file:
+            raise ValueError(
+                f"{named[key]} and {file} are {what} of the same name. Images and label maps belong together by their "
+                "names, so remove or rename one."
+            )
+    return named
+
+
+def _other_ending(suffix: str) -> str:
+    return f"without {suffix!r} at the end of the name"
+
+
+def _refuse_label_maps(images: Mapping[str, Path], root: Path) -> None:
+    """ValueError if label maps lie among the images: x_mask.png beside x.png, or masks/x.png beside images/x.png.
+
+    One in three files must be such a map, by its name or by its few colours.
+    """
+    pairs: dict[tuple[str, bool], list[tuple[Path, Path]]] = {}  # (ending or folder, is it an ending) -> (photo, map)
+    same: dict[tuple[tuple[str, ...], int], list[str]] = {}
+    for key in images:
+        for found in re.finditer(r"[-_. ]", key):
+            if key[: found.start()] in images:
+                pairs.setdefault((key[found.start() :], True), []).append((images[key[: found.start()]], images[key]))
+        parts = PurePosixPath(key).parts
+        for index in range(len(parts) - 1):
+            same.setdefault((parts[:index] + parts[index + 1 :], index), []).append(key)
+    for (_, index), keys in same.items():
+        for key in keys if len(keys) > 1 else ():
+            other = next(one for one in keys if one != key)
+            folder = PurePosixPath(key).parts[index]
+            pairs.setdefault((folder, False), []).append((images[other], images[key]))
+    for (word, ending), found_pairs in pairs.items():
+        photo, map_ = found_pairs[0]
+        if 3 * len(found_pairs) < len(images) or not (_MASK.search(word) or _few_colors(map_, photo)):
+            continue
+        advice = f"label_suffix: {word}" if ending else "path: the folder of the images alone"
+        raise ValueError(
+            f"{len(found_pairs)} of {len(images)} files in {root} look like label maps, first {map_.relative_to(root)} "
+            f"of {photo.relative_to(root)}: they would be used as photos. Set {advice}."
+        )
+
+
+_MASK = re.compile(
+    r"(?<![^-_. ])((mask|label|annotation|seg|segmentation)s?|gt\w*|labelids|trainids|labeltrainids)$",
+    re.IGNORECASE,
+)
+
+
+def _few_colors(file: Path, other: Path) -> bool:
+    """Whether a picture has at most 64 colours, and the other at least four times as many."""
+    numbers = []
+    for one in (file, other):
+        try:
+            pixels = read_image(_cell(one), str(one), 2**25)
+        except ValueError:
+            return False  # the check of the domain will say what is wrong with it
+        numbers.append(len(np.unique(pixels.reshape(-1, 3).astype(np.uint32) @ np.array([65536, 256, 1], np.uint32))))
+    return numbers[0] <= 64 and numbers[1] >= 4 * numbers[0]
 
 
 def _listed(path: Path, labelled: bool) -> list[Pair]:
     """Lines "image label" or, for an unlabelled domain, "image": comma in .csv, tab in .tsv, tab or blanks in .txt."""
-    text = path.read_text(encoding="utf-8-sig")
+    text = _text_of(path)
     if path.suffix.lower() == ".txt":
         lines = enumerate(text.splitlines(), 1)
         numbered = [(number, line.split("\t") if "\t" in line else line.split()) for number, line in lines]
@@ -155,7 +296,7 @@ def _listed(path: Path, labelled: bool) -> list[Pair]:
                 f"{path}, line {number}: expected an image{' and a label map' if labelled else ''}, got {len(names)} "
                 f"fields: {line}. Separate names that contain blanks by a tab."
             )
-        files = [path.parent / name for name in names]
+        files = [_as_spelled(path.parent, name) for name in names]
         for name, file in zip(names, files, strict=True):
             if not Path(os.path.realpath(file)).is_relative_to(root):  # which a circle of links does not stop
                 raise ValueError(
@@ -166,6 +307,22 @@ def _listed(path: Path, labelled: bool) -> list[Pair]:
                 raise ValueError(f"{path}, line {number}: there is no file {name!r} beside the list.")
         pairs.append((files[0], files[1] if labelled else None))
     return pairs
+
+
+def _text_of(path: Path) -> str:
+    """The text of a list, in UTF-8 or, as spreadsheets save it, in UTF-16 with its mark at the start."""
+    data = path.read_bytes()
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8: {error}. Save it with this encoding.") from error
+
+
+def _as_spelled(root: Path, name: str) -> Path:
+    """The file of a name, whose letters may be composed on the disk and decomposed in the list, or the reverse."""
+    forms = (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))
+    return next((root / form for form in forms if (root / form).is_file()), root / name)
 
 
 def _video(path: Path, config: DomainConfig) -> Dataset:
@@ -198,53 +355,175 @@ def _frames(path: str, step: int, column: str, stamp: tuple[int, int]) -> Iterat
 def _loaded(config: DomainConfig) -> Dataset:
     """Through `datasets`: a parquet file, a folder it understands, or a data set of the Hub."""
     path = Path(config.path)
+    if saved := _saved(path, config.split):
+        return _at_home(saved, config)
+    name, how = _given(config)
     try:
-        if path.is_file() and path.suffix.lower() == ".parquet":
-            return load_dataset("parquet", data_files={config.split: str(path)}, split=config.split)
-        shards = sorted(path.glob(f"{config.split}-*.parquet")) if path.is_dir() else []
-        if shards and not config.streaming:  # the other splits are left alone: they may have other columns
-            return load_dataset("parquet", data_files={config.split: list(map(str, shards))}, split=config.split)
-        if path.is_dir() or (config.path.count("/") == 1 and not path.is_absolute() and not path.exists()):
-            if config.streaming:
-                return _first_rows(config)
-            return load_dataset(config.path, split=config.split)
+        if config.streaming and not path.is_file():
+            return _first_rows(config)
+        rows = load_dataset(name, split=config.split, **how)
     except DatasetGenerationError as error:  # its own text only says that there was an error
         raise ValueError(
             f"cannot load the data set {config.path!r}, split {config.split!r}: {error.__cause__ or error}"
         ) from error
     except (OSError, ValueError) as error:  # missing on the Hub or offline, no such split, no readable file
-        raise ValueError(f"cannot load the data set {config.path!r}, split {config.split!r}: {error}") from error
+        hint = "" if path.exists() else " There is no file or folder of this name here either."
+        raise ValueError(f"cannot load the data set {config.path!r}, split {config.split!r}: {error}{hint}") from error
+    return _at_home(rows, config)
+
+
+def _given(config: DomainConfig) -> tuple[str, dict[str, Any]]:
+    """What `load_dataset` is told: its first argument, and further ones.
+
+    Raises:
+        ValueError: if there is nothing that it could read.
+    """
+    path = Path(config.path)
+    files = [path] if path.is_file() and path.suffix.lower() == ".parquet" else []
+    if path.is_dir():
+        for file in (file for kind in list_files(path, ()).ignored.values() for file in kind if file.is_file()):
+            refuse_pointer_file(file)
+        # The other splits are left alone: they may have other columns.
+        files = sorted(file for file in path.glob(f"{config.split}-*.parquet") if not file.name.startswith("."))
+    if files:
+        return "parquet", {"data_files": {config.split: [glob.escape(str(file)) for file in files]}}
+    if path.is_dir():
+        if glob.has_magic(config.path):
+            raise ValueError(
+                f"{config.path!r} has one of the characters * ? [ ] in its name, which `datasets` reads as a pattern. "
+                "Rename the folder."
+            )
+        return config.path, {}
     if path.is_file():
         raise ValueError(
             f"{config.path} is none of the files a domain can be: .parquet, a list ({', '.join(LIST_SUFFIXES)}) or a "
             f"video ({', '.join(VIDEO_SUFFIXES)}). Give the folder for a set of images."
         )
-    near = difflib.get_close_matches(config.path, DRAWN, 1)
-    hint = f"Did you mean {near[0]!r}?" if near else f"Domains by name: {', '.join(DRAWN)}."
+    near = _near(config.path)
+    if not near and _may_be_on_the_hub(config.path):
+        return config.path, {}
+    near = near or next(iter(difflib.get_close_matches(config.path, DRAWN, 1)), "")
+    hint = f"Did you mean {near!r}?" if near else f"Domains by name: {', '.join(DRAWN)}."
     raise ValueError(f"there is no domain {config.path!r}: no such file, folder or name. {hint}")
+
+
+def _may_be_on_the_hub(path: str) -> bool:
+    """OWNER/NAME"""
+    known = (*LIST_SUFFIXES, *VIDEO_SUFFIXES, *IMAGE_SUFFIXES, ".parquet")
+    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.lower().endswith((*known, "/"))
+
+
+def _near(path: str) -> str:
+    """A path that exists and differs in one name that looks alike; "" if there is none."""
+    missing = Path(path)
+    while not missing.parent.is_dir():
+        missing = missing.parent
+    for name in difflib.get_close_matches(missing.name, os.listdir(missing.parent), 3, 0.6):
+        if (other := missing.parent / name / Path(path).relative_to(missing)).exists():
+            return str(other)
+    return ""
+
+
+def _saved(path: Path, split: str) -> Dataset | None:
+    """The table that `save_to_disk` of `datasets` left in a folder; None if it did not."""
+    if not (path / "dataset_dict.json").is_file() and not (path / "state.json").is_file():
+        return None
+    for file in path.rglob("*.arrow"):
+        refuse_pointer_file(file)
+    try:
+        saved = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"cannot load the saved data set {str(path)!r}: {error}") from error
+    if isinstance(saved, DatasetDict):
+        if split not in saved:
+            raise ValueError(f"{str(path)!r} has no split {split!r}: it has {', '.join(map(str, saved))}.")
+        return saved[split]
+    return saved
+
+
+def at_home(cell: Cell | None, where: str, config: DomainConfig) -> Cell | None:
+    """A cell of a data set that somebody else may have made: with bytes, or the absolute path of one of its files.
+
+    What a cell says is not trusted. A path must lead to a place inside the folder of the data set, after all links;
+    `datasets` itself gives paths in the cache for what it downloaded, and hf:// for what it streams.
+
+    Raises:
+        ValueError: for any other path, before anything is opened.
+    """
+    path = None if cell is None or cell["bytes"] is not None else cell["path"]
+    if cell is None or path is None:
+        return cell
+    own = Path(config.path)
+    if own.exists():
+        folder = Path(os.path.realpath(own if own.is_dir() else own.parent))
+        # A snapshot in the cache of the Hub links to files two folders above.
+        roots = [folder.parents[1] if folder.parent.name == "snapshots" else folder]
+    else:
+        folder = Path(constants.HF_HUB_CACHE) / f"datasets--{config.path.replace('/', '--')}"
+        roots = [folder, Path(datasets.config.DOWNLOADED_DATASETS_PATH)]
+        if path.startswith((f"{HUB}{config.path}/", f"{HUB}{config.path}@")) and ".." not in path and "::" not in path:
+            return cell
+    real = Path(os.path.realpath(folder / path)) if "://" not in path and "\0" not in path else None
+    if real is None or not any(real.is_relative_to(os.path.realpath(root)) for root in roots):
+        raise ValueError(
+            f"{where} points to {path!r}, which is no file of this data set: it is not opened. A cell holds the bytes "
+            "of a file, or a relative path inside the data set's folder."
+        )
+    return {"bytes": None, "path": str(real)}
+
+
+def _at_home(rows: Dataset, config: DomainConfig) -> Dataset:
+    """The table after `at_home` of every cell; only those without bytes are looked at."""
+    for column in (config.image_column, config.label_column):
+        feature = rows.features.get(column)
+        if not isinstance(feature, Image) and not (isinstance(feature, dict) and {"bytes", "path"} <= set(feature)):
+            continue
+        cells = rows.data.column(column)
+        paths = pc.struct_field(cells, "path")
+        bare = np.flatnonzero(pc.and_(pc.is_null(pc.struct_field(cells, "bytes")), pc.is_valid(paths)).to_numpy())
+        moved = False
+        for index in bare.tolist():
+            path = paths[index].as_py()
+            cell = at_home({"bytes": None, "path": path}, f"row {index} of {config.path}", config)
+            moved |= cell is not None and cell["path"] != path
+        if moved:
+            rows = rows.cast_column(column, Image(decode=False))
+            rows = rows.map(_moved, fn_kwargs={"column": column, "config": config}, features=rows.features)
+    return rows
+
+
+def _moved(row: dict[str, Any], column: str, config: DomainConfig) -> dict[str, Any]:
+    cell = at_home(row[column], "a row", config)
+    # With a path beside the bytes, `datasets` would drop the bytes wherever there is a file of this name.
+    return {column: cell if cell is None or cell["bytes"] is None else {"bytes": cell["bytes"], "path": None}}
 
 
 def open_stream(config: DomainConfig) -> IterableDataset:
     """The rows of a parquet file or folder or of a data set of the Hub, undecoded, as they come.
 
+    Its cells are those of the data set: whoever reads one asks `at_home` first.
+
     Raises:
         ValueError: for another kind of domain; those are read by index from the disk anyway.
     """
     path = Path(config.path)
-    if config.layout or config.label_path or config.path in DRAWN or (path.is_dir() and _holds_images_only(path)):
-        given = None
-    elif path.is_file():
-        given = ("parquet", {"data_files": {config.split: str(path)}}) if path.suffix.lower() == ".parquet" else None
-    else:
-        given = (config.path, {})
-    if given is None:
+    needless = config.layout or config.label_path or config.path in DRAWN
+    needless = needless or (path.is_file() and path.suffix.lower() != ".parquet")
+    if path.is_dir():
+        needless = needless or _holds_images_only(list_files(path, IMAGE_SUFFIXES))
+        needless = needless or any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    if needless:
         raise ValueError(
             f"streaming reads parquet files and data sets of the Hub; {config.path!r} needs none. Leave it out."
         )
-    stream: IterableDataset = load_dataset(given[0], split=config.split, streaming=True, **given[1])
+    name, how = _given(config)
+    stream: IterableDataset = load_dataset(name, split=config.split, streaming=True, **how)
     columns = [name for name in (config.image_column, config.label_column) if name in (stream.column_names or [])]
     for column in columns:
         stream = stream.cast_column(column, Image(decode=False))
+    if columns:  # `datasets` would open what the cells of other columns point to
+        kept = [*columns, *(name for name in ("file_name",) if name in (stream.column_names or []))]
+        stream = stream.select_columns(kept)
     return stream
 
 
@@ -252,6 +531,14 @@ def _first_rows(config: DomainConfig) -> Dataset:
     """The first rows of a stream, kept locally: training reads images by index, in an order of its own."""
     stream = open_stream(config)
     columns = [name for name in (config.image_column, config.label_column) if name in (stream.column_names or [])]
-    features = Features(dict.fromkeys(columns, Image()))
-    rows = [{column: row[column] for column in columns} for row in stream.take(config.num_images or 0)]
+    features = Features(dict.fromkeys(columns, Image()) | {"file_name": Value("string")})
+    rows = []
+    for index, row in enumerate(stream.take(config.num_images or 0)):
+        cells = {column: at_home(row[column], f"row {index} of {config.path}", config) for column in columns}
+        name = row.get("file_name") or ((row[columns[0]] or {}).get("path") if columns else None)
+        # With a path beside the bytes, `datasets` would drop the bytes wherever there is a file of this name.
+        cells = {
+            key: {**cell, "path": None} if cell and cell["bytes"] is not None else cell for key, cell in cells.items()
+        }
+        rows.append({**cells, "file_name": name})
     return Dataset.from_list(rows, features=features)

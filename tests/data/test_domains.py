@@ -1,14 +1,19 @@
 """Every form a domain can take gives the same arrays, and every fault of one is a ValueError with what, where, cure."""
 
 import csv
+import http.server
 import io
 import json
+import os
 import struct
+import threading
 import zlib
 from dataclasses import replace
 
 import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
@@ -682,3 +687,97 @@ def test_file_name_columns_of_other_kinds_do_no_harm(tmp_path):
     domain = load_domain(DomainConfig(path=str(tmp_path / "x.parquet")), CLASSES)
     with pytest.raises(ValueError, match=r"row 0 \(berlin/7.png\) of "):
         domain.image(0)
+
+
+# --- which files are found, and which are opened -------------------------------------------------------------------
+
+
+def pointing(folder, *cells, name="train-00000-of-00001.parquet"):
+    """A data set as somebody else may have made it: cells (bytes, path) that `datasets` did not write."""
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = [{"bytes": data, "path": path} for data, path in cells]
+    pq.write_table(pa.table({"image": pa.array(cells, type=kind)}), folder / name)
+    return str(folder)
+
+
+@pytest.fixture
+def beacon():
+    """A server on this machine, and what it was asked for."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(IMAGE)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/x.png", asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_cell_points_into_its_data_set_or_is_refused(streaming, tmp_path, beacon):
+    url, asked = beacon
+    write(tmp_path / "secret.png", png(arrays(9)[0]))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link.png").symlink_to(tmp_path / "secret.png")
+    secret = str(tmp_path / "secret.png")
+    places = [secret, "../secret.png", "link.png", url, f"file://{secret}", f"local://{secret}", "memory://x.png",
+              "reference://x.png", f"zip://x.png::{url}", f"simplecache::{url}", "hf://datasets/somebody/else/x.png",
+              "/dev/zero", "/etc/passwd", "x\0.png"]  # fmt: skip
+    options = {"streaming": True, "num_images": 2} if streaming else {}
+    for place in places:
+        folder = pointing(tmp_path / "data", (IMAGE, "kept.png"), (None, place))
+        with pytest.raises(ValueError, match=f"row 1 of {folder} points to .*, which is no file of this data set"):
+            load_domain(DomainConfig(path=folder, **options), CLASSES, labelled=False)
+    assert not asked
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_cell_may_name_a_file_beside_the_parquet(streaming, tmp_path, monkeypatch):
+    """From wherever the command is started; bytes are not exchanged for a file that happens to have the cell's name."""
+    options = {"streaming": True, "num_images": 2} if streaming else {}
+    write(tmp_path / "data" / "sub" / "a.png", png(arrays(1)[0]))
+    write(tmp_path / "b.png", png(arrays(2)[0]))
+    monkeypatch.chdir(tmp_path)
+    folder = pointing(tmp_path / "data", (None, "sub/a.png"), (IMAGE, "b.png"))
+    domain = load_domain(DomainConfig(path=folder, **options), CLASSES, labelled=False)
+    assert np.array_equal(domain.image(0), arrays(1)[0])
+    assert np.array_equal(domain.image(1), arrays(0)[0])
+    (tmp_path / "data" / "sub" / "a.png").unlink()
+    os.mkfifo(tmp_path / "data" / "sub" / "a.png")
+    with pytest.raises(ValueError, match=r"row 0 .*is no file. Only regular files are read"):
+        domain.image(0)
+
+
+def test_a_stream_leaves_out_what_points_elsewhere(tmp_path, beacon, caplog):
+    """After the first rows, which are checked before."""
+    url, asked = beacon
+    cells = [(IMAGE, None)] * 16 + [(None, url), (None, "/dev/zero")]
+    config = DomainConfig(path=pointing(tmp_path / "data", *cells), streaming=True)
+    stream = domains.ImageStream(load_domain(config, CLASSES, labelled=False), 0, 1, seed=0)
+    assert all(np.array_equal(next(stream), arrays()[0]) for _ in range(17))  # and the next round has begun
+    assert caplog.text.count("which is no file of this data set") >= 2
+    assert not asked
+
+
+def test_a_file_that_is_far_too_large_is_not_read(tmp_path, monkeypatch):
+    config = DomainConfig(**as_folders(tmp_path / "data"), class_names=CLASSES, max_pixels=1000)
+    with (tmp_path / "data" / "images" / "sub" / "b.png").open("wb") as stream:
+        stream.truncate(2**26 + 1)  # takes no room on the disk
+    domain = load_domain(config, CLASSES)
+    monkeypatch.setattr("pathlib.Path.read_bytes", lambda self: pytest.fail("it was read"))
+    with pytest.raises(ValueError, match=r"row 1 .*has 67108865 bytes, which is far too large for an image"):
+        domain.image(1)
