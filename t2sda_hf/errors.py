@@ -56,6 +56,10 @@ class RunFailed(Ended):
     alone = True
 
 
+class LostFolder(Ended):
+    """The folder of a run is not the one that it made; nothing was written into it."""
+
+
 class LostContact(Ended, RuntimeError):
     """Another process of the run is gone."""
 

@@ -4,10 +4,12 @@ A kill or a full disk may come at any byte. What was there before stays readable
 out and, where it can be, made again. Only the standard library is imported here.
 """
 
+import errno
 import json
 import logging
 import os
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +74,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the list of files in a folder, is on the disk."""
+    """Wait until a file, or the list of files in a folder, is on the disk.
+
+    Some file systems of clusters cannot wait for a folder. That is said once, and left out.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS) or not path.is_dir():
+            raise
+        _tell_about_folders(os.strerror(error.errno))
     finally:
         os.close(descriptor)
 
@@ -90,3 +99,8 @@ def share_weights(folder: Path) -> None:
     for path in folder.rglob("*.safetensors"):
         shutil.copymode(probe, path)
     probe.unlink()
+
+
+@cache
+def _tell_about_folders(reason: str) -> None:
+    logger.warning("fsync of a folder is not possible on this file system (%s): it is left out.", reason)

@@ -1,8 +1,11 @@
 """--resume: the same run goes on, bit by bit; another one is refused, and what differs is listed."""
 
+import errno
+import fcntl
 import json
 import logging
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -20,12 +23,14 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from t2sda_hf.cli import main
 from t2sda_hf.commands import train as command
-from t2sda_hf.config import load_config
+from t2sda_hf.config import RunConfig, load_config
 from t2sda_hf.data.pairs import PairDataset, PositionSampler
+from t2sda_hf.errors import LostFolder
 from t2sda_hf.masking import mask
 from t2sda_hf.methods import METHODS
 from t2sda_hf.training import loop, stopping
 from t2sda_hf.training.checkpoint import Progress, checkpoints
+from t2sda_hf.training.resume import lock_run
 from t2sda_hf.training.scores import Interruptible
 from t2sda_hf.training.stopping import Stopped, StopRequest
 from t2sda_hf.training.tracking import Tracker
@@ -172,6 +177,103 @@ def test_resuming_from_a_checkpoint_by_its_path(run, stop_after, tmp_path: Path,
     assert run("other", "--resume", str(tmp_path / "nothing")) == 2
     assert "nothing" in capsys.readouterr().err
     assert not (tmp_path / "other" / "t2sda").exists()
+
+
+CUTS: dict[str, Callable[[bytes], bytes]] = {
+    "emptied": lambda data: b"",
+    "cut": lambda data: data[: len(data) // 2],
+    "garbage": lambda data: b"\xff\x00{[" + data[3:],
+}
+
+
+@pytest.mark.parametrize("kind", CUTS)
+def test_cut_files_never_end_the_next_start(run, tmp_path: Path, kind: str, caplog) -> None:
+    """Of a finished run: what can be made again is; of a log only the damaged lines are gone."""
+    short = ("--train.max_steps", "4", "--select", "proxy:combined", "--train.evaluate_every", "2")
+    assert run("out", *short) == 0
+    method, files = tmp_path / "out" / "t2sda", ("run.json", "data.json", "summary.json")
+    before = method.joinpath("metrics.json").read_text(encoding="utf-8")
+    damaged = [*(tmp_path / "out" / name for name in files), method / "metrics.json", method / "scalars.jsonl"]
+    damaged += [method / "selected" / "selected.json"]
+    for path in damaged:
+        path.write_bytes(CUTS[kind](path.read_bytes()))
+    assert run("out", *short, "--resume", "auto") == 0
+    for name in files:
+        assert json.loads((tmp_path / "out" / name).read_text(encoding="utf-8"))
+    after = json.loads(method.joinpath("metrics.json").read_text(encoding="utf-8"))
+    assert after["student"] == json.loads(before)["student"]
+    assert "run.json is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("kind", CUTS)
+def test_a_finished_model_that_does_not_load_is_made_again(run, tmp_path: Path, kind: str, caplog) -> None:
+    short, weights = ("--train.max_steps", "1"), tmp_path / "out" / "t2sda" / "student" / "model.safetensors"
+    assert run("out", *short) == 0
+    whole = weights.read_bytes()
+    weights.write_bytes(CUTS[kind](whole))
+    assert run("out", *short, "--resume", "auto") == 0
+    assert weights.read_bytes() == whole
+    assert "student cannot be loaded" in caplog.text
+    shutil.rmtree(weights.parent)
+    assert run("out", *short, "--resume", "auto") == 0
+    assert weights.read_bytes() == whole
+
+
+@pytest.mark.parametrize("left", [("run.json",), (".run.json.partial", ".lock"), ("run.json", "data.json")])
+def test_a_start_that_the_disk_ended_is_started_again(run, tmp_path: Path, left: tuple[str, ...]) -> None:
+    (tmp_path / "out").mkdir()
+    for name in left:
+        (tmp_path / "out" / name).touch()
+    assert run("out", "--resume", "auto", "--train.max_steps", "1") == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["command"]
+
+
+def test_a_run_never_writes_into_a_folder_that_took_the_place_of_its_own(
+    run, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, out = loop.update, tmp_path / "out"
+
+    def planted(given: loop.Run, step: int, tracker: Tracker) -> object:
+        if step == 4:
+            shutil.rmtree(out)
+            (out / "t2sda").mkdir(parents=True)
+            (out / ".lock").write_text("of another run", encoding="utf-8")
+        return update(given, step, tracker)
+
+    monkeypatch.setattr(loop, "update", planted)
+    assert run("out") == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("LostFolder: ")
+    assert "was removed, moved or replaced" in said
+    assert "checkpoint" not in said
+    assert sorted(path.name for path in out.rglob("*")) == [".lock", "t2sda"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_without_locks_a_file_says_who_writes(tmp_path: Path, code: int, caplog, monkeypatch) -> None:
+    """As on Lustre, NFS and FUSE, by how they are mounted."""
+
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    cfg = replace(RunConfig(), output_dir=str(tmp_path / "out"))
+    claim = lock_run(cfg)
+    try:
+        assert caplog.text.count("has no locks") == 1
+        said = (tmp_path / "out" / ".lease").read_text(encoding="utf-8")
+        assert str(os.getpid()) in said
+        claim.check()
+        with pytest.raises(ValueError, match=rf"in use by .*{os.getpid()}"):
+            lock_run(cfg)
+        (tmp_path / "out" / ".lease").write_text(said, encoding="utf-8")
+        (tmp_path / "out").rename(tmp_path / "moved")
+        with pytest.raises(LostFolder):
+            claim.check()
+        (tmp_path / "moved").rename(tmp_path / "out")
+    finally:
+        claim.lock.release()
+    lock_run(cfg).lock.release()
 
 
 def test_a_folder_in_use_or_of_somebody_else_is_refused(run, tmp_path: Path, capsys) -> None:

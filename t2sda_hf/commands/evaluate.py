@@ -15,7 +15,6 @@ shows the means over 16 and 13 classes of SYNTHIA's benchmarks.
 
 import copy
 import csv
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from ..evaluation.evaluator import LabelledDomain, Part, evaluate_model
 from ..evaluation.inference import load_model, saved_image_size
 from ..evaluation.models import titled
 from ..evaluation.table import class_sets_of, format_table, summarise
+from ..storage import write_json
 from ..teacher import with_statistics_of
 from ..training.checkpoint import checkpoints
 from .domains import open_labelled, test_domains
@@ -131,7 +131,7 @@ def save(output: Path, shown: dict[str, Any], subsets: dict[str, tuple[str, ...]
     results = [result for columns in shown.values() for seeds in columns.values() for result in seeds]
     output.parent.mkdir(parents=True, exist_ok=True)
     content = results[0] if len(results) == 1 else shown
-    output.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(output, content)
     with output.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["domain", "model", "score", "mean", "sd", "sd_population", "n"])

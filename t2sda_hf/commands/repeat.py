@@ -12,7 +12,6 @@ it prints the mean of their differences, taken seed by seed, with a 95% confiden
 OUTPUT/repeat.json. The exit code is 1 if a run failed.
 """
 
-import json
 import shlex
 import sys
 from argparse import Namespace
@@ -25,6 +24,7 @@ from ..analysis.statistics import paired_difference
 from ..config import RunConfig, changes, differences, load_config
 from ..evaluation.table import markdown, spread
 from ..launching import Runner, refuse_keys, words_of
+from ..storage import read_json, write_json
 
 Scores = dict[str, dict[int, float]]  # model -> seed -> mIoU
 
@@ -81,8 +81,8 @@ def finished(run: Planned) -> dict[str, Any] | None:
     Raises:
         ValueError: if it was done with another config.
     """
-    summary = run.folder / "summary.json"
-    if not summary.is_file():
+    found: dict[str, Any] | None = read_json(run.folder / "summary.json")
+    if found is None:
         return None
     done = load_config(run.folder / run.cfg.method / "resolved_config.yaml", record=True)
     different = differences(asdict(done), asdict(run.cfg))
@@ -93,7 +93,6 @@ def finished(run: Planned) -> dict[str, Any] | None:
             f"{run.folder} holds a finished run of another config, by {', '.join(other)}. Give another --output, or "
             "remove the folder yourself."
         )
-    found: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
     return found
 
 
@@ -141,5 +140,5 @@ def report(output: Path, planned: Sequence[Planned]) -> None:
             print(f"\n{title}: fewer than two seeds in common, nothing to compare")
     output.mkdir(parents=True, exist_ok=True)
     content = {"miou": scores, "differences": {title: vars(difference) for title, difference in compared.items()}}
-    (output / "repeat.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(output / "repeat.json", content)
     print(f"\nFigures in {output / 'repeat.json'}")

@@ -39,6 +39,7 @@ from ..config import RECIPES, RunConfig, changes, differences, find_recipe, load
 from ..evaluation.table import CLASS_SETS, markdown, spread, subset_miou
 from ..labels import THING_CLASSES
 from ..launching import Runner, refuse_keys, words_of
+from ..storage import read_json, write_json, write_text
 
 # One run of the base config, until there are cells to measure: two CPU cores for the first two; a GPU of 2019 for
 # "paper" (DAFormer's 16 hours, times 1.45 for the two more passes of T2S-DA).
@@ -196,11 +197,11 @@ def score(cell: Cell, table: Table) -> list[float | None] | None:
     assert cfg is not None
     if table.evaluate:
         evaluated = cell.folder / f"{table.name}.json"
-        if not evaluated.is_file():
+        result = read_json(evaluated)
+        if result is None:
             return None
-        result = json.loads(evaluated.read_text(encoding="utf-8"))
     else:
-        summary = json.loads((cell.folder / "summary.json").read_text(encoding="utf-8"))[cfg.method]
+        summary = read_json(cell.folder / "summary.json")[cfg.method]
         result = {"miou": summary["miou"], "iou": dict(zip(cfg.classes, summary["iou"], strict=True))}
     subsets = {"mIoU16": CLASS_SETS["syn16"], "mIoU13": CLASS_SETS["syn13"], "tail": TAIL}
     values: list[float | None] = []
@@ -269,7 +270,8 @@ def layout(table: Table, entries: Sequence[Mapping[str, Any]]) -> str:
 
 def estimate(folder: Path, scale: str) -> tuple[float, int]:
     """Seconds of one run, and the number of finished runs that says so (0: a figure of the past)."""
-    done = [json.loads(file.read_text(encoding="utf-8"))["seconds"] for file in folder.glob("*/seed_*/summary.json")]
+    found = [read_json(file) for file in folder.glob("*/seed_*/summary.json")]
+    done = [summary["seconds"] for summary in found if summary]
     return (sum(done) / len(done), len(done)) if done else (SECONDS[scale], 0)
 
 
@@ -290,7 +292,7 @@ def write(table: Table, seeds: Sequence[int], folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     entries = summary_of(table, seeds, folder)
     text = layout(table, entries)
-    (folder / f"{table.name}.md").write_text(f"{table.question}\n\n{text}\n", encoding="utf-8")
+    write_text(folder / f"{table.name}.md", f"{table.question}\n\n{text}\n")
     content = {"table": table.name, "question": table.question, "seeds": list(seeds), "rows": entries}
-    (folder / f"{table.name}.json").write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+    write_json(folder / f"{table.name}.json", content)
     return text

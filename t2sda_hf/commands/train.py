@@ -33,7 +33,7 @@ import os
 import shlex
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -43,10 +43,9 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwargs
-from filelock import FileLock
 
 from ..config import RunConfig, dump_config
-from ..errors import DamagedCheckpoint, Ended, LostContact, RunFailed
+from ..errors import DamagedCheckpoint, Ended, LostContact, LostFolder, RunFailed
 from ..evaluation.page import write_page
 from ..evaluation.report import save_panel
 from ..evaluation.run_folder import write_data_record
@@ -68,8 +67,9 @@ from ..training.build import (
 from ..training.checkpoint import left_in
 from ..training.distributed import decided_by_main, lost_contact, shards
 from ..training.dry_run import rehearse
-from ..training.resume import Start, check_folder, config_of, lock_run, plan
+from ..training.resume import Claim, Start, check_folder, config_of, lock_run, plan
 from ..training.stopping import StopRequest
+from ..training.store import unasked
 
 Results = dict[str, dict[str, dict[str, Any]]]  # method -> "student", "teacher", "selected" -> result of an evaluation
 
@@ -93,24 +93,28 @@ def run(args: Namespace) -> int:
         accelerator.end_training()
         return 0
     with ExitStack() as held:
-        decided_by_main(lambda: hold(held, lock_run(cfg)), accelerator, ValueError)
+        claims: list[Claim] = []  # of the main process
+        decided_by_main(lambda: hold(held, lock_run(cfg), claims), accelerator, ValueError)
         starts = plan(cfg, described, accelerator)
         with explained(accelerator, Path(cfg.output_dir)):
             if accelerator.is_main_process:
                 record_run(Path(cfg.output_dir), command_of(args, accelerator), accelerator.num_processes)
             with StopRequest() as stop:
-                results = train_all(cfg, domains, initial, accelerator, described, starts, stop)
+                owned = claims[0].check if claims else unasked
+                results = train_all(cfg, domains, initial, accelerator, described, starts, stop, owned)
             accelerator.end_training()
             if accelerator.is_main_process:
+                owned()
                 finish(cfg, domains, results)
                 if pushed := push_after_training(cfg):
                     print(pushed)
     return 0
 
 
-def hold(held: ExitStack, lock: FileLock) -> None:
-    """Keep a lock until the stack is left."""
-    held.callback(lock.release)
+def hold(held: ExitStack, claim: Claim, claims: list[Claim]) -> None:
+    """Keep the claim of a folder until the stack is left."""
+    held.callback(claim.lock.release)
+    claims.append(claim)
 
 
 def log_to_stderr(level: int) -> None:
@@ -140,7 +144,7 @@ def explained(accelerator: Accelerator, folder: Path) -> Iterator[None]:
     """Say of an error what it means for the run in `folder`; what shows only now is no fault of the input."""
     try:
         yield
-    except DamagedCheckpoint:  # nothing was begun
+    except (DamagedCheckpoint, LostFolder):  # nothing was begun; nothing there is ours
         raise
     except Ended as error:
         error.args = (f"{error} {left_in(folder)}",)
@@ -199,8 +203,12 @@ def train_all(
     described: dict[str, dict[str, Any]],
     starts: dict[str, Start],
     stop: StopRequest,
+    owned: Callable[[], None],
 ) -> Results:
-    """Train the baseline, if there is one, and the method; what each evaluated at the end. Collective."""
+    """Train the baseline, if there is one, and the method; what each evaluated at the end. Collective.
+
+    `owned` raises LostFolder if the folder of the run is not its own any more.
+    """
     folder, began = Path(cfg.output_dir), time.perf_counter()
     if accelerator.is_main_process:
         for method in starts:  # first: by these a folder is known as one to go on in, however early the run ends
@@ -211,9 +219,10 @@ def train_all(
         stop.check()
         run_cfg, record = config_of(cfg, method), described[method]
         results[method] = run_method(
-            run_cfg, initial, domains, accelerator, folder / method, start=start, record=record, stop=stop
+            run_cfg, initial, domains, accelerator, folder / method, start=start, record=record, stop=stop, owned=owned
         )
     if accelerator.is_main_process:
+        owned()
         summary: dict[str, Any] = {
             "seed": cfg.seed,
             "num_processes": accelerator.num_processes,

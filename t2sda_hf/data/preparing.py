@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ..config import DomainConfig
 from ..labels import IGNORE_INDEX, LABEL_SPACES, VOID
+from ..storage import write_text
 from .domains import COUNTS, Domain, load_domain
 from .files import file_bytes, read_header
 from .layouts import LAYOUTS
@@ -137,16 +138,18 @@ def _claim(domain: Domain, output: Path, split: str, encoding: Encoding) -> None
     )
     memory = output / f".{split}.json"
     output.mkdir(parents=True, exist_ok=True)
-    if memory.exists():
-        if memory.read_text(encoding="utf-8") != settings:
+    shards = any(output.glob(f"{split}-*.parquet"))
+    known = memory.read_text(encoding="utf-8", errors="replace") if memory.exists() else None
+    if known is not None and (shards or known.endswith("}")):  # else it was cut before there was anything
+        if known != settings:
             raise ValueError(
                 f"{output} holds the split {split} of other files or settings (see {memory.name}). Choose another "
                 "--output, or remove the folder yourself."
             )
-    elif any(output.glob(f"{split}-*.parquet")):
+    elif shards:
         raise ValueError(f"{output} holds a split {split} that was not made here. Choose another --output.")
     else:
-        memory.write_text(settings, encoding="utf-8")
+        write_text(memory, settings)
 
 
 def _write_shard(domain: Domain, shard: int, path: Path, num_classes: int, encoding: Encoding) -> int:
@@ -229,9 +232,9 @@ def _describe(output: Path, name: str, space: str) -> None:
         f"- config_name: {split}\n  data_files:\n  - split: {split}\n    path: {split}-*.parquet" for split in splits
     )
     ids = ", ".join(f"{label_id} {label}" for label_id, label in enumerate(LABEL_SPACES[space]) if label != VOID)
-    (output / "README.md").write_text(
+    write_text(
+        output / "README.md",
         f"---\nconfigs:\n{configs}\n---\n"
         f"{name}, prepared by `t2sda prepare`. `label` holds class ids, 255 ignored: {ids}. `{COUNTS}` are "
         "pixels per class at the size of the original file. The terms of the original data set apply.\n",
-        encoding="utf-8",
     )

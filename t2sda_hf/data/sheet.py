@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..labels import IGNORE_INDEX, palette
+from ..storage import write_text
 from .checking import DomainFacts, Finding, rarity
 from .domains import Domain
 from .transforms import resize_image, resize_labels
@@ -131,7 +132,7 @@ def write_report(
     page = jinja2.Environment(autoescape=True).from_string(_PAGE)  # names of files come from anywhere
     faults = sum(finding.severity == "fault" for finding in findings)
     text = page.render(findings=findings, faults=faults, domains=described)
-    (folder / "index.html").write_text(text, encoding="utf-8")
+    write_text(folder / "index.html", text)
 
 
 def _sizes(facts: DomainFacts) -> str:

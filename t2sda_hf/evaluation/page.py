@@ -10,6 +10,7 @@ import numpy as np
 import yaml
 
 from ..config import changes, flatten
+from ..storage import write_text
 from .figures import hex_colors, save_class_shares, save_confusion, save_curves, save_losses
 from .run_folder import BASELINE, MethodFolder, RunFolder, read_run
 from .table import CLASS_SETS, class_sets_of, spread, subset_miou
@@ -264,4 +265,4 @@ def _write(path: Path, template: str, **content: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    path.write_text(environment.get_template(template).render(**content), encoding="utf-8")
+    write_text(path, environment.get_template(template).render(**content))

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.image_processing_t2sda import sample_nearest
+from ..storage import read_json
 from .confusion import scores
 from .pictures import Column, save_grid
 
@@ -132,8 +133,8 @@ def selects(folder: Path, select: str, proxies: Mapping[str, float]) -> bool:
 
 def read_selected(folder: Path) -> dict[str, Any] | None:
     """proxy, value and step of the weights kept in `folder`/selected; None if there are none."""
-    path = folder / SELECTED / SELECTED_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    kept: dict[str, Any] | None = read_json(folder / SELECTED / SELECTED_FILE)
+    return kept
 
 
 def drop_selected_after(folder: Path, step: int) -> None:

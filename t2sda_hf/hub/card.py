@@ -22,6 +22,7 @@ from safetensors import safe_open
 from ..config import DomainConfig, RunConfig, load_config
 from ..evaluation.table import escape_cell
 from ..masking import mask
+from ..storage import read_json, write_json
 
 RUN_FACTS = ("command", "commit", "hardware", "software")
 OTHER_FACTS = ("start", "note")  # what only a person knows, see `gather_facts`
@@ -116,11 +117,10 @@ def record_run(folder: Path, command: str, num_processes: int = 1) -> None:
         num_processes: that it started.
     """
     path, commit = folder / "run.json", _commit()
-    if path.is_file():
-        facts = _read_json(path)
+    if facts := read_json(path):
         if commit not in str(facts.get("commit")):
             facts["commit"] = f"{facts.get('commit')}, went on with {commit}"
-            path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            write_json(path, facts)
         return
     threads = os.environ.get("OMP_NUM_THREADS")  # another number of threads adds in another order
     setting = f"OMP_NUM_THREADS={threads} " if threads else ""
@@ -132,7 +132,7 @@ def record_run(folder: Path, command: str, num_processes: int = 1) -> None:
         f"transformers {transformers.__version__}",
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_json(path, facts)
 
 
 def cpu_name() -> str:
@@ -421,5 +421,5 @@ def _existing(path: Path) -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(_existing(path).read_text(encoding="utf-8")))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"{path} is not JSON: {error}. Make it again with `t2sda train ... --resume auto`.") from error

@@ -3,7 +3,7 @@
 import logging
 import signal
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from multiprocessing import active_children
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import KwargsHandler
-from filelock import FileLock
 from torch import nn
 
 from ..batch import UdaBatch
@@ -32,11 +31,11 @@ from ..translate.trained import TranslatedFolder, open_translated
 from .distributed import broadcast_from_main, decided_by_main, shards
 from .loop import Run, train
 from .parts import Parts, make_parts
-from .resume import Start, config_of, describe, fingerprint, load_run, methods_of
+from .resume import Start, config_of, describe, fingerprint, load_run, locked, methods_of
 from .scores import Evaluation
 from .seeding import seed_initial_weights
 from .stopping import StopRequest, leave_signals_to_parent
-from .store import Store
+from .store import Store, unasked
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +65,9 @@ def open_domains(cfg: RunConfig, accelerator: Accelerator) -> Domains:
     # One after the other, so that all but the first read the cache. A lock, because the first may take longer than
     # processes wait for each other in a collective.
     cache = Path(datasets.config.HF_DATASETS_CACHE)
-    with FileLock(cache / "t2sda_hf.lock") if accelerator.num_processes > 1 else nullcontext():
+    with ExitStack() as held:
+        if accelerator.num_processes > 1:
+            held.callback(locked(cache / "t2sda_hf.lock").release)
         source = load_domain(cfg.source, cfg.classes)
         target = None
         if cfg.method != "generalization":
@@ -204,6 +205,7 @@ def run_method(
     start: Start,
     record: Mapping[str, Any],
     stop: StopRequest,
+    owned: Callable[[], None] = unasked,
 ) -> dict[str, Any]:
     """Train one method from a copy of the `initial` student and score it on the test domain. Collective.
 
@@ -219,6 +221,7 @@ def run_method(
         start: where it starts, from `resume.plan`.
         record: what it depends on, from `records`.
         stop: signals are noted there.
+        owned: see `Store`.
 
     Returns:
         {"student": ..., "teacher": ...}, results of `evaluate_model`. No teacher for source_only.
@@ -232,7 +235,7 @@ def run_method(
     parts, like = build_parts(cfg, initial, domains, accelerator)
     evaluation = Evaluation(cfg, accelerator, domains.source, domains.test, like, stop)
     processor = T2SDAImageProcessor(size=domains.test.network_size(), resize="exact")
-    store = Store(folder, cfg, accelerator, processor, like, record)
+    store = Store(folder, cfg, accelerator, processor, like, record, owned)
     store.open()
     progress = load_run(start.checkpoint, parts, accelerator)
     store.forget_selected_after(progress.step)

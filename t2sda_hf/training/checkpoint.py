@@ -173,7 +173,10 @@ def sweep(folder: Path) -> None:
     """Remove what an interrupted write or delete left. Only for the process that holds the lock of the run."""
     for what in ("partial", "replaced", "deleted"):
         for path in folder.glob(f".*.{what}"):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def verify(folder: Path) -> dict[str, Any]:

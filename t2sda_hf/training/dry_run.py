@@ -1,6 +1,5 @@
 """A run in small, before the real one: what fails late fails now, and what a step costs is measured, not guessed."""
 
-import json
 import resource
 import shutil
 import sys
@@ -18,6 +17,7 @@ from accelerate import Accelerator
 from ..config import RunConfig
 from ..evaluation.evaluator import evaluate_model
 from ..models import T2SDAForSemanticSegmentation
+from ..storage import read_lines
 from .build import Domains, run_method
 from .checkpoint import CheckpointError, checkpoint_folder
 from .distributed import decided_by_main
@@ -110,8 +110,7 @@ def _shortened(cfg: RunConfig) -> RunConfig:
 
 def _seconds_per_step(log: Path, cfg: RunConfig) -> float:
     """Of the last update. Workers will be ahead of it later, so waiting for their first batch does not count."""
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    last = next(line for line in reversed(lines) if "seconds_per_step" in line)
+    last = next(line for line in reversed(read_lines(log)) if "seconds_per_step" in line)
     return float(last["seconds_per_step"] * (1 - (last["data_share"] if cfg.data.num_workers else 0)))
 
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from ..batch import UdaBatch
 from ..config import LossWeights, RunConfig
-from ..errors import CheckpointError, DataFailed, NotFinite
+from ..errors import CheckpointError, DataFailed, LostFolder, NotFinite
 from ..evaluation.watch import panel_due, save_panel_of_step
 from ..methods import Method, Step
 from ..teacher import ema_momentum, update_teacher
 from .checkpoint import Progress
-from .distributed import average_gradients, largest, whole_tensor
+from .distributed import average_gradients, decided_by_main, largest, whole_tensor
 from .optim import learning_rate_factor, set_learning_rate
 from .parts import Parts
 from .scores import Evaluation
@@ -113,7 +113,7 @@ def _saved_first(run: Run, store: Store, tracker: Tracker, at: _Position) -> Ite
     try:
         yield
     except BaseException as error:
-        doubtful = tracker.torn or isinstance(error, NotFinite | CheckpointError)
+        doubtful = tracker.torn or isinstance(error, NotFinite | CheckpointError | LostFolder)
         known = run.accelerator.num_processes == 1 or isinstance(error, Stopped | DataFailed)
         if known and not doubtful and at.done > at.saved:
             store.save_checkpoint(run.parts, tracker.progress(at.done))
@@ -232,7 +232,8 @@ def observe(run: Run, done: int, tracker: Tracker, store: Store, results: dict[s
 
 
 def picture(run: Run, done: int, tracker: Tracker, store: Store, seen: Mapping[str, Any]) -> None:
-    """Picture the pseudo-labels of the last update."""
+    """Picture the pseudo-labels of the last update. Collective."""
+    decided_by_main(store.owned, run.accelerator, LostFolder)
     if run.accelerator.is_main_process:
         path = save_panel_of_step(store.folder / "panels", done, seen, run.cfg.classes)
         if path is not None:

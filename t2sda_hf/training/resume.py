@@ -1,11 +1,13 @@
 """Where a run goes on: one owner of its folder, one place to start each method from, nothing changed unnoticed."""
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import platform
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,12 +17,16 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
+from safetensors import SafetensorError, safe_open
 
 from ..config import RunConfig, changes, differences, dump_config
 from ..data.domains import Domain
+from ..errors import LostFolder
+from ..evaluation.run_folder import DATA_RECORD, RUN_RECORD
 from ..masking import mask_known
 from ..models import T2SDAForSemanticSegmentation
+from ..storage import read_json
 from .checkpoint import (
     Content,
     DamagedCheckpoint,
@@ -38,7 +44,11 @@ from .parts import Parts
 
 logger = logging.getLogger(__name__)
 
-LOCK = ".lock"
+LOCK, LEASE = ".lock", ".lease"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+_LEASE_SECONDS = 30.0  # it is renewed three times as often
+# All that a run has written that ended before it began to train.
+_AT_THE_START = {name for file in (RUN_RECORD, DATA_RECORD) for name in (file, f".{file}.partial")} | {LOCK, LEASE}
 _LOOKED_AT = 16  # images of a domain that are read for its fingerprint
 
 
@@ -50,7 +60,61 @@ class Start:
     results: dict[str, Any] | None = None
 
 
-def lock_run(cfg: RunConfig) -> FileLock:
+@dataclass(frozen=True)
+class Claim:
+    """That this process alone writes into a folder."""
+
+    folder: Path
+    lock: BaseFileLock
+    identity: tuple[int, int]  # of the lock's file; nobody else's has it as long as it is open here
+
+    def check(self) -> None:
+        """Raise LostFolder if the folder is not the one that was locked: it was removed, and perhaps made anew."""
+        try:
+            same = _identity(Path(self.lock.lock_file)) == self.identity
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise LostFolder(
+                f"{self.folder} was removed, moved or replaced while the run wrote into it, and may be another run's "
+                "now. Nothing more was written. Start again with another --output_dir."
+            )
+
+
+def locked(path: Path, timeout: float = -1) -> BaseFileLock:
+    """Lock a file. Where the file system has no locks, a file beside it says who has it, and is renewed all the time.
+
+    Args:
+        path: of the file.
+        timeout: how many seconds to wait for it; -1: as long as it takes.
+
+    Raises:
+        Timeout: if somebody else has it.
+    """
+    lock: BaseFileLock = FileLock(path, timeout=timeout, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if isinstance(error, Timeout) or error.errno not in _NO_LOCKS:
+            raise
+        logger.warning(
+            "the file system of %s has no locks (%s): a file says who writes there, and is renewed every %.0f s.",
+            path.parent,
+            error.strerror,
+            _LEASE_SECONDS / 3,
+        )
+        lock = SoftFileLease(path.with_name(LEASE), lease_duration=_LEASE_SECONDS, timeout=timeout)
+        try:
+            lock.acquire()
+        except Timeout:
+            if platform.node() in Path(lock.lock_file).read_text(encoding="utf-8"):
+                raise  # of a process of this machine one knows whether it lives
+            logger.warning("waiting for %.0f s to see whether it is renewed", _LEASE_SECONDS)
+            lock.acquire(timeout=_LEASE_SECONDS + 5)
+    return lock
+
+
+def lock_run(cfg: RunConfig) -> Claim:
     """Make this process the only one that writes into `output_dir`; the system frees the lock when the process ends.
 
     Raises:
@@ -58,42 +122,53 @@ def lock_run(cfg: RunConfig) -> FileLock:
             cannot be written.
     """
     folder = Path(cfg.output_dir)
-    lock = FileLock(folder / LOCK, timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        check_folder(cfg)  # again: somebody may have used it since the first look
-        (folder / LOCK).write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
-    except Timeout:
-        owner = (folder / LOCK).read_text(encoding="utf-8") or "another process"
-        raise ValueError(
-            f"output_dir {cfg.output_dir!r} is in use by {owner}. Wait for it, end it, or pass another --output_dir."
-        ) from None
-    except ValueError:
-        lock.release()
-        raise
-    except OSError as error:
-        lock.release()
-        raise ValueError(
-            f"output_dir {cfg.output_dir!r} cannot be written: {error}. Pass another --output_dir."
-        ) from error
-    return lock
+    with ExitStack() as undo:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = locked(folder / LOCK, timeout=0)
+            undo.callback(lock.release)
+            check_folder(cfg)  # again: somebody may have used it since the first look
+            if Path(lock.lock_file).name == LOCK:  # a lease says itself whose it is
+                (folder / LOCK).write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+            claim = Claim(folder, lock, _identity(Path(lock.lock_file)))
+        except Timeout as error:
+            owner = " ".join(Path(error.lock_file).read_text(encoding="utf-8").split()) or "another process"
+            raise ValueError(
+                f"output_dir {cfg.output_dir!r} is in use by {owner}. Wait for it, end it, or pass another "
+                "--output_dir."
+            ) from None
+        except OSError as error:
+            raise ValueError(
+                f"output_dir {cfg.output_dir!r} cannot be written: {error}. Pass another --output_dir."
+            ) from error
+        undo.pop_all()
+    return claim
 
 
 def check_folder(cfg: RunConfig) -> None:
     """Raise ValueError if `output_dir` holds something that is not to be resumed."""
     folder = Path(cfg.output_dir)
-    if not folder.is_dir() or all(path.name == LOCK for path in folder.iterdir()):
+    if not folder.is_dir() or all(path.name in (LOCK, LEASE) for path in folder.iterdir()):
         return
     if cfg.resume is None:
         raise ValueError(
             f"output_dir {cfg.output_dir!r} exists and is not empty. Nothing is overwritten: "
             "pass another --output_dir, remove the folder yourself, or go on with the run in it with --resume auto."
         )
-    if not any((folder / method).is_dir() for method in methods_of(cfg)):
+    if not any((folder / method).is_dir() for method in methods_of(cfg)) and not _only_begun(folder):
         raise ValueError(
             f"output_dir {cfg.output_dir!r} is not empty and holds no run of this config. Pass another one."
         )
+
+
+def _only_begun(folder: Path) -> bool:
+    """Whether all in a folder is what a run of ours has written that ended before it trained: on a full disk, say."""
+    return all(path.name in _AT_THE_START for path in folder.iterdir())
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def methods_of(cfg: RunConfig) -> list[Any]:
@@ -207,14 +282,26 @@ def _plan(cfg: RunConfig, records: dict[str, dict[str, Any]]) -> dict[str, Start
                 continue
             path, state = found
         _compare(state, record, path, cfg.allow_changes)
-        metrics = folder / "metrics.json"
-        if state["step"] >= record["config"]["train"]["max_steps"] and metrics.is_file():
-            starts[method] = Start(path, json.loads(metrics.read_text(encoding="utf-8")))
+        results = read_json(folder / "metrics.json")
+        finished = state["step"] >= record["config"]["train"]["max_steps"]
+        if finished and results and _loads(folder / "student"):  # else they are made again from the checkpoint
+            starts[method] = Start(path, results)
             logger.info("%s: finished before", method)
         else:
             starts[method] = Start(path)
             logger.info("%s: going on after step %d from %s", method, state["step"], path)
     return starts
+
+
+def _loads(model: Path) -> bool:
+    """Whether the files of a saved model are whole."""
+    try:
+        return read_json(model / "config.json") is not None and all(
+            safe_open(file, "pt").keys() for file in (*model.glob("*.safetensors"), model / "model.safetensors")
+        )
+    except (OSError, SafetensorError) as error:
+        logger.warning("%s cannot be loaded (%s): it is made again.", model, error)
+        return False
 
 
 def _check_given(given: Path, output_dir: Path, methods: Sequence[str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a method leaves in its folder while it trains."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from ..config import RunConfig, dump_config
+from ..errors import LostFolder
 from ..evaluation.watch import SELECTED, SELECTED_FILE, describe_selected, drop_selected_after, selects
 from ..masking import mask_known
 from ..models import T2SDAImageProcessor
@@ -28,6 +29,10 @@ from .distributed import decided_by_main, whole_network, whole_tensor
 from .parts import Parts
 
 
+def unasked() -> None:
+    """For a folder that nobody else can know of."""
+
+
 @dataclass(frozen=True)
 class Store:
     """The folder of one method: config, checkpoints, models, results.
@@ -41,6 +46,7 @@ class Store:
         processor: goes with every model.
         like: the student before it was sharded, see `whole_network`.
         record: what the weights depend on, from `build.records`; kept in every checkpoint.
+        owned: raises LostFolder if the folder is not this run's any more. It is asked before every write.
     """
 
     folder: Path
@@ -49,6 +55,7 @@ class Store:
     processor: T2SDAImageProcessor
     like: nn.Module
     record: Mapping[str, Any]
+    owned: Callable[[], None] = unasked
 
     def open(self) -> None:
         """Make the folder, and write down the config; results of an earlier start are taken away."""
@@ -66,6 +73,7 @@ class Store:
     def close(self, results: Mapping[str, Any]) -> None:
         """Write down the results."""
         if self.accelerator.is_main_process:
+            self.owned()
             write_text(self.folder / "metrics.json", json.dumps(results, indent=2))
         self.accelerator.wait_for_everyone()
 
@@ -83,9 +91,10 @@ class Store:
         student = whole_network(student, self.like, self.accelerator)
 
         def write() -> None:
+            self.owned()
             write_folder(self.folder / "student", lambda folder: self.save(student, folder), manifest=False)
 
-        decided_by_main(write, self.accelerator, CheckpointError)
+        decided_by_main(write, self.accelerator, CheckpointError, LostFolder)
         return student
 
     def save_selected(self, student: nn.Module, proxies: Mapping[str, float], done: int) -> None:
@@ -104,9 +113,10 @@ class Store:
             (folder / SELECTED_FILE).write_text(describe_selected(select, proxies, done), encoding="utf-8")
 
         def keep() -> None:
+            self.owned()
             write_folder(self.folder / SELECTED, write, manifest=False)
 
-        decided_by_main(keep, self.accelerator, CheckpointError)
+        decided_by_main(keep, self.accelerator, CheckpointError, LostFolder)
 
     def save_checkpoint(self, parts: Parts, progress: Progress) -> None:
         """Write a checkpoint, then delete old ones.
@@ -126,6 +136,7 @@ class Store:
         optimizer = {name: whole_tensor(tensor) for name, tensor in own.items()}
 
         def write() -> None:
+            self.owned()
             write_checkpoint(
                 checkpoint_folder(self.folder, progress.step),
                 save=self.save,
@@ -142,4 +153,4 @@ class Store:
             )
             keep_newest(self.folder, self.cfg.train.keep_checkpoints)
 
-        decided_by_main(write, self.accelerator, CheckpointError)
+        decided_by_main(write, self.accelerator, CheckpointError, LostFolder)

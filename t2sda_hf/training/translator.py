@@ -6,7 +6,6 @@ are. Unlike the original there is no pool of old images, generators start at "no
 linearly over the second half.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from ..data.domains import Domain
 from ..data.transforms import pad_image, random_window
 from ..errors import NotFinite
+from ..storage import write_json
 from ..translate.generator import TranslationGenerator, save_translator
 
 CYCLE_WEIGHT = 10.0
@@ -199,7 +199,7 @@ def train_translator(
         save_translator(folder / "backward", plain.back, sizes)
         facts: dict[str, Any] = {"method": "CycleGAN", "source": source.name, "target": target.name}
         facts |= {"settings": asdict(settings), "num_processes": accelerator.num_processes, **(about or {}), "log": log}
-        (folder / "training.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+        write_json(folder / "training.json", facts)
         preview(plain, source, target, accelerator.device).save(folder / "preview.png")
     accelerator.wait_for_everyone()
 

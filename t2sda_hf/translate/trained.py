@@ -1,6 +1,5 @@
 """Translators that were trained beforehand: a network that runs along, or a folder of images it made (method 5.2)."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Generator, Tensor, nn
+
+from ..storage import read_json, write_json
 
 MANIFEST_FILE = "manifest.json"
 
@@ -67,7 +68,7 @@ def open_translated(location: str, num_images: int) -> TranslatedFolder:
             f"translate.trained.folder: {str(manifest)!r} does not exist. "
             "`t2sda translator apply` writes a folder of translations with its manifest."
         )
-    files = tuple(json.loads(manifest.read_text(encoding="utf-8")).get("files", ()))
+    files = tuple((read_json(manifest) or {}).get("files", ()))
     if len(files) != num_images:
         raise ValueError(
             f"{manifest} lists {len(files)} images, and the source domain has {num_images}. "
@@ -82,4 +83,4 @@ def open_translated(location: str, num_images: int) -> TranslatedFolder:
 def write_manifest(folder: Path, files: list[str], facts: Mapping[str, object]) -> None:
     """Say in `folder` which files it has, in the order of the rows, and what made them (engine, weights, domains)."""
     content = {**facts, "num_images": len(files), "files": files}
-    (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
+    write_json(folder / MANIFEST_FILE, content)

@@ -339,6 +339,15 @@ def test_what_cannot_be_prepared_ends_with_one_line(tmp_path, capsys):
     assert run("gta5", raw, out) == 0
     assert run("gta5", raw, out, "--size", "24", "40") == 2
     assert "of other files or settings" in capsys.readouterr().err
+    memory = tmp_path / "out" / ".train.json"
+    whole = memory.read_text(encoding="utf-8")
+    memory.write_text(whole[: len(whole) // 2], encoding="utf-8")
+    assert run("gta5", raw, out) == 2
+    assert "see .train.json" in capsys.readouterr().err
+    for shard in (tmp_path / "out").glob("*.parquet"):  # ended before there was one: it says nothing yet
+        shard.unlink()
+    assert run("gta5", raw, out) == 0
+    assert memory.read_text(encoding="utf-8") == whole
     assert run("gta5", raw, out, "--splits", "val") == 2
     assert "gta5 has no split val" in capsys.readouterr().err
     assert run("cityscapes", raw, str(tmp_path / "x")) == 2

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tiny import tiny_config, tiny_model, tiny_networks
 from torch import Tensor, nn
 
+from t2sda_hf import storage
 from t2sda_hf.evaluation.watch import Watch
 from t2sda_hf.methods import ClassMemory
 from t2sda_hf.models import T2SDAForSemanticSegmentation
@@ -257,6 +258,22 @@ def test_what_is_not_finite_is_not_saved(tmp_path: Path, where: str) -> None:
     with pytest.raises(CheckpointError, match=f"{where} tensor .* not finite"):
         write(tmp_path, 1, parts)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_sync_a_folder_is_told_once(copy: Path, code: int, caplog, monkeypatch) -> None:
+    fsync = os.fsync
+
+    def only_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(descriptor)
+
+    storage._tell_about_folders.cache_clear()
+    monkeypatch.setattr(os, "fsync", only_files)
+    write(copy, 11, stepped(1))
+    assert verify(checkpoint_folder(copy, 11))["step"] == 11
+    assert caplog.text.count("fsync of a folder is not possible") == 1
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
