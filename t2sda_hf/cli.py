@@ -23,11 +23,10 @@ from typing import Any
 
 from .config import keys, load_config, recipe_names, unknown_key
 from .data.layouts import LAYOUTS
-from .errors import Ended, Stopped
+from .errors import SIGNALS, Ended, Stopped
 from .launching import FLAGS as LAUNCH_FLAGS
 from .launching import launch
 from .masking import mask, run_masked
-from .training.stopping import SIGNALS
 
 FOLDER: dict[str, Any] = {"type": Path, "metavar": "DIR"}
 SIZE: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("HEIGHT", "WIDTH")}
@@ -627,6 +626,10 @@ def main(words: Sequence[str] | None = None, door: str = "t2sda") -> int:
         if words[0] in ("-V", "--version"):
             print(version("t2sda_hf"))
             return 0
+        if sys.flags.optimize > 1:
+            raise ValueError(
+                "python -OO (PYTHONOPTIMIZE=2) takes out the docstrings, which transformers reads. Use -O or nothing."
+            )
         name, *rest = words
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, 1)
@@ -650,21 +653,11 @@ def main(words: Sequence[str] | None = None, door: str = "t2sda") -> int:
     except ValueError as error:
         return _end(2, error)
     except OSError as error:
-        return 0 if isinstance(error, BrokenPipeError) and _nobody_reads() else _end(1, error)
+        return _end(1, error)
     except KeyboardInterrupt:
         return _end(128 + signal.SIGINT, Stopped(signal.SIGINT, "what was finished before is kept"))
     except SystemExit as error:  # of argparse, after it printed a help
         return int(error.code or 0)
-
-
-def _nobody_reads() -> bool:
-    """Whether stdout is closed (`t2sda config | head`): then nothing more is written there."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
 
 
 def _end(code: int, error: Exception | None) -> int:

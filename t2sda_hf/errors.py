@@ -6,6 +6,9 @@ Only the standard library is imported here: the command line front knows them be
 import signal
 from collections.abc import Iterator
 
+# What asks a command to end, and what a parent passes on to its children: also a closed terminal, and Slurm's warning.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
 
 class Ended(Exception):
     """A command ends here. `exit_code` is the one of the process; the text is for its user.

@@ -17,8 +17,8 @@ import psutil
 import yaml
 
 from .config import RECIPES, find_recipe
-from .errors import Stopped
-from .training.stopping import LAUNCHED, SIGNALS
+from .errors import SIGNALS, Stopped
+from .training.stopping import LAUNCHED
 
 # The flags of commands that several processes may run.
 FLAGS: dict[str, dict[str, Any]] = {

@@ -4,11 +4,13 @@ Only the standard library is imported here, so that a command can mask what it p
 before any heavy library is loaded.
 """
 
+import errno
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 MASK = "<masked>"  # a plain word in YAML and JSON
@@ -70,14 +72,38 @@ class MaskFilter(logging.Filter):
 
 
 class _MaskedStream:
-    """A text stream that masks what is written to it."""
+    """A text stream that masks what is written to it, and never ends a command.
+
+    Where nobody reads any more (`| head`, a closed terminal), and where the disk is full, the rest goes nowhere.
+
+    Attributes:
+        lost: why it was not written; None also if there is only no reader.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        self.lost: OSError | None = None
+        if hasattr(stream, "reconfigure"):  # no name of a class is worth a run
+            stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
-        self._stream.write(mask(text))
+        try:
+            self._stream.write(mask(text))
+        except OSError as error:
+            self._leave(error)
         return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._leave(error)
+
+    def _leave(self, error: OSError) -> None:
+        if error.errno not in (errno.EPIPE, errno.EIO, errno.EBADF):
+            self.lost = error
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -99,4 +125,8 @@ def run_masked(main: Callable[[], int]) -> int:
     out: Any = _MaskedStream(sys.stdout)
     err: Any = _MaskedStream(sys.stderr)
     sys.stdout, sys.stderr = out, err
-    return main()
+    code = main()
+    out.flush()
+    if out.lost is not None:
+        print(f"OSError: what the command prints could not be written: {out.lost}", file=sys.stderr)
+    return code or int(out.lost is not None)

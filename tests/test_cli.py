@@ -233,8 +233,8 @@ def test_a_word_that_is_not_understood_is_one_sentence_and_code_2(words, message
         (Ended("over."), 1, "Ended: over.\n"),
         (CheckpointError("no space."), 1, "CheckpointError: no space.\n"),
         (RunFailed("the disk."), 1, "RunFailed: the disk.\n"),
-        (Stopped(signal.SIGTERM), 143, "Stopped: by SIGTERM; go on with --resume auto.\n"),
-        (Stopped(signal.SIGINT), 130, "Stopped: by SIGINT; go on with --resume auto.\n"),
+        (Stopped(signal.SIGTERM), 143, "Stopped: by SIGTERM.\n"),
+        (Stopped(signal.SIGHUP, "all is kept"), 129, "Stopped: by SIGHUP; all is kept.\n"),
         (OSError(28, "No space left on device"), 1, "OSError: [Errno 28] No space left on device\n"),
         (NotFinite("nan."), 1, "NotFinite: nan.\n"),
         (KeyboardInterrupt(), 130, "Stopped: by SIGINT; what was finished before is kept.\n"),
@@ -250,6 +250,40 @@ def test_an_error_is_one_line_and_an_exit_code(raised, code, said, monkeypatch, 
     monkeypatch.setattr(env, "run", run)
     assert main(["env"]) == code
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_nobody_can_take_ends_no_command_with_a_traceback() -> None:
+    """A reader that is gone is no error; a full disk is one."""
+    command = [sys.executable, "-m", "t2sda_hf", "config"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    closed = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (closed.returncode, closed.stderr) == (0, "")
+    with open("/dev/full", "w") as full:
+        lost = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert lost.returncode == 1
+    assert lost.stderr == "OSError: what the command prints could not be written: [Errno 28] No space left on device\n"
+
+
+def test_no_name_is_worth_an_end_because_of_its_letters() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "t2sda_hf", "config", "straße"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "stra\\xdfe" in done.stderr
+
+
+def test_python_without_docstrings_is_refused_at_once() -> None:
+    done = subprocess.run([sys.executable, "-OO", "-m", "t2sda_hf", "env"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("ValueError: python -OO")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_what_run_returns_is_the_exit_code_and_other_errors_come_through(monkeypatch):

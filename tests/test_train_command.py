@@ -2,9 +2,12 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from t2sda_hf.cli import main
 from t2sda_hf.commands.train import explained
 from t2sda_hf.config import load_config
 from t2sda_hf.errors import CheckpointError, DamagedCheckpoint, NotFinite, RunFailed
+from t2sda_hf.training.build import workers_that_fit
 
 CLASSES = ["road", "sky", "car"]
 
@@ -212,6 +216,25 @@ def test_an_empty_domain_is_refused(tmp_path: Path, good: list[str], capsys: pyt
     full.select([]).to_parquet(tmp_path / "empty.parquet")
     message = refused([*good, "--source.path", str(tmp_path / "empty.parquet")], capsys)
     assert "empty.parquet" in message
+
+
+def test_a_launch_of_two_that_makes_two_of_one_is_refused(good, capsys, monkeypatch) -> None:
+    """As when torch sees none of the GPUs that it was launched for."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "2 processes were launched, but accelerate makes a run of 1 of each" in refused(good, capsys)
+
+
+def test_no_more_workers_than_shared_memory_holds(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    """A full /dev/shm loses batches, and the run would wait for them for ever; a container has 64 MB of it."""
+    cfg = load_config(None, ["--data.num_workers=8", "--data.crop_size=[512, 512]", "--train.batch_size=2"])
+    cfg = replace(cfg, data=replace(cfg.data, outer_crop_size=(512, 1024)))
+    free = [64_000_000]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
+    assert workers_that_fit(cfg, 1) == 1
+    assert "/dev/shm has 64 MB free, and 8 data workers would hand over up to 223 MB there: 1 of them" in caplog.text
+    assert workers_that_fit(cfg, 2) == 0
+    free[0] = 1_000_000_000
+    assert workers_that_fit(cfg, 2) == 8
 
 
 def test_an_encoder_of_another_size_is_refused(

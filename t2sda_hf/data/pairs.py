@@ -157,6 +157,16 @@ def collate(samples: list[dict[str, np.ndarray]]) -> UdaBatch:
     return UdaBatch(**stacked)
 
 
+def bytes_per_batch(config: RunConfig) -> int:
+    """What a data worker hands over for a micro-batch, in bytes: see `UdaBatch`, all of it uint8."""
+    height, width = config.data.crop_size
+    pixels = 8 * height * width  # two images, labels, and where the target is trusted
+    if config.translates:
+        outer_height, outer_width = config.data.outer_crop_size
+        pixels += 6 * outer_height * outer_width
+    return config.train.batch_size * pixels
+
+
 def batches(
     dataset: PairDataset, process_index: int = 0, num_processes: int = 1, start_step: int = 0
 ) -> DataLoader[UdaBatch]:

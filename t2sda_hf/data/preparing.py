@@ -4,11 +4,13 @@ import hashlib
 import io
 import json
 import os
+import signal
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +21,7 @@ from PIL import Image as PILImage
 from tqdm import tqdm
 
 from ..config import DomainConfig
+from ..errors import SIGNALS
 from ..labels import IGNORE_INDEX, LABEL_SPACES, VOID
 from ..storage import write_text
 from .domains import COUNTS, Domain, load_domain
@@ -112,7 +115,7 @@ def prepare(
             return
         context = get_context("forkserver")  # not forked from here: threads, torch's among them, would be missing
         context.set_forkserver_preload([__name__])
-        with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        with ProcessPoolExecutor(workers, context, _begin_worker) as pool:
             running = [pool.submit(_write_shard, *job) for job in jobs]
             try:
                 for future in as_completed(running):
@@ -120,6 +123,21 @@ def prepare(
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+
+def _begin_worker() -> None:
+    """One thread for torch; signals are the parent's to follow, and without it there is nothing to do."""
+    torch.set_num_threads(1)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _rows(shards: Sequence[int], length: int) -> int:

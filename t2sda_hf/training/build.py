@@ -1,6 +1,8 @@
 """Where the parts of a run meet: data, networks, objective, optimiser, evaluation."""
 
 import logging
+import os
+import shutil
 import signal
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -21,7 +23,7 @@ from torch import nn
 from ..batch import UdaBatch
 from ..config import RunConfig, TranslateConfig
 from ..data.domains import Domain, check_domain, load_domain
-from ..data.pairs import PairDataset, batches
+from ..data.pairs import PairDataset, batches, bytes_per_batch
 from ..data.rare_class_sampling import rare_classes
 from ..evaluation.watch import SELECTED, Watch, read_selected
 from ..methods import METHODS
@@ -135,6 +137,13 @@ def make_accelerator(cfg: RunConfig, *handlers: KwargsHandler) -> tuple[Accelera
         project_dir=cfg.output_dir,
         kwargs_handlers=list(handlers),
     )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:  # each would train alone, into the same folder
+        raise ValueError(
+            f"{launched} processes were launched, but accelerate makes a run of {accelerator.num_processes} of each: "
+            f"torch sees {torch.cuda.device_count()} GPUs here. Launch one process, launch for the CPU (--cpu), or "
+            "install a torch that sees the GPUs."
+        )
     if accelerator.mixed_precision == "bf16":
         cfg = replace(cfg, train=replace(cfg.train, precision="bf16"))
     torch.backends.cuda.matmul.allow_tf32 = cfg.train.precision != "float32"
@@ -271,6 +280,7 @@ def read_batches(
     Raises:
         RuntimeError: where a batch is asked for and a worker that would read it is gone.
     """
+    cfg = replace(cfg, data=replace(cfg.data, num_workers=workers_that_fit(cfg, accelerator.num_processes)))
     rare = None
     if cfg.rcs.enabled:
         rare = rare_classes(domains.source_counts, cfg.rcs.temperature, cfg.rcs.min_pixels)
@@ -297,6 +307,29 @@ def read_batches(
     finally:
         for worker in workers:
             worker.kill()  # one that hangs would be waited for
+
+
+def workers_that_fit(cfg: RunConfig, num_processes: int) -> int:
+    """How many of `data.num_workers` may work: all that they hand over lies in /dev/shm until it was taken.
+
+    Where that is full, batches get lost, and the run would wait for ever. Containers have 64 MB by default.
+    """
+    asked, memory = cfg.data.num_workers, Path("/dev/shm")
+    if not asked or not memory.is_dir():
+        return asked
+    free, ahead = shutil.disk_usage(memory).free / num_processes, 2  # batches that a worker is ahead, torch's default
+    batch = 1.25 * bytes_per_batch(cfg)
+    fits = max(0, int((free - batch) // (ahead * batch)))
+    if fits < asked:
+        logger.warning(
+            "/dev/shm has %.0f MB free, and %d data workers would hand over up to %.0f MB there: %d of them work. Give "
+            "the container more (docker run --shm-size=1g), or lower data.num_workers.",
+            free * num_processes / 1e6,
+            asked,
+            (asked * ahead + 1) * batch / 1e6,
+            fits,
+        )
+    return min(asked, fits)
 
 
 def _by(exitcode: int) -> str:

@@ -152,6 +152,9 @@ def write_checkpoint(
     def write(folder: Path) -> None:
         save(student, folder / "student")
         save(teacher, folder / "teacher")
+        for part in ("student", "teacher"):
+            if not (folder / part / "model.safetensors").is_file():
+                raise FileNotFoundError(f"no weights were written into {part}")
         save_file(
             {name: value.contiguous() for name, value in named["optimizer"].items()}, folder / "optimizer.safetensors"
         )

@@ -14,10 +14,8 @@ from typing import Any, TypeVar
 
 import psutil
 
-from ..errors import Stopped
+from ..errors import SIGNALS, Stopped
 
-# What asks a command to end, and what a parent passes on to its children.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # Set in the processes that a launcher starts: by those of several, by accelerate's of one, by `launching`.
 LAUNCHED = ("LOCAL_RANK", "ACCELERATE_DYNAMO_BACKEND", "T2SDA_COMMAND")
 _HURRY = (signal.SIGTERM, signal.SIGINT)  # of these a second one means: at once
