@@ -140,6 +140,11 @@ def id_map(names: Sequence[str], classes: Sequence[str], renames: Mapping[str, s
     """
     import numpy as np  # here, because the command line reads the names without it
 
+    if len(classes) > IGNORE_INDEX:
+        raise ValueError(
+            f"there may be at most {IGNORE_INDEX} classes, got {len(classes)}: label maps have 8 bits, and "
+            f"{IGNORE_INDEX} is the ignored id."
+        )
     for given, known, where in [(k, names, "the data set") for k in renames] + [
         (v, classes, "the run's classes") for v in renames.values()
     ]:

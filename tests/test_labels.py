@@ -134,6 +134,14 @@ def test_no_shared_class_is_refused():
         id_map(["cat", "dog"], ["road", "sky"], {})
 
 
+def test_256_classes_do_not_fit_beside_the_ignored_id():
+    names = [f"k{index}" for index in range(256)]
+    assert id_map(names[:255], names[:255], {})[:255].tolist() == list(range(255))
+    assert id_map(names, names[:255], {})[255] == IGNORE_INDEX
+    with pytest.raises(ValueError, match="at most 255 classes, got 256: label maps have 8 bits, and 255 is"):
+        id_map(names, names, {})
+
+
 # --------------------------------------------------------------------------------------------------------- colours
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
-from ..labels import CITYSCAPES_CLASSES, LABEL_SPACES
+from ..labels import CITYSCAPES_CLASSES, IGNORE_INDEX, LABEL_SPACES, VOID
 from .keys import Changes, Flag, Key, Number, Section, Size, Stages, Whole, key, require, walk
 
 
@@ -45,8 +45,12 @@ class DomainConfig(Section):
     label_space: str = key("cityscapes", f"what ids in label maps mean: {', '.join(LABEL_SPACES)}")
     class_names: tuple[str, ...] = key((), "names of the ids in label maps, position = id; instead of label_space")
     label_ids: dict[Whole, str] = key({}, "names of ids in label maps as {id: name}; instead of label_space")
-    label_colors: dict[str, str] = key({}, 'names of colours in label maps as {"R,G,B" or "#RRGGBB": name}')
-    ignore_id: Whole | None = key(None, "an id in label maps that has no class; 255 is always one")
+    label_colors: dict[str, str] = key(
+        {}, 'names of colours in label maps as {"R,G,B", "#RRGGBB" or "transparent": name}'
+    )
+    ignore_id: Whole | None = key(
+        None, "one more id in label maps that has no class; so are -1, and 255 unless it is named"
+    )
     label_map: dict[str, str] = key({}, "{class name of the data set: class name of the run}, where names differ")
     crop_box: tuple[Whole, Whole, Whole, Whole] | None = key(
         None, "(top, left, height, width) in pixels of the file that are used at all; null uses all", at_least=0
@@ -74,8 +78,13 @@ class DomainConfig(Section):
                 f"label_space must be one of {', '.join(sorted(LABEL_SPACES))}, got {self.label_space!r}. "
                 "For your own ids list their names in class_names, label_ids or label_colors instead."
             )
+        require(len(self.class_names) <= 256, "class_names", "at most 256 names: ids are 0..255", len(self.class_names))
+        named = len(set(self.label_colors.values()))
+        require(named <= 256, "label_colors", "colours of at most 256 names", named)
         for label_id in [*self.label_ids, *([] if self.ignore_id is None else [self.ignore_id])]:
-            require(0 <= label_id <= 255, "label_ids and ignore_id", "ids in 0..255", label_id)
+            require(-1 <= label_id <= 255, "label_ids and ignore_id", "ids in 0..255, or -1", label_id)
+        none = self.label_ids.get(-1, VOID)
+        require(none == VOID, "label_ids", f"{VOID!r} for -1, which stands for pixels without a class", none)
         if self.resize is not None:
             most = max(self.max_pixels, 2**25)
             require(self.resize[0] * self.resize[1] <= most, "resize", f"at most {most} pixels", self.resize)
@@ -672,6 +681,14 @@ class RunConfig(Section):
     def check(self) -> None:
         require(len(self.classes) >= 2, "classes", "at least 2 names", self.classes)
         require(len(set(self.classes)) == len(self.classes), "classes", "without repetition", self.classes)
+        require(
+            len(self.classes) <= IGNORE_INDEX,
+            "classes",
+            f"at most {IGNORE_INDEX} names: label maps of a run have 8 bits, and {IGNORE_INDEX} is the ignored id",
+            len(self.classes),
+        )
+        odd = [name for name in self.classes if not name.strip() or not name.isprintable()]
+        require(not odd, "classes", "names of printable letters, without line breaks", odd)
         unknown = [name for name in self.pull.class_set if name not in self.classes]
         require(not unknown, "pull.class_set", f"names of classes {self.classes}", unknown)
         rows = self.uda.ignore_top + self.uda.ignore_bottom

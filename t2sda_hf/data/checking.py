@@ -15,8 +15,8 @@ from datasets import disable_progress_bars
 from tqdm import tqdm
 
 from ..labels import IGNORE_INDEX
-from .domains import Domain
-from .files import read_header, read_ids, read_image
+from .domains import NOT_NAMED, Domain
+from .files import read_header, read_image, read_labels
 from .rare_class_sampling import class_probabilities
 
 _MANY_CLASSES = 40  # a photograph in grey values below this would be black to the eye
@@ -101,7 +101,8 @@ def inspect_domain(domain: Domain, classes: Sequence[str], num_processes: int = 
         [index for index, row in enumerate(rows) if not any(severity == "fault" for _, severity, _ in row["faults"])],
     )
     facts.findings.extend(_grouped(domain.name, rows))
-    facts.findings.extend(_as_a_whole(facts, classes))
+    unnamed = domain.rule is not None and not domain.rule.known[IGNORE_INDEX]
+    facts.findings.extend(_as_a_whole(facts, classes, f". {NOT_NAMED}" if unnamed else ""))
     return facts
 
 
@@ -164,8 +165,8 @@ def _grouped(name: str, rows: Sequence[dict[str, Any]]) -> list[Finding]:
     return sorted(found, key=lambda finding: (finding.severity, -finding.count))
 
 
-def _as_a_whole(facts: DomainFacts, classes: Sequence[str]) -> list[Finding]:
-    """What no single image shows."""
+def _as_a_whole(facts: DomainFacts, classes: Sequence[str], advice: str) -> list[Finding]:
+    """What no single image shows; `advice` is for pixels without a class where a class is missing."""
     findings = []
     first: dict[str, int] = {}
     again = [
@@ -178,11 +179,14 @@ def _as_a_whole(facts: DomainFacts, classes: Sequence[str]) -> list[Finding]:
         return findings
     totals = facts.counts.sum(axis=0)
     absent = [name for name, total in zip(classes, totals, strict=True) if not total]
+    advice = advice if facts.ignored else ""
     if len(absent) >= len(classes) - 1:
-        text = f"only {', '.join(set(classes) - set(absent)) or 'ignored pixels'}; check label_space and label_map"
+        text = (
+            f"only {', '.join(set(classes) - set(absent)) or 'ignored pixels'}; check label_space and label_map{advice}"
+        )
         findings.append(Finding(facts.name, "fewer than two classes", "fault", len(absent), text))
     elif absent:
-        findings.append(Finding(facts.name, "class never shown", "note", len(absent), ", ".join(absent)))
+        findings.append(Finding(facts.name, "class never shown", "note", len(absent), f"{', '.join(absent)}{advice}"))
     if facts.ignored > 0.5 and len(absent) < len(classes) - 1:
         text = f"{facts.ignored:.0%} of all pixels have no class; check label_space, label_map and the ignore id"
         findings.append(Finding(facts.name, "mostly ignored", "note", facts.num_images, text))
@@ -235,7 +239,7 @@ def _inspect(domain: Domain, index: int, num_classes: int) -> dict[str, Any]:
     if domain.rule is None:
         return result
     try:
-        raw = read_ids(row["label"], where, domain.rule, limit)
+        raw = read_labels(row["label"], where, domain.rule, limit)
         if image is not None:
             if orientation != 1:
                 text = f"{where}: the photo is turned by EXIF orientation {orientation}, its label map is not"
@@ -247,7 +251,7 @@ def _inspect(domain: Domain, index: int, num_classes: int) -> dict[str, Any]:
                 )
                 turned = raw.shape == image.shape[1::-1]
                 faults.append(("label map turned" if turned else "size mismatch", "fault", text))
-        labels = domain.labels_of(row, where)
+        labels = domain.kept(raw)
     except ValueError as error:
         faults.append((_kind(str(error), "label map"), "fault", str(error)))
     if labels is None:
@@ -273,10 +277,11 @@ def _kind(message: str, what: str) -> str:
         "cannot be read as an image": f"{what} unreadable",
         "cut or damaged": f"{what} cut or damaged",
         "more than 8 bits": "more than 8 bits per channel",
+        "half-transparent": "half-transparent label map",
         "far too large": f"{what} too large",
         "more than max_pixels": f"{what} too large",
         "frames": f"animated {what}",
-        "Its compression": "JPEG as label map",
+        "Its compression": "lossy compression of a label map",
         "contains the ids": "ids outside the label space",
         "colours without a class": "colours without a class",
         "16-bit colour picture": "16-bit colours as label map",

@@ -12,7 +12,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from datasets import Dataset, Image, IterableDataset, Value
 from datasets.distributed import split_dataset_by_node
@@ -21,13 +20,16 @@ from PIL import ImageColor
 from ..config import DomainConfig
 from ..labels import CITYSCAPES_CLASSES, IGNORE_INDEX, LABEL_SPACES, SPACE_COLORS, id_map
 from ..listing import account
-from .files import Color, LabelRule, read_header, read_ids, read_image
+from .files import TRANSPARENT, Color, LabelRule, read_header, read_image, read_labels
 from .sources import at_home, cache_explained, load_rows, open_stream
 from .transforms import Size, resize_image, resize_labels, resized_size
 
 logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 16  # first rows of a stream that are checked before training
+NOT_NAMED = (
+    "Pixels of 255 are ignored: if 255 stands for a class, name it in label_ids, for example {0: back, 255: object}."
+)
 COUNTS = "class_counts"  # column of prepared domains: pixels per id at the size of the original file
 
 
@@ -83,10 +85,15 @@ class Domain:
         """`labels` of a row."""
         if self.rule is None:
             raise ValueError(f"domain {self.name} was loaded without labels.")
-        labels = cv2.LUT(self.cut(read_ids(row["label"], where, self.rule, self.config.max_pixels)), self.rule.ids)
-        if self.valid is not None:
-            labels[~resize_labels(self.valid, (labels.shape[0], labels.shape[1]))] = IGNORE_INDEX
-        return labels
+        return self.kept(read_labels(row["label"], where, self.rule, self.config.max_pixels))
+
+    def kept(self, labels: np.ndarray) -> np.ndarray:
+        """Of the labels of a whole file those inside the crop box, without those where valid_mask is black."""
+        labels = self.cut(labels)
+        if self.valid is None:
+            return labels
+        valid = resize_labels(self.valid, (labels.shape[0], labels.shape[1]))
+        return np.where(valid, labels, np.uint8(IGNORE_INDEX))
 
     def validity(self, size: Size) -> np.ndarray | None:
         """(H,W) bool at `size`, False where the domain's valid_mask is black; None without a mask."""
@@ -278,20 +285,23 @@ def label_rule(config: DomainConfig, space: str, classes: Sequence[str]) -> Labe
     ids = id_map(names, classes, config.label_map)
     known = np.zeros(256, dtype=bool)
     known[[label_id for label_id, name in enumerate(names) if name]] = True
-    if config.ignore_id is not None:
+    if config.ignore_id is not None and config.ignore_id >= 0:  # -1 is ignored in any case
         known[config.ignore_id] = True
         ids[config.ignore_id] = IGNORE_INDEX
     return LabelRule(ids, known, colors, bool(config.label_colors), space == "synthia")
 
 
 def _color(text: str) -> Color:
-    """ "R,G,B" or anything Pillow knows as a colour, such as "#804080"."""
+    """ "R,G,B", anything Pillow knows as a colour, such as "#804080", or "transparent"."""
+    if text == "transparent":
+        return TRANSPARENT
     try:
         parts = tuple(int(part) for part in text.split(",")) if "," in text and "(" not in text else None
         red, green, blue = ImageColor.getrgb(text)[:3] if parts is None else parts
     except ValueError as error:
         raise ValueError(
-            f'label_colors has the key {text!r}, which is no colour. Write "R,G,B" with 0..255, or "#RRGGBB".'
+            f'label_colors has the key {text!r}, which is no colour. Write "R,G,B" with 0..255, "#RRGGBB", or '
+            '"transparent".'
         ) from error
     if not all(0 <= value <= 255 for value in (red, green, blue)):
         raise ValueError(f"label_colors has the key {text!r}; each of R, G and B must be in 0..255.")
@@ -335,12 +345,19 @@ def check_domain(domain: Domain, classes: Sequence[str], num_proc: int | None = 
             num_proc=num_proc,
             desc=f"reading {domain.name}",
         )
-    counts = np.array(counted["counts"], dtype=np.int64).reshape(len(domain), len(classes))
+    counts = np.array(counted["counts"], dtype=np.int64).reshape(len(domain), len(classes) + 1)
+    counts, ignored = counts[:, :-1], counts[:, -1].sum()
     present = [name for name, total in zip(classes, counts.sum(axis=0), strict=True) if total]
     if domain.rule is not None and len(present) < 2:
         raise ValueError(
             f"{domain.name} shows {'only the class ' + present[0] if present else 'none of the classes'}: "
             "at least two are needed. Check label_space and label_map."
+        )
+    if domain.rule is not None and len(present) < len(classes):
+        absent = ", ".join(name for name in classes if name not in present)
+        hint = f" {NOT_NAMED}" if ignored and not domain.rule.known[IGNORE_INDEX] else ""
+        logger.warning(
+            "%s shows no pixel of %s: nothing is learned or scored of it there.%s", domain.name, absent, hint
         )
     return counts
 
@@ -354,22 +371,22 @@ def _count_row(row: dict[str, Any], index: int, *, domain: Domain, num_classes: 
     where = domain.where(row, index)
     size, orientation = read_header(row["image"], where, domain.config.max_pixels)
     if domain.rule is None:
-        return {"counts": [0] * num_classes}
+        return {"counts": [0] * (num_classes + 1)}
     if orientation != 1:
         raise ValueError(
             f"{where}: the camera says that the photo must be turned (EXIF orientation {orientation}), which its label "
             "map cannot say. Save the photo upright, or turn both, and remove the EXIF entry."
         )
-    raw = read_ids(row["label"], where, domain.rule, domain.config.max_pixels)
-    if raw.shape != size:
+    whole = read_labels(row["label"], where, domain.rule, domain.config.max_pixels)
+    if whole.shape != size:
         raise ValueError(
-            f"{where}: the image has {size[1]}x{size[0]} pixels, its label map {raw.shape[1]}x{raw.shape[0]}. "
+            f"{where}: the image has {size[1]}x{size[0]} pixels, its label map {whole.shape[1]}x{whole.shape[0]}. "
             "They must be equal; resize or re-export the label map (nearest neighbour)."
         )
-    labels = domain.labels_of(row, where)
-    counts = np.bincount(labels.ravel(), minlength=IGNORE_INDEX + 1)[:num_classes]
+    labels = domain.kept(whole)
+    counts = np.bincount(labels.ravel(), minlength=IGNORE_INDEX + 1)
+    ignored = int(counts[IGNORE_INDEX])
     if COUNTS in row and domain.valid is None and domain.config.crop_box is None:
         counts = np.zeros(IGNORE_INDEX + 1, dtype=np.int64)
         np.add.at(counts, domain.rule.ids[: len(row[COUNTS])], row[COUNTS])
-        counts = counts[:num_classes]
-    return {"counts": counts.tolist()}
+    return {"counts": [*counts[:num_classes].tolist(), ignored]}

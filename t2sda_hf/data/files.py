@@ -6,6 +6,7 @@ A cell is what a column `Image(decode=False)` of `datasets` holds: {"bytes", "pa
 import io
 import logging
 import os
+import re
 import stat
 import struct
 import warnings
@@ -19,7 +20,7 @@ from typing import Any
 import cv2
 import fsspec
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from ..labels import IGNORE_INDEX
 from ..listing import refuse_pointer
@@ -32,6 +33,10 @@ Color = tuple[int, int, int]
 
 HUB = "hf://datasets/"  # how paths on the Hub begin
 _PIXELS = 2**22  # files up to 64 MiB are read whatever max_pixels says
+# The bytes of a file choose among these decoders only. Others that Pillow knows start programs (EPS: Ghostscript).
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "JPEG2000", "PPM", "AVIF")
+TRANSPARENT: Color = (256, 0, 0)  # stands for pixels of no opacity, whatever their colour
+_LOSSY = ("jpeg", "tiff_jpeg", "webp", "jxl", "jpegxl", "jp2k", "lerc")  # compressions inside of a TIFF
 
 # What Pillow and its plugins raise for damaged files.
 _DAMAGE = (
@@ -52,8 +57,9 @@ class LabelRule:
 
     Attributes:
         ids: (256,) uint8, id on disk -> class id of the run or 255.
-        known: (256,) bool, ids that the data set defines; others are an error. 255 is always defined.
-        colors: RGB -> id on disk, for coloured maps; None if there are no colours.
+        known: (256,) bool, ids that the data set defines. Others are an error, except 255 and -1: pixels without a
+            class. If the data set defines 255, it is an id like others.
+        colors: RGB or `TRANSPARENT` -> id on disk, for coloured maps; None if there are no colours.
         always_colored: read palettes and grey values as colours too, not as ids.
         first_channel: of a 16-bit colour PNG the first channel holds the ids (SYNTHIA).
     """
@@ -85,29 +91,51 @@ def read_image(cell: Cell | None, where: str, max_pixels: int) -> np.ndarray:
                 "save it as 8-bit RGB or grey."
             )
         try:
-            if picture.getexif().get(_ORIENTATION, 1) != 1:
-                picture = ImageOps.exif_transpose(picture)
-            return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
+            deep = _sample(picture)[0] > 8
+            turned = picture.getexif().get(_ORIENTATION, 1) != 1
+            upright = ImageOps.exif_transpose(picture) if turned else picture
+            pixels = np.array(upright if upright.mode == "RGB" else upright.convert("RGB"))
         except _DAMAGE as error:
             raise _damaged(where, error) from error
+    if deep and pixels.max() < 64:  # the upper halves of 16 bits: with 14 used bits or fewer there is nothing in them
+        raise ValueError(
+            f"{where} has more than 8 bits per channel, and no pixel is brighter than a quarter of 16 bits: as it "
+            "stands it is black. How to bring it to 8 is for you to say: save it as 8-bit RGB."
+        )
+    return pixels
 
 
-def read_ids(cell: Cell | None, where: str, rule: LabelRule, max_pixels: int) -> np.ndarray:
-    """(H,W) uint8 ids as the data set defines them, or 255.
+def read_labels(cell: Cell | None, where: str, rule: LabelRule, max_pixels: int) -> np.ndarray:
+    """(H,W) uint8 class ids of the run, 255 ignored.
 
-    Palette files give their indices: turned to grey they would give brightness. Colours are matched exactly.
+    Palette files give their indices: turned to grey they would give brightness. Grey values of 1, 2 or 4 bits are
+    taken as they are stored. A picture of three equal channels is a grey one. Colours are matched exactly. Arrays
+    (.npy) hold ids. -1, and 65535 in 16 bits, are ignored like 255.
 
     Raises:
         ValueError: for a file that is no map of ids (JPEG, colours without a table, unknown colours or ids).
     """
     data = file_bytes(cell, where, max_pixels)
+    raw = _array(data, where, max_pixels) if data[:6] == b"\x93NUMPY" else _label_pixels(data, where, rule, max_pixels)
+    if raw.ndim == 3:
+        if not rule.always_colored:
+            _tell_about_standard_colors()
+        return _ids_of_colors(raw, rule, where)
+    return _mapped(raw, rule, where)
+
+
+def _label_pixels(data: bytes, where: str, rule: LabelRule, max_pixels: int) -> np.ndarray:
+    """The ids that stand in a picture, (H,W) of whole numbers, or its colours, (H,W,3) or (H,W,4) uint8."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         picture = _opened(data, where, max_pixels)
-        if picture.format in ("JPEG", "MPO", "JPEG2000"):
+        lossy_tiff = picture.format == "TIFF" and picture.info.get("compression") in _LOSSY
+        lossy_webp = picture.format == "WEBP" and b"VP8L" not in data
+        if picture.format in ("JPEG", "MPO", "JPEG2000", "AVIF") or lossy_tiff or lossy_webp:
+            kind = "TIFF with JPEG or a like compression" if lossy_tiff else f"{picture.format} file"
             raise ValueError(
-                f"{where}: the label map is a {picture.format} file. Its compression mixes neighbouring ids; export "
-                "the labels again as PNG."
+                f"{where}: the label map is a {kind}. Its compression mixes neighbouring ids; export the labels again "
+                "as PNG."
             )
         try:
             if picture.format == "PNG":
@@ -116,16 +144,26 @@ def read_ids(cell: Cell | None, where: str, rule: LabelRule, max_pixels: int) ->
         except _DAMAGE as error:
             raise _damaged(where, error) from error
         colored = rule.colors is not None and (rule.always_colored or picture.mode in ("RGB", "RGBA"))
-        deep = _is_deep_color_png(data)
+        bits, inverted = _sample(picture)
+        deep = bits > 8 and picture.mode in ("RGB", "RGBA", "LA")
         raw: np.ndarray | None = None
         try:
-            if deep and rule.first_channel:
+            if deep and rule.first_channel and picture.format == "PNG":
                 raw = _first_channel(data)
-            elif colored and not deep:
-                opaque = picture.mode != "RGBA" or picture.getchannel("A").getextrema() == (255, 255)
-                raw = np.asarray(picture.convert("RGB")) if opaque else None
+            elif deep or (picture.format == "PPM" and picture.tile[0][0] != "raw"):  # whose values would be scaled
+                pass
+            elif colored:
+                raw = np.asarray(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))
+            elif picture.mode in ("RGB", "RGBA", "LA"):
+                raw = _grey(picture)
+            elif picture.format == "GIF" and (grey := _grey(picture)) is not None:
+                raw = grey  # a GIF has no mode for grey values: it has them as a palette, in any order
             elif picture.mode in ("L", "P", "1") or picture.mode.startswith("I"):
                 raw = np.asarray(picture)
+                if picture.mode == "L" and inverted:
+                    raw = 255 - raw
+                if picture.mode == "L" and bits < 8:  # Pillow spread them over 0..255
+                    raw = raw // (255 // (2**bits - 1))
         except _DAMAGE as error:
             raise _damaged(where, error) from error
     if raw is None:
@@ -134,11 +172,41 @@ def read_ids(cell: Cell | None, where: str, rule: LabelRule, max_pixels: int) ->
             f"{where}: the label map is a {kind} picture, not a map of ids. Save class ids as 8-bit grey or palette "
             "PNG, or say in label_colors what its colours mean (label_space synthia reads SYNTHIA's 16-bit files)."
         )
-    if raw.ndim == 3:
-        if not rule.always_colored:
-            _tell_about_standard_colors()
-        return _ids_of_colors(raw, rule.colors or {}, where)
-    return _checked(raw, rule.known, where)
+    return raw
+
+
+def _grey(picture: Image.Image) -> np.ndarray | None:
+    """(H,W) uint8, the value of three equal channels of an opaque picture; None for any other."""
+    pixels = np.asarray(picture.convert("RGBA"))
+    value = pixels[..., 0]
+    equal = (pixels[..., 1] == value) & (pixels[..., 2] == value) & (pixels[..., 3] == 255)
+    return value if equal.all() else None
+
+
+def _array(data: bytes, where: str, max_pixels: int) -> np.ndarray:
+    """The ids of a .npy file: (H,W), or (H,W,1), of whole numbers. Its size is looked at before it is read."""
+    try:
+        stream = io.BytesIO(data)
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(stream)
+        whole = dtype.kind in "biu"
+        if not whole or len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] != 1):
+            raise ValueError(
+                f"{where}: the label map is an array of the shape {shape} and the type {dtype}. Save class ids as "
+                "whole numbers of the shape (height, width)."
+            )
+        fits = shape[0] * shape[1] <= max_pixels and len(data) >= shape[0] * shape[1] * dtype.itemsize
+        if not fits:
+            raise ValueError(
+                f"an array of {shape[1]}x{shape[0]} ids, with max_pixels {max_pixels}, in {len(data)} bytes"
+            )
+        stream.seek(0)
+        return np.load(stream, allow_pickle=False).reshape(shape[:2])
+    except _DAMAGE as error:
+        if str(error).startswith(where):
+            raise
+        raise _damaged(where, error) from error
 
 
 def read_header(cell: Cell | None, where: str, max_pixels: int) -> tuple[Size, int]:
@@ -153,6 +221,7 @@ def read_header(cell: Cell | None, where: str, max_pixels: int) -> tuple[Size, i
         picture = _opened(data, where, max_pixels)
         whole = picture.format == "JPEG" and b"\xff\xd9" in data[-64:]
         try:
+            bits = _sample(picture)[0]
             if picture.format == "PNG":
                 whole, settled = True, not any(word in data for word in _PNG_MAY_TURN)
                 picture.verify()  # checksums of all its parts; a wrong bit may decode without complaint
@@ -162,7 +231,7 @@ def read_header(cell: Cell | None, where: str, max_pixels: int) -> tuple[Size, i
         except _DAMAGE as error:
             raise _damaged(where, error) from error
     width, height = picture.size
-    if not whole or picture.mode.startswith(("I", "F")):
+    if not whole or picture.mode.startswith(("I", "F")) or bits > 8:
         read_image({"bytes": data, "path": None}, where, max_pixels)
     return ((width, height) if orientation in (5, 6, 7, 8) else (height, width)), orientation
 
@@ -207,9 +276,9 @@ def _read(path: str, where: str, most: int) -> bytes:
     return data
 
 
-def _opened(data: bytes, where: str, max_pixels: int) -> Image.Image:
+def _opened(data: bytes, where: str, max_pixels: int) -> ImageFile.ImageFile:
     try:
-        picture = Image.open(io.BytesIO(data))
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{where} is far too large: {error} Cut it into tiles.") from error
     except _DAMAGE as error:
@@ -241,9 +310,17 @@ def _is_plain_bmp(picture: Image.Image, data: bytes) -> bool:
     return plain and len(data) >= int.from_bytes(data[10:14], "little") + length
 
 
-def _is_deep_color_png(data: bytes) -> bool:
-    """A PNG with 16 bits in each of 3 or 4 channels; Pillow would keep the upper halves only."""
-    return data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:26] in (b"\x10\x02", b"\x10\x06")
+def _sample(picture: ImageFile.ImageFile) -> tuple[int, bool]:
+    """Bits of a stored sample, and whether 0 is white; of a file that Pillow has opened and not yet decoded.
+
+    Pillow spreads grey values of 2 and 4 bits over 0..255, and keeps the upper halves of 16-bit colours. The names of
+    its raw forms tell: "L;4", "RGB;16B", "L;I".
+    """
+    arguments = picture.tile[0][3] if picture.tile else ""
+    form = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    how = str(form).partition(";")[2]
+    digits = re.match(r"\d*", how)[0]  # type: ignore[index]
+    return int(digits or 8), "I" in how
 
 
 def _first_channel(data: bytes) -> np.ndarray:
@@ -253,20 +330,34 @@ def _first_channel(data: bytes) -> np.ndarray:
     return pixels[..., 2]  # OpenCV's order is B, G, R
 
 
-def _ids_of_colors(pixels: np.ndarray, colors: Mapping[Color, int], where: str) -> np.ndarray:
-    """(H,W,3) uint8 -> (H,W) uint8 by exact colour."""
-    keys = pixels.astype(np.uint32) @ np.array([65536, 256, 1], dtype=np.uint32)
+def _ids_of_colors(pixels: np.ndarray, rule: LabelRule, where: str) -> np.ndarray:
+    """(H,W,3) or, with opacity, (H,W,4) uint8 -> (H,W) uint8 class ids of the run, by exact colour."""
+    table = {_number(color): label_id for color, label_id in (rule.colors or {}).items()}
+    keys = pixels[..., :3].astype(np.uint32) @ np.array([65536, 256, 1], dtype=np.uint32)
+    if pixels.shape[2] == 4:
+        opacity = pixels[..., 3]
+        if ((opacity != 0) & (opacity != 255)).any():
+            raise ValueError(
+                f"{where}: the label map has half-transparent pixels: it was smoothed, or is a RGBA picture to look "
+                "at, not a map of ids. Export it without smoothing."
+            )
+        if _number(TRANSPARENT) in table:
+            keys = np.where(opacity == 0, np.uint32(_number(TRANSPARENT)), keys)
     found, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    table = {red * 65536 + green * 256 + blue: label_id for (red, green, blue), label_id in colors.items()}
     unknown = [(key, count) for key, count in zip(found.tolist(), counts.tolist(), strict=True) if key not in table]
     if unknown:
         unknown.sort(key=lambda pair: -pair[1])
         listed = ", ".join(f"{key >> 16},{key >> 8 & 255},{key & 255} ({count} pixels)" for key, count in unknown[:5])
         raise ValueError(
             f"{where}, an RGB picture, shows {len(unknown)} colours without a class: {listed}. Add them to "
-            "label_colors (void: no class); colours by the dozen mean that the map was smoothed, or is not a label map."
+            "label_colors (void: no class; transparent: pixels of no opacity); colours by the dozen mean that the map "
+            "was smoothed, or is not a label map."
         )
-    return np.array([table[key] for key in found.tolist()], dtype=np.uint8)[inverse].reshape(pixels.shape[:2])
+    return rule.ids[[table[key] for key in found.tolist()]][inverse].reshape(pixels.shape[:2])
+
+
+def _number(color: Color) -> int:
+    return color[0] * 65536 + color[1] * 256 + color[2]
 
 
 @cache
@@ -278,24 +369,28 @@ def _tell_about_standard_colors() -> None:
     )
 
 
-def _checked(raw: np.ndarray, known: np.ndarray, where: str) -> np.ndarray:
-    """`raw` as uint8 if every id is defined or 255."""
-    good = known.astype(np.uint8)
+def _mapped(raw: np.ndarray, rule: LabelRule, where: str) -> np.ndarray:
+    """Class ids of the run, uint8, of ids that are all defined, or stand for no class."""
+    good = rule.known.astype(np.uint8)
     good[IGNORE_INDEX] = 1
-    if raw.dtype == np.uint8 and not cv2.countNonZero(cv2.LUT(raw, 1 - good)):
-        return raw
-    inside = (raw >= 0) & (raw <= 255) if raw.dtype.itemsize > 1 else True
-    ids = raw.astype(np.uint8, copy=False)
-    fine = (cv2.LUT(ids, good) == 1) & inside
+    raw = np.ascontiguousarray(raw.astype(np.uint8) if raw.dtype == bool else raw)
+    if raw.dtype == np.uint8:
+        ids, fine = raw, np.True_ if not cv2.countNonZero(cv2.LUT(raw, 1 - good)) else cv2.LUT(raw, good) == 1
+        labels = cv2.LUT(ids, rule.ids)
+    else:
+        without = raw == (-1 if np.issubdtype(raw.dtype, np.signedinteger) else np.iinfo(raw.dtype).max)
+        ids = raw.astype(np.uint8)
+        fine = without | ((cv2.LUT(ids, good) == 1) & (raw >= 0) & (raw <= 255))
+        labels = np.where(without, np.uint8(IGNORE_INDEX), cv2.LUT(ids, rule.ids))
     if not fine.all():
-        wrong = raw[~fine]
-        found, times = np.unique(wrong, return_counts=True)
+        found, times = np.unique(raw[~fine], return_counts=True)
         listed = ", ".join(f"{value} ({count} pixels)" for value, count in zip(found[:5], times[:5], strict=True))
+        ignored = "" if rule.known[IGNORE_INDEX] else ", and 255 for ignored pixels"
         raise ValueError(
-            f"{where} contains the ids {listed}, but its label space has the ids {_ranges(known)}, and 255 for ignored "
-            "pixels. Set label_space, class_names or label_ids to what the ids mean."
+            f"{where} contains the ids {listed}, but its label space has the ids {_ranges(rule.known)}{ignored}. Set "
+            "label_space, class_names or label_ids to what the ids mean."
         )
-    return ids
+    return labels
 
 
 def _ranges(known: np.ndarray) -> str:

@@ -79,9 +79,6 @@ def open_domains(cfg: RunConfig, accelerator: Accelerator) -> Domains:
         if target is not None:
             check_domain(target, cfg.classes)
         check_domain(test, cfg.classes)
-    absent = [name for name, total in zip(cfg.classes, source_counts.sum(axis=0), strict=True) if not total]
-    if absent:
-        logger.warning("no source image shows %s: nothing can be learned about it.", ", ".join(absent))
     engine = build_engine(cfg.translate if cfg.translates else TranslateConfig(engine="none"))
     folder = cfg.translate.trained.folder if cfg.translates and cfg.translate.engine == "trained" else ""
     return Domains(

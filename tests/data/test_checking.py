@@ -150,7 +150,7 @@ PLANTED = {
     "palette turned to grey": (palette_as_grey, "ids outside the label space", "contains the ids"),
     "coloured label map": (coloured, "colours without a class", "label_colors"),
     "smoothed colours": (lambda root: coloured(root, 1), "colours without a class", "smoothed"),
-    "JPEG label map": (jpeg_labels, "JPEG as label map", "JPEG"),
+    "JPEG label map": (jpeg_labels, "lossy compression of a label map", "JPEG"),
     "16-bit grey ids": (
         changed("labels", "2.png", lambda a: a.astype(np.uint16) * 256), "ids outside the label space", "256 (",
     ),

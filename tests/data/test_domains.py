@@ -49,6 +49,25 @@ def png(pixels, **options):
     return file.getvalue()
 
 
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def grey_png(ids, bits):
+    """A PNG of grey values of so few bits as they are stored."""
+    width = ids.shape[1]
+    fields = np.unpackbits(ids[..., None], axis=2)[..., 8 - bits :].reshape(len(ids), width * bits)
+    lines = b"".join(b"\0" + np.packbits(line).tobytes() for line in fields)
+    header = struct.pack(">IIBBBBB", width, len(ids), bits, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def write(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
@@ -256,6 +275,84 @@ def test_sixteen_bit_grey_ids(tmp_path):
         domain.labels(0)
 
 
+def maps_of(ids):
+    """Ways to store ids 0..2, with or without 255 for none, whose reading gives the ids again."""
+    whole = ids.clip(0, 3)  # for those that have no 255
+    signed = np.where(ids == 255, -1, ids.astype(np.int32))
+    tagged = Image.fromarray(255 - ids)
+    return {
+        "-1 in a TIFF of 32 bits": (png(Image.fromarray(signed), format="TIFF"), ids),
+        "65535 in a PNG of 16 bits": (png(np.where(ids == 255, 65535, ids).astype(np.uint16)), ids),
+        "-1 in an array": (npy(signed.astype(np.int64)), ids),
+        "array": (npy(np.asfortranarray(ids)), ids),
+        "array with a third axis": (npy(ids[..., None]), ids),
+        "array of truth": (npy(ids == 1), (ids == 1).astype(np.uint8)),
+        "GIF": (png(Image.fromarray(ids), format="GIF"), ids),
+        "grey of 1 bit": (grey_png(ids & 1, 1), ids & 1),
+        "grey of 2 bits": (grey_png(whole & 1, 2), whole & 1),
+        "all of 2 bits": (grey_png(np.minimum(ids, 2), 2), np.minimum(ids, 2)),
+        "grey of 4 bits": (grey_png(np.minimum(ids, 2), 4), np.minimum(ids, 2)),
+        "palette of 2 bits": (png(Image.fromarray(np.minimum(ids, 2)).convert("P"), bits=2), np.minimum(ids, 2)),
+        "TIFF with 0 for white": (png(tagged, format="TIFF", tiffinfo={262: 0}), ids),
+        "three equal channels": (png(np.dstack([ids] * 3)), ids),
+        "three equal channels, opaque": (png(np.dstack([ids] * 3 + [np.full_like(ids, 255)])), ids),
+        "grey, opaque": (png(np.dstack([ids, np.full_like(ids, 255)])), ids),
+        "lossless WebP": (png(np.dstack([ids] * 3), format="WEBP", lossless=True), ids),
+        "compressed TIFF": (png(ids, format="TIFF", compression="tiff_lzw"), ids),
+    }
+
+
+@pytest.mark.parametrize("form", maps_of(arrays()[1]))
+def test_every_form_of_a_map_gives_its_ids(form, tmp_path):
+    data, expected = maps_of(arrays()[1])[form]
+    assert np.array_equal(labelled(tmp_path, data, class_names=CLASSES).labels(0), expected)
+
+
+def test_255_is_a_class_where_it_is_named(tmp_path, caplog):
+    mask = np.where(arrays()[1] == 1, 255, 0).astype(np.uint8)
+    mask[0] = 9
+    named = labelled(tmp_path, png(mask), label_ids={0: "road", 255: "sky"}, ignore_id=9)
+    expected = np.where(mask == 255, 1, mask)
+    expected[0] = 255
+    assert np.array_equal(named.labels(0), expected)
+    assert check_domain(named, CLASSES)[0].tolist() == [(expected == 0).sum(), (expected == 1).sum(), 0]
+    assert "shows no pixel of car: nothing is learned or scored of it there." in caplog.text
+    assert "if 255 stands for a class" not in caplog.text
+    with pytest.raises(ValueError, match=r"contains the ids 9 \(20 pixels\), but its label space has the ids 0, 255\."):
+        labelled(tmp_path, png(mask), label_ids={0: "road", 255: "sky"}).labels(0)
+    three = np.where(arrays()[1] == 2, 255, arrays()[1]).clip(0, 255).astype(np.uint8)
+    check_domain(labelled(tmp_path, png(three), class_names=CLASSES), CLASSES)  # the third of three classes is 255
+    assert "of car: nothing is learned or scored of it there. Pixels of 255 are ignored: if 255 stands" in caplog.text
+
+
+def test_minus_one_may_be_named_but_as_void_only(tmp_path):
+    signed = png(Image.fromarray(np.where(IDS == 255, -1, IDS.astype(np.int32))), format="TIFF")
+    names = {-1: "void", 0: "road", 1: "sky", 2: "car"}
+    assert np.array_equal(labelled(tmp_path, signed, label_ids=names, ignore_id=-1).labels(0), IDS)
+    with pytest.raises(ValueError, match=r"label_ids must be 'void' for -1, .*got 'car'"):
+        DomainConfig(path="x", label_ids={-1: "car", 0: "road"})
+
+
+def test_transparent_pixels_have_a_name_of_their_own(tmp_path):
+    """Masks of drawing tools: RGBA with colours under 0, one colour and its opacity, and a palette."""
+    ids = IDS.clip(0, 2)
+    rgba = np.array([[0, 0, 0, 0], [200, 0, 0, 255], [0, 0, 200, 255]], np.uint8)[ids]
+    colors = {"200,0,0": "sky", "0,0,200": "car"}
+    for first in ("0,0,0", "transparent"):
+        domain = labelled(tmp_path, png(rgba), label_colors={first: "road"} | colors)
+        assert np.array_equal(domain.labels(0), ids)
+    one_color = np.array([[255, 255, 255, 0], [255, 255, 255, 255]], np.uint8)[ids & 1]
+    domain = labelled(tmp_path, png(one_color), label_colors={"transparent": "road", "255,255,255": "sky"})
+    assert np.array_equal(domain.labels(0), ids & 1)
+    palette = Image.fromarray(ids)
+    palette.putpalette(bytes([9, 9, 9, 200, 0, 0, 0, 0, 200]))
+    domain = labelled(tmp_path, png(palette, transparency=0), label_colors={"transparent": "road"} | colors)
+    assert np.array_equal(domain.labels(0), ids)
+    rgba[0, 0, 3] = 128
+    with pytest.raises(ValueError, match="has half-transparent pixels: it was smoothed"):
+        labelled(tmp_path, png(rgba), label_colors={"transparent": "road"} | colors).labels(0)
+
+
 # --- geometry --------------------------------------------------------------------------------------------------------
 
 
@@ -295,9 +392,6 @@ def test_a_photo_is_turned_upright_but_not_under_its_labels(tmp_path):
 def bomb(side, bits=24):
     """A black PNG of side x side pixels, RGB or of 1 bit, in some kilobytes."""
 
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     packer = zlib.compressobj(9)
     row = bytes(1 + bits * side // 8)
     pixels = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
@@ -311,6 +405,12 @@ def exif_turned(turn):
     return png(arrays()[0], format="JPEG", exif=exif)
 
 
+def deep(pixels, ending):
+    """A file of 16-bit colours of (H,W,3) or (H,W,4) RGB values."""
+    return cv2.imencode(ending, pixels.astype(np.uint16)[..., [2, 1, 0, 3][: pixels.shape[2]]])[1].tobytes()
+
+
+IDS = arrays()[1]
 IMAGE = png(arrays()[0])
 JPEG = png(arrays()[0], format="JPEG")
 GREY16 = png(np.full((12, 20), 40_000, np.uint16))
@@ -331,6 +431,19 @@ BAD_IMAGES = {
     "cut WebP": (png(arrays()[0], format="WEBP", lossless=True)[:200], ""),
     "cut TIFF": (png(arrays()[0], format="TIFF")[:300], ""),
     "cut BMP": (png(arrays()[0], format="BMP")[:300], "cut or damaged"),
+    "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 12\n%%EndComments\n", "cannot be read as an image"),
+    "12 of 16 bits": (
+        deep(arrays()[0].astype(int) * 16, ".png"),
+        "more than 8 bits per channel.*as it stands it is black",
+    ),
+    "14 of 16 bits in a TIFF": (
+        deep(arrays()[0].astype(int) * 64, ".tif"),
+        "more than 8 bits per channel.*as it stands it is black",
+    ),
+    "12 of 16 bits and opacity": (
+        deep(np.dstack([arrays()[0], IDS]).astype(int) * 16, ".png"),
+        "as it stands it is black",
+    ),
     "16-bit grey": (GREY16, "more than 8 bits per pixel"),
     "32-bit": (png(Image.fromarray(np.ones((4, 4), np.int32)), format="TIFF"), "more than 8 bits per pixel"),
     "float": (png(Image.fromarray(np.ones((4, 4), np.float32)), format="TIFF"), "more than 8 bits per pixel"),
@@ -379,8 +492,8 @@ def good_images():
     }
     cmyk = png(image.convert("CMYK"), format="JPEG")
     cases["CMYK"] = (cmyk, rgb_of(Image.open(io.BytesIO(cmyk))))
-    deep = cv2.imencode(".png", arrays()[0][..., ::-1].astype(np.uint16) * 257)[1].tobytes()
-    cases["16-bit colour"] = (deep, arrays()[0])
+    for ending in (".png", ".tif"):
+        cases[f"16-bit colour{ending}"] = (deep(arrays()[0].astype(np.uint16) * 257, ending), arrays()[0])
     upright = np.asarray(Image.open(io.BytesIO(turned[1])))
     for turn, quarter, mirrored in ((3, 2, False), (6, 3, False), (8, 1, False), (2, 0, True)):
         expected = np.rot90(upright, quarter)
@@ -405,7 +518,6 @@ def test_a_large_image_may_be_allowed(tmp_path):
         load_domain(DomainConfig(path=rows(tmp_path, [bomb(13_400)], name="b.parquet")), CLASSES, False).image(0)
 
 
-IDS = arrays()[1]
 BAD_LABELS = {
     "no file": (None, "is empty"),
     "0 bytes": (b"", "0 bytes"),
@@ -414,7 +526,7 @@ BAD_LABELS = {
     "other size": (png(IDS[:6]), "the image has 20x12 pixels, its label map 20x6"),
     "turned": (png(IDS.T), "the image has 20x12 pixels, its label map 12x20"),
     "id outside": (png(np.where(IDS == 2, 7, IDS).astype(np.uint8)), r"contains the ids 7 \(\d+ pixels\)"),
-    "negative": (png(Image.fromarray(IDS.astype(np.int32) - 1), format="TIFF"), r"contains the ids -1 \(\d+ pixels\)"),
+    "negative": (png(Image.fromarray(IDS.astype(np.int32) - 2), format="TIFF"), r"contains the ids -2 \(\d+ pixels\)"),
     "16-bit instance ids": (
         png(IDS.astype(np.uint16) * 1000 + 26_000),
         r"contains the ids 18856 \(\d+ pixels\), 26000",
@@ -422,7 +534,17 @@ BAD_LABELS = {
     "JPEG": (png(IDS, format="JPEG"), "Its compression mixes neighbouring ids"),
     "RGB": (png(coloured(IDS)[1]), "is a RGB picture, not a map of ids.*label_colors"),
     "RGBA": (png(np.dstack([coloured(IDS)[1], IDS])), "is a RGBA picture"),
-    "grey and alpha": (png(Image.fromarray(IDS).convert("LA")), "is a LA picture"),
+    "grey and alpha": (png(np.dstack([IDS, IDS])), "is a LA picture"),
+    "AVIF": (png(np.dstack([IDS] * 3), format="AVIF"), "is a AVIF file. Its compression"),
+    "JPEG inside of a TIFF": (png(IDS, format="TIFF", compression="jpeg"), "is a TIFF with JPEG.*mixes neighbouring"),
+    "lossy WebP": (png(np.dstack([IDS] * 3), format="WEBP"), "is a WEBP file. Its compression"),
+    "scaled PGM": (b"P5 20 12 3\n" + IDS.clip(0, 3).tobytes(), "is a L picture"),
+    "array of numbers": (npy(IDS / 2), r"an array of the shape \(12, 20\) and the type float64"),
+    "array of colours": (npy(np.dstack([IDS] * 3)), r"an array of the shape \(12, 20, 3\)"),
+    "array of objects": (npy(np.array([[{}]])), "the type object"),
+    "cut array": (npy(IDS)[:200], "cut or damaged"),
+    "array that says it is huge": (npy(IDS).replace(b"(12, 20)", b"(120000, 200000)"), "cut or damaged"),
+    "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 12\n", "cannot be read as an image"),
     "16-bit colour": (cv2.imencode(".png", np.dstack([IDS] * 3).astype(np.uint16))[1].tobytes(), "16-bit colour"),
     "one wrong bit": (png(IDS)[:120] + bytes([png(IDS)[120] ^ 1]) + png(IDS)[121:], "cut or damaged"),
     "float": (png(Image.fromarray(IDS.astype(np.float32)), format="TIFF"), "is a F picture"),
@@ -461,8 +583,8 @@ def test_a_small_file_with_a_huge_image_is_never_decoded(tmp_path, monkeypatch):
 
 def test_statistics_are_read_once_and_again_when_files_or_names_change(tmp_path, monkeypatch):
     config = DomainConfig(**as_folders(tmp_path / "data"), class_names=CLASSES)
-    read, original = [], domains.read_ids
-    monkeypatch.setattr(domains, "read_ids", lambda cell, *rest: read.append(cell) or original(cell, *rest))
+    read, original = [], domains.read_labels
+    monkeypatch.setattr(domains, "read_labels", lambda cell, *rest: read.append(cell) or original(cell, *rest))
 
     def reads(options=None, classes=CLASSES):
         read.clear()
@@ -611,8 +733,10 @@ def test_what_is_no_domain_is_said(fault, bad):
     [
         ({"label_space": "city"}, "label_space must be one of"),
         ({"class_names": ("a",), "label_ids": {1: "a"}}, "class_names and label_ids contradict each other"),
-        ({"label_ids": {256: "a"}}, r"label_ids and ignore_id must be ids in 0..255, got 256"),
-        ({"ignore_id": -1}, "label_ids and ignore_id must be"),
+        ({"label_ids": {256: "a"}}, r"label_ids and ignore_id must be ids in 0..255, or -1, got 256"),
+        ({"ignore_id": -2}, "label_ids and ignore_id must be"),
+        ({"class_names": tuple(map(str, range(257)))}, "class_names must be at most 256 names.*got 257"),
+        ({"label_colors": {f"{c},0,{c // 256}": str(c) for c in range(257)}}, "label_colors must be colours of at"),
         ({"crop_box": (0, 0, 0, 5)}, "crop_box must be"),
         ({"frame_step": 0}, "frame_step must be at least 1"),
         ({"max_pixels": 10**9}, "max_pixels must be in"),
