@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..data.transforms import Size
-from ..evaluation.evaluator import LabelledDomain
+from ..errors import NotFinite
+from ..evaluation.evaluator import LabelledDomain, where
 from ..evaluation.inference import to_pixel_values
 from ..labels import IGNORE_INDEX
 from ..models import T2SDAForSemanticSegmentation
@@ -58,10 +59,15 @@ def labelled_features(
 
     Yields:
         (N,D) float32 and (N,) int64 on the CPU; N differs, and may be 0.
+
+    Raises:
+        NotFinite: naming an image whose features are not.
     """
     device = next(model.parameters()).device
     for index in range(len(domain) if limit is None else min(limit, len(domain))):
         features = feature_map(model, to_pixel_values(domain.image(index), image_size, device), kind)[0]
+        if not torch.isfinite(features).all():
+            raise NotFinite(f"{where(domain, index)}: the features that the network makes of it are NaN or infinite.")
         labels = torch.from_numpy(domain.labels(index)).long()
         sampled = sample_nearest(labels, (features.shape[1], features.shape[2])).flatten()
         known = sampled != IGNORE_INDEX

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from ..data.transforms import Size
-from ..evaluation.inference import predict_logits, to_pixel_values
+from ..evaluation.inference import naming, predict_logits, to_pixel_values
 from ..evaluation.watch import Watch
 from ..models import T2SDAForSemanticSegmentation
 
@@ -54,7 +54,8 @@ def measure(
             continue
         said = {}
         for title, (model, size) in models.items():
-            logits = predict_logits(model, to_pixel_values(image, size, next(model.parameters()).device))
+            with naming(f"{title}, image {index}"):
+                logits = predict_logits(model, to_pixel_values(image, size, next(model.parameters()).device))
             watches[title].look({"teacher_logits": logits.cpu()})
             said[title] = torch.nn.functional.interpolate(logits, image.shape[:2], mode="bilinear").argmax(1).cpu()
         pixels += image.shape[0] * image.shape[1]

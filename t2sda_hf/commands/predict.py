@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from ..data.domains import Domain
 from ..evaluation.evaluator import Part
-from ..evaluation.inference import load_model, predict, saved_image_size, to_pixel_values
+from ..evaluation.inference import load_model, naming, predict, saved_image_size, to_pixel_values
 from ..evaluation.models import model_of
 from ..evaluation.pictures import Column, draw_legend, errors, save_grid
 from ..labels import IGNORE_INDEX, palette
@@ -80,7 +80,8 @@ def predict_files(args: Namespace) -> int:
     for path, own in zip(tqdm(images, desc="predict"), files, strict=True):
         kind = predict_video if path.suffix.lower() in VIDEOS else predict_image
         try:
-            kind(path, own, see, colors)
+            with naming(str(path)):
+                kind(path, own, see, colors)
         except Unreadable as error:
             unread.append(str(error))
     if len(unread) == len(images):
@@ -101,7 +102,8 @@ def predict_domain(args: Namespace) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     for index, own in enumerate(tqdm(files, desc="predict")):
         image, truth = part.image(index), part.labels(index)
-        labels, confidence = see(image)
+        with naming(own["ids"].stem.removesuffix("_ids")):
+            labels, confidence = see(image)
         save_pictures(image, labels, confidence, own, palette(classes))
         wrong, known = errors(labels, truth), truth != IGNORE_INDEX
         right = f"{100 * (wrong[known] == 0).mean():.1f} % right" if known.any() else "nothing is labelled"

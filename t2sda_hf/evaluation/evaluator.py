@@ -11,7 +11,9 @@ from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
 
+from ..data.domains import Domain
 from ..data.transforms import Size
+from ..errors import NotFinite
 from .confusion import confusion_matrix, scores
 from .inference import Mode, predict_labels, to_pixel_values
 
@@ -127,6 +129,7 @@ def evaluate_model(
     Raises:
         ValueError: if the domain is empty or nothing in it can be read, an image and its labels differ in size, or a
             label or prediction is not a class id. Domain and image are named.
+        NotFinite: if what the model makes of an image is not, on all processes alike. The image is named.
     """
     num_images = len(domain) if limit is None else min(limit, len(domain))
     if num_images < 1:
@@ -135,6 +138,7 @@ def evaluate_model(
     device = next(model.parameters()).device
     matrix = np.zeros((len(classes), len(classes)), dtype=np.int64)
     unreadable: list[str] = []
+    broken: list[str] = []
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -149,7 +153,11 @@ def evaluate_model(
                 continue
             _refuse_another_size(domain, index, image, labels)
             pixel_values = to_pixel_values(image, image_size, device)
-            predictions = predict_labels(model, pixel_values, labels.shape, mode, window, stride)[0]
+            try:
+                predictions = predict_labels(model, pixel_values, labels.shape, mode, window, stride)[0]
+            except NotFinite as error:
+                broken.append(f"{where(domain, index)}: {error}")  # all processes must know before one ends
+                break
             try:
                 matrix += confusion_matrix(predictions, labels, len(classes))
             except ValueError as error:
@@ -160,6 +168,9 @@ def evaluate_model(
     if accelerator is not None:
         matrix = accelerator.reduce(torch.from_numpy(matrix).to(accelerator.device), reduction="sum").cpu().numpy()
         unreadable = sorted(gather_object(unreadable))
+        broken = sorted(gather_object(broken))
+    if broken:
+        raise NotFinite(broken[0])
     if len(unreadable) == num_images:
         raise ValueError(f"none of the {num_images} images of {domain.name} can be scored. The first: {unreadable[0]}")
     result = scores(matrix, classes)
@@ -173,6 +184,13 @@ def evaluate_model(
         "iou": {name: _percent(value) for name, value in result["iou"].items()},
         "confusion": matrix.tolist(),
     }
+
+
+def where(domain: LabelledDomain, index: int) -> str:
+    """How messages call an image: by its file, where it has one."""
+    while isinstance(domain, Part):
+        index, domain = domain.indices[index], domain.domain
+    return domain.where(domain.table[index], index) if isinstance(domain, Domain) else f"{domain.name}, image {index}"
 
 
 def _refuse_another_size(domain: LabelledDomain, index: int, image: np.ndarray, labels: np.ndarray) -> None:

@@ -1,7 +1,9 @@
 """Prediction for images of any size: the whole image at once, or in overlapping windows (method 6.1)."""
 
+import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import file_digest
 from pathlib import Path
@@ -14,14 +16,16 @@ import torch.nn.functional as F
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import get_session
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import ImageProcessingMixin, PreTrainedConfig
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from ..data.transforms import Size
-from ..errors import causes
+from ..errors import NotFinite, causes
 from ..models import T2SDAConfig, T2SDAForSemanticSegmentation, T2SDAImageProcessor
+from ..models.modeling_t2sda import name_some
+from ..models.pretrained import MEANINGLESS
 
 # The encoder's coarsest stride. On fewer pixels its last levels have nothing left to convolve.
 MIN_SIDE = 32
@@ -70,10 +74,11 @@ def load_model(name_or_path: str) -> tuple[T2SDAForSemanticSegmentation, tuple[s
                 f"{name_or_path!r} is a {model_type!r} model: give a T2S-DA model or a SegFormer, or load it with its "
                 "own Auto class."
             )
+        _refuse_larger(name_or_path, config, cached)
         loaded = T2SDAForSemanticSegmentation.from_pretrained(
             name_or_path, output_loading_info=True, dtype=torch.float32, **cached
         )
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError, *MEANINGLESS) as error:
         raise ValueError(_why_not_loaded(name_or_path, error)) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -81,6 +86,12 @@ def load_model(name_or_path: str) -> tuple[T2SDAForSemanticSegmentation, tuple[s
     model, info = loaded
     if any(name.startswith("decode_head.") for name in info["missing_keys"]):
         raise ValueError(f"{name_or_path!r} has no segmentation head: it is an encoder that still needs training.")
+    broken = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(
+            f"{name_or_path!r} holds weights that are NaN or infinite: {name_some(broken)}. It is damaged, or its "
+            "training diverged. Take an earlier checkpoint, or train again with a lower optim.lr."
+        )
     return model.eval(), tuple(model.config.id2label[class_id] for class_id in range(model.config.num_labels))
 
 
@@ -147,6 +158,7 @@ def predict_logits(
 
     Raises:
         ValueError: for another mode, or a window and stride that are missing, not positive or leave gaps.
+        NotFinite: if a logit is NaN or infinite.
     """
     return torch.cat(list(_strips(model, pixel_values, mode, window, stride)), dim=2)
 
@@ -186,7 +198,7 @@ def predict(
         confidence: also the probability of the class that was chosen.
 
     Raises:
-        ValueError: as `predict_logits`.
+        ValueError, NotFinite: as `predict_logits`.
     """
     if mode == "whole":
         return _decide(_raw_logits(model, pixel_values), _size(pixel_values), size, confidence)
@@ -256,7 +268,22 @@ def _raw_logits(model: SegmentationModel, pixel_values: Tensor) -> Tensor:
     height, width = _size(pixel_values)
     if min(height, width) < MIN_SIDE:
         pixel_values = _upsample(pixel_values, (max(height, MIN_SIDE), max(width, MIN_SIDE)))
-    return model(pixel_values).logits.float()
+    logits = model(pixel_values).logits.float()
+    if not torch.isfinite(logits).all():
+        raise NotFinite(
+            "what the network makes of it is NaN or infinite. Its weights are damaged, or their training diverged: "
+            "take an earlier checkpoint, or train again with a lower optim.lr."
+        )
+    return logits
+
+
+@contextmanager
+def naming(image: str) -> Iterator[None]:
+    """Say at which image a `NotFinite` was met."""
+    try:
+        yield
+    except NotFinite as error:
+        raise NotFinite(f"{image}: {error}") from error
 
 
 def _upsample(maps: Tensor, size: Size) -> Tensor:
@@ -302,6 +329,8 @@ def _why_not_loaded(name: str, error: Exception) -> str:
             f"{where} its weights have other shapes than its config.json says, which another number of classes does. "
             "Give the config that belongs to the weights."
         )
+    if isinstance(error, MEANINGLESS):
+        return f"{where} its config.json holds a value that means nothing ({' '.join(str(error).split())[:200]})."
     if not isinstance(error, OSError):
         return f"{where} its weights do not fit its config.json, or are damaged ({str(error).splitlines()[0]})."
     if Path(name).is_dir():
@@ -325,6 +354,23 @@ def _from_where(name_or_path: str) -> dict[str, Any]:
     except httpx2.TransportError:
         return {"local_files_only": True}
     return {}
+
+
+def _refuse_larger(name: str, values: dict[str, Any], cached: dict[str, Any]) -> None:
+    """ValueError if a config.json asks for a larger encoder than its weights are, which would be built in vain."""
+    file = cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False, **cached)
+    if file is None:
+        return
+    with safe_open(file, framework="pt") as tensors:
+        held = sum(math.prod(tensors.get_slice(one).get_shape()) for one in tensors.keys())  # noqa: SIM118 (no dict)
+    with torch.device("meta"):
+        encoder = T2SDAForSemanticSegmentation(T2SDAConfig.from_dict(values)).encoder
+    asked = sum(parameter.numel() for parameter in encoder.parameters())
+    if asked > held:
+        raise ValueError(
+            f"cannot load a model from {name!r}: its config.json asks for an encoder of {asked:,} numbers, and its "
+            f"weights have {held:,}. Give the config that belongs to the weights."
+        )
 
 
 def _refuse_damage(name: str) -> None:

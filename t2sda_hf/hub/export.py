@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
+from ..errors import NotFinite
 from ..evaluation.inference import load_model
 
 SIZES = ((2, 64, 96), (1, 97, 133), (3, 160, 64))  # (batch, height, width), one divisible by nothing
@@ -36,6 +37,7 @@ def export_onnx(name: str, path: Path) -> float:
         The largest difference of a logit between onnxruntime and PyTorch.
 
     Raises:
+        NotFinite: if its logits are not.
         ValueError: if the model cannot be loaded or exported, a library is missing, or the file gives other logits.
     """
     try:
@@ -53,6 +55,12 @@ def export_onnx(name: str, path: Path) -> float:
             f"{name!r} sees images at two resolutions, in crops whose number depends on the size: no ONNX."
         )
     logits = Logits(model).eval()
+    with torch.no_grad():
+        if not torch.isfinite(logits(torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)))).all():
+            raise NotFinite(
+                f"the logits of {name!r} are NaN or infinite even for noise, so it was not exported. Its weights are "
+                "damaged, or their training diverged: take an earlier checkpoint."
+            )
     dynamic = {"pixel_values": {0: "batch", 2: "height", 3: "width"}}
     with TemporaryDirectory(dir=path.parent) as temporary:  # the same disk, so that renaming is one step
         draft = Path(temporary) / "model.onnx"

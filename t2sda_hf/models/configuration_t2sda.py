@@ -1,5 +1,6 @@
 """Configuration of T2S-DA networks: SegFormer's own fields, and those of the other encoder, of heads and projector."""
 
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -20,6 +21,8 @@ RESNET_SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     "resnet101c": {"depths": (3, 4, 23, 3), "hidden_sizes": (256, 512, 1024, 2048)},
 }
 ENCODERS = ("mit", "resnet")
+# Beyond all that there is, and little enough to be built: of names, of blocks of a stage, of channels.
+MOST_NAMES, MOST_BLOCKS, MOST_CHANNELS = 10_000, 256, 4096
 HEADS = ("daformer", "all_mlp", "deeplabv2")
 
 
@@ -71,6 +74,13 @@ class T2SDAConfig(SegformerConfig):
     detail_crops_at_once: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        names = self.id2label or {}
+        if max(len(names), int(kwargs.get("num_labels") or 0)) > MOST_NAMES:  # before anything is made of them
+            raise ValueError(f"a network may have at most {MOST_NAMES} classes; id2label has {len(names)}.")
+        if {str(label_id) for label_id in names} != {str(label_id) for label_id in range(len(names))}:
+            raise ValueError(
+                f"id2label must name every id from 0 to {len(names) - 1}, without a gap; got {name_ids(names)}."
+            )
         super().__post_init__(**kwargs)
         # JSON knows no tuples: without this a reloaded config would differ from the one that was saved.
         if self.head_dilations is None:
@@ -88,7 +98,17 @@ class T2SDAConfig(SegformerConfig):
             raise ValueError(f"projector_kernel must be 1 or 3; got {self.projector_kernel}.")
         if not self.head_dilations or min(self.head_dilations) < 1:
             raise ValueError(f"head_dilations must be one or more integers from 1; got {self.head_dilations}.")
-        levels = range(self.num_encoder_blocks)
+        stages, limits = self.num_encoder_blocks, {"depths": MOST_BLOCKS, "hidden_sizes": MOST_CHANNELS}
+        for name, most in (limits | {"num_attention_heads": MOST_CHANNELS}).items():
+            of_stages = tuple(getattr(self, name))
+            if len(of_stages) != stages or not all(1 <= number <= most for number in of_stages):
+                raise ValueError(f"{name} must be {stages} numbers from 1 to {most}; got {of_stages}.")
+        heads = tuple(self.num_attention_heads)
+        if self.encoder == "mit" and any(c % n for c, n in zip(self.hidden_sizes, heads, strict=True)):
+            raise ValueError(
+                f"hidden_sizes must be multiples of num_attention_heads {heads}; got {tuple(self.hidden_sizes)}."
+            )
+        levels = range(stages)
         if not self.projector_in_index or self.projector_in_index != tuple(
             level for level in levels if level in self.projector_in_index
         ):
@@ -101,8 +121,8 @@ class T2SDAConfig(SegformerConfig):
             ("projector_dim", self.projector_dim),
             ("projector_hidden", self.projector_hidden),
         ):
-            if channels < 1:
-                raise ValueError(f"{name} must be at least 1; got {channels}.")
+            if not 1 <= channels <= MOST_CHANNELS:
+                raise ValueError(f"{name} must be from 1 to {MOST_CHANNELS}; got {channels}.")
         if not self.reshape_last_stage:
             raise ValueError("reshape_last_stage must be True: the heads read maps, not tokens.")
         crop, grid = self.detail_crop_size, self.detail_grid
@@ -160,6 +180,12 @@ class T2SDAConfig(SegformerConfig):
         if overrides.get("head") == "all_mlp" and size not in ("mit_b0", "mit_b1"):
             values["decoder_hidden_size"] = 768
         return cls(**(values | overrides))
+
+
+def name_ids(names: Iterable[Any]) -> str:
+    """The first ids, in order."""
+    found = sorted(map(str, names), key=lambda text: (len(text), text))
+    return ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
 
 
 T2SDAConfig.register_for_auto_class()

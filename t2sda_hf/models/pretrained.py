@@ -7,6 +7,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -31,6 +32,8 @@ ENCODER_FIELDS = (
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 # Without a file, with the text that Git LFS leaves in its place, and with one that was cut off, of either format.
 UNREADABLE = (OSError, EOFError, RuntimeError, SafetensorError, UnpicklingError)
+# What transformers ends with where a config.json has a value of another kind than it needs.
+MEANINGLESS = (StrictDataclassError, TypeError, AttributeError, LookupError, ArithmeticError)
 
 # timm's names of the deep stem -> open-mmlab's; all other names are the same in both, and torchvision's.
 TIMM_STEM = {r"conv1\.(?=\d)": "stem.", r"bn1\.": "stem.7."}
@@ -87,7 +90,12 @@ def _mit_tensors(
             f"{name_or_path} is a T2S-DA model with a {values['encoder']} encoder, the model here has a Mix "
             f"Transformer. Build the model with that encoder, or give a SegFormer, for example 'nvidia/mit-b5'."
         )
-    config = SegformerConfig.from_dict(values)
+    try:
+        config = SegformerConfig.from_dict(values)
+    except (ValueError, *MEANINGLESS) as error:
+        raise ValueError(
+            f"the config.json of {name_or_path} holds a value that means nothing ({' '.join(str(error).split())})."
+        ) from error
     theirs, ours = (
         {name: list(value) if isinstance(value, tuple) else value for name, value in c.to_dict().items()}
         for c in (config, model.config)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from t2sda_hf.cli import main
 from t2sda_hf.config import DomainConfig
@@ -132,7 +134,7 @@ def test_evaluate_takes_windows_sizes_and_names_of_ids(model_folder, tmp_path):
         (["--domain", "streets-target", "--class_names", "cat", "dog"], "no class is shared"),
         (["--domain", "streets-target", "--label_space", "marscapes"], "label_space must be one of"),
         (["--domain", "streets-target", "--mode", "slide"], "needs evaluation.window and evaluation.stride"),
-        (["--domain", "streets-target", "--limit", "0"], "nothing to evaluate"),
+        (["--domain", "streets-target", "--limit", "0"], "evaluation.limit must be at least 1, got 0"),
     ],
 )
 def test_evaluate_says_in_one_line_what_is_wrong(model_folder, options, message, capsys):
@@ -154,6 +156,74 @@ def test_encoder_without_a_trained_head_is_refused(model_folder, tmp_path):
 
     with pytest.raises(ValueError, match="has no segmentation head"):
         load_model(str(encoder))
+
+
+def with_weights(model_folder, folder, change):
+    """A copy of the model whose weights were changed."""
+    shutil.copytree(model_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+COMMANDS = {
+    "evaluate": (["evaluate", "{model}", "--domain", "streets-target", "--limit", "2"], r"row 0 .*streets-target"),
+    "predict": (["predict", "{model}", "{photos}", "--output", "{out}"], r"photos/clear\.webp"),
+    "predict --compare": (
+        ["predict", "{model}", "--compare", "--domain", "streets-target", "--limit", "1", "--output", "{out}"],
+        "000000",
+    ),
+    "analyze": (["analyze", "{model}", "--domain", "streets-target", "--limit", "1", "--output", "{out}"], "row 0"),
+    "analyze --no_labels": (
+        ["analyze", "{model}", "--domain", "{photos}", "--no_labels", "--limit", "1", "--output", "{out}"],
+        "image 0",
+    ),
+}
+
+
+@pytest.mark.parametrize(("words", "image"), COMMANDS.values(), ids=COMMANDS)
+def test_logits_that_are_not_finite_end_a_command_with_the_image(model_folder, photos, tmp_path, capsys, words, image):
+    def explode(weights):
+        for name, tensor in weights.items():
+            if name.endswith("weight"):
+                tensor.fill_(1e30)
+
+    model = with_weights(model_folder, tmp_path / "exploded", explode)
+    named = {"model": model, "photos": photos, "out": tmp_path / "out"}
+    assert main([word.format_map(named) for word in words]) == 1
+    line = last_error_line(capsys)
+    assert re.match(rf"NotFinite: .*{image}.* NaN or infinite", line), line
+
+
+def test_weights_that_are_not_finite_are_named_when_a_model_is_loaded(model_folder, tmp_path):
+    model = with_weights(
+        model_folder, tmp_path / "damaged", lambda weights: weights["decode_head.classifier.bias"].fill_(np.nan)
+    )
+    with pytest.raises(ValueError, match=r"damaged' holds weights that are NaN .*: decode_head\.classifier\.bias"):
+        load_model(str(model))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depths": [1, 1, 1, 10**6]}, "depths must be 4 numbers from 1 to 256"),
+        ({"depths": [9, 1, 1, 1]}, "asks for an encoder of .* numbers, and its weights have"),
+        ({"id2label": {str(i): f"c{i}" for i in range(20_000)}}, "at most 10000 classes"),
+        ({"id2label": {"0": "road", "1": "building", "2": "sky", "4": "car"}}, "without a gap; got 0, 1, 2, 4"),
+        ({"strides": []}, "holds a value that means nothing"),
+        ({"hidden_act": "x"}, "holds a value that means nothing"),
+        ({"depths": [1, 1, 1, 1.5]}, "holds a value that means nothing"),
+    ],
+)
+def test_a_config_that_does_not_describe_the_weights_is_refused_before_they_are_built(
+    model_folder, tmp_path, change, message
+):
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    values = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(values | change))
+    with pytest.raises(ValueError, match=message):
+        load_model(str(model))
 
 
 def test_input_size_is_read_from_the_processor_beside_the_model(model_folder, tmp_path):

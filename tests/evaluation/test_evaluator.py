@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from t2sda_hf.errors import NotFinite
 from t2sda_hf.evaluation.confusion import confusion_matrix
 from t2sda_hf.evaluation.evaluator import evaluate_model, readable_part
 from t2sda_hf.evaluation.inference import predict_labels, to_pixel_values
@@ -295,3 +296,15 @@ def test_five_images_on_two_processes_equal_one_process(tmp_path):
     expected = run()
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected
+
+
+def test_logits_that_are_not_finite_name_the_image_and_leave_the_model_as_it_was():
+    class Sometimes(ColorIsClass):
+        def forward(self, pixel_values):
+            broken = pixel_values.shape[-2] > 46  # the fourth of `RandomDomain`
+            return SimpleNamespace(logits=self.scale * pixel_values / (0.0 if broken else 1.0))
+
+    model = Sometimes().train()
+    with pytest.raises(NotFinite, match=r"^random, image 3: what the network makes of it is NaN or infinite"):
+        evaluate_model(model, RandomDomain(), image_size=None, classes=CLASSES, progress=False)
+    assert model.training

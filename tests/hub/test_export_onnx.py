@@ -1,10 +1,13 @@
 """Needs the extra `export`."""
 
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from t2sda_hf.cli import main
 from t2sda_hf.evaluation.inference import load_model
@@ -31,3 +34,15 @@ def test_the_file_gives_the_model_s_logits_at_sizes_that_the_export_never_saw(
 def test_what_cannot_be_exported_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(tmp_path / "nothing"), str(tmp_path / "model.onnx")]) == 2
     assert "there is no such folder" in capsys.readouterr().err
+
+
+def test_logits_that_are_not_finite_are_not_exported(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(finished_run / "t2sda" / "student", tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights |= {name: torch.full_like(one, 1e30) for name, one in weights.items() if one.is_floating_point()}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert main(["export", str(model), str(tmp_path / "model.onnx")]) == 1
+    assert re.search(r"NotFinite: the logits of .*model' are NaN or infinite", capsys.readouterr().err)
+    assert not (tmp_path / "model.onnx").exists()

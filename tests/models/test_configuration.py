@@ -34,7 +34,7 @@ def test_from_size_gives_the_head_its_usual_width(size, head, channels):
 
 @pytest.mark.parametrize(("given", "channels"), [("", 768), (", decoder_hidden_size: 12", 12)])
 def test_a_run_leaves_the_width_of_its_head_to_the_size(given, channels):
-    model = "size: mit_b2, head: all_mlp, pretrained: null, depths: [1, 1, 1, 1], hidden_sizes: [8, 8, 8, 8]"
+    model = "size: mit_b2, head: all_mlp, pretrained: null, depths: [1, 1, 1, 1], hidden_sizes: [8, 8, 10, 8]"
     cfg = load_config(None, [f"--model={{{model}, drop_path_rate: 0{given}}}", "--loss_weights.feature_distance=0"])
     assert build_student(cfg).decode_head.classifier.in_channels == channels
 
@@ -55,8 +55,16 @@ def test_from_size_lets_overrides_win():
         ("projector_in_index", (0, 0), "each once"),
         ("projector_in_index", (), "one or more of the encoder levels"),
         ("head_dilations", (0, 6), r"integers from 1; got \(0, 6\)"),
-        ("projector_dim", 0, "projector_dim must be at least 1; got 0"),
-        ("decoder_hidden_size", 0, "decoder_hidden_size must be at least 1; got 0"),
+        ("projector_dim", 0, "projector_dim must be from 1 to 4096; got 0"),
+        ("decoder_hidden_size", 0, "decoder_hidden_size must be from 1 to 4096; got 0"),
+        ("projector_hidden", 10**9, "projector_hidden must be from 1 to 4096; got 1000000000"),
+        ("depths", (2, 2, 2, 10**6), r"depths must be 4 numbers from 1 to 256; got \(2, 2, 2, 1000000\)"),
+        ("depths", (2, 2, 2), "depths must be 4 numbers"),
+        ("hidden_sizes", (32, 0, 160, 256), "hidden_sizes must be 4 numbers from 1"),
+        ("hidden_sizes", (32, 63, 160, 256), r"hidden_sizes must be multiples of num_attention_heads \(1, 2, 5, 8\)"),
+        ("num_attention_heads", (1, 2, 0, 8), "num_attention_heads must be 4 numbers from 1"),
+        ("id2label", dict(enumerate("x" * 10_001)), "at most 10000 classes; id2label has 10001"),
+        ("id2label", {0: "road", 2: "sky"}, "every id from 0 to 1, without a gap; got 0, 2"),
         ("reshape_last_stage", False, "the heads read maps"),
     ],
 )
