@@ -41,12 +41,12 @@ from ..evaluation.inference import load_model, naming, predict, saved_image_size
 from ..evaluation.models import model_of
 from ..evaluation.pictures import Column, draw_legend, errors, save_grid
 from ..labels import IGNORE_INDEX, palette
+from ..listing import IMAGE_SUFFIXES, VIDEO_SUFFIXES, account, list_files
 from ..models import T2SDAForSemanticSegmentation
 from .domains import open_labelled, readable, test_domain
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
 LEGEND = "legend.png"
-VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
 Predict = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
 
 
@@ -78,7 +78,7 @@ def predict_files(args: Namespace) -> int:
     see, colors = seeing(model, args), palette(classes)
     unread: list[str] = []
     for path, own in zip(tqdm(images, desc="predict"), files, strict=True):
-        kind = predict_video if path.suffix.lower() in VIDEOS else predict_image
+        kind = predict_video if path.suffix.lower() in VIDEO_SUFFIXES else predict_image
         try:
             with naming(str(path)):
                 kind(path, own, see, colors)
@@ -158,10 +158,15 @@ def find_images(path: Path) -> list[Path]:
     """`path` itself, or the images and videos directly in the folder `path`."""
     if path.is_file():
         return [path]
-    found = sorted(file for file in path.glob("*") if file.suffix.lower() in SUFFIXES + VIDEOS and file.is_file())
-    if not found:
-        raise ValueError(f"{path} is neither an image nor a folder with images ({', '.join(SUFFIXES + VIDEOS)}).")
-    return found
+    if not path.is_dir():
+        raise ValueError(f"{str(path)!r} is neither a file nor a folder. Give an image, a video or a folder of them.")
+    found = list_files(path, SUFFIXES, deep=False)
+    told = account(len(found.files), found.ignored)
+    if not found.files:
+        raise ValueError(f"{path} has no image or video ({', '.join(SUFFIXES)}). {told}".rstrip())
+    if told:
+        print(f"{path}: {told}", file=sys.stderr)
+    return found.files
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -198,7 +203,7 @@ def files_for(images: Sequence[Path], folder: Path, confidence: bool) -> list[di
     for image in images:
         if writers.setdefault(image.stem, image) != image:
             raise ValueError(f"{writers[image.stem]} and {image} would get the same output files: rename one.")
-        if image.suffix.lower() in VIDEOS:
+        if image.suffix.lower() in VIDEO_SUFFIXES:
             kinds = {"overlay": ".mp4", "ids": ""} | ({"confidence": ""} if confidence else {})
             files.append({kind: folder / f"{image.stem}_{kind}{suffix}" for kind, suffix in kinds.items()})
         else:

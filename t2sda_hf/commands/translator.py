@@ -39,10 +39,10 @@ from tqdm import tqdm
 from ..config import RunConfig, differences, load_config
 from ..data.domains import Domain, load_domain
 from ..data.transforms import resize_image
+from ..data.translated import open_translated, write_manifest
 from ..launching import words_of
 from ..training.translator import TranslatorSettings, train_translator
 from ..translate import TranslationEngine, build_engine
-from ..translate.trained import open_translated, write_manifest
 
 CAPTION = 16  # pixels above each row
 
@@ -135,7 +135,8 @@ def translate_one(
     style = images(target, index % len(target), size) if target is not None else None
     reference = style
     if cfg.translate.engine == "trained" and cfg.translate.trained.folder:
-        translated = open_translated(cfg.translate.trained.folder, len(source)).image(index)
+        folder = open_translated(cfg.translate.trained.folder, len(source), cfg.source.max_pixels)
+        translated = folder.image(index)
         reference = torch.from_numpy(resize_image(translated, size)).permute(2, 0, 1)[None].float() / 255
     generator = Generator().manual_seed(cfg.seed * 1_000_003 + index)
     return image, style, engine(image, reference, generator).clamp(0, 1)

@@ -103,6 +103,9 @@ def inspect_domain(domain: Domain, classes: Sequence[str], num_processes: int = 
     facts.findings.extend(_grouped(domain.name, rows))
     unnamed = domain.rule is not None and not domain.rule.known[IGNORE_INDEX]
     facts.findings.extend(_as_a_whole(facts, classes, f". {NOT_NAMED}" if unnamed else ""))
+    for reason, files in domain.ignored.items():
+        text = f"{reason}: {', '.join(map(str, files[:5]))}{' ...' if len(files) > 5 else ''}"
+        facts.findings.append(Finding(domain.name, "files not used", "note", len(files), text))
     return facts
 
 

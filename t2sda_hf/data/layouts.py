@@ -102,7 +102,8 @@ def find_files(name: str, root: str, split: str, labelled: bool) -> tuple[list[t
     if split not in layout.splits:
         raise ValueError(f"{name} has no split {split!r}: it has {', '.join(layout.splits)}.")
     word = layout.splits[split][0]
-    images = sorted(base.glob(layout.images.format(split=word)))
+    found = base.glob(layout.images.format(split=word))
+    images = sorted(file for file in found if not file.name.startswith("."))  # macOS puts ._x.png beside x.png
     if not images:
         raise ValueError(
             f"{root} does not look like {name}: no file matches {layout.images.format(split=word)}. Give the folder "

@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..batch import UdaBatch
 from ..config import RunConfig
-from ..translate.trained import TranslatedFolder
 from .domains import Domain, ImageStream, StreamedDomain
 from .rare_class_sampling import RareClasses
 from .transforms import (
@@ -26,6 +25,7 @@ from .transforms import (
     resize_labels,
     shows_several_classes,
 )
+from .translated import TranslatedFolder
 
 logger = logging.getLogger(__name__)
 

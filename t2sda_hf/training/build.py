@@ -25,11 +25,11 @@ from ..config import RunConfig, TranslateConfig
 from ..data.domains import Domain, check_domain, load_domain
 from ..data.pairs import PairDataset, batches, bytes_per_batch
 from ..data.rare_class_sampling import rare_classes
+from ..data.translated import TranslatedFolder, open_translated
 from ..evaluation.watch import SELECTED, Watch, read_selected
 from ..methods import METHODS
 from ..models import T2SDAConfig, T2SDAForSemanticSegmentation, T2SDAImageProcessor, load_pretrained_encoder
 from ..translate import TranslationEngine, build_engine
-from ..translate.trained import TranslatedFolder, open_translated
 from .distributed import broadcast_from_main, decided_by_main, shards
 from .loop import Run, train
 from .parts import Parts, make_parts
@@ -82,7 +82,12 @@ def open_domains(cfg: RunConfig, accelerator: Accelerator) -> Domains:
     engine = build_engine(cfg.translate if cfg.translates else TranslateConfig(engine="none"))
     folder = cfg.translate.trained.folder if cfg.translates and cfg.translate.engine == "trained" else ""
     return Domains(
-        source, target, test, source_counts, engine, open_translated(folder, len(source)) if folder else None
+        source,
+        target,
+        test,
+        source_counts,
+        engine,
+        open_translated(folder, len(source), cfg.source.max_pixels) if folder else None,
     )
 
 

@@ -20,13 +20,13 @@ from torch import Generator, Tensor
 
 from ..augment.color import hsv_to_rgb, rgb_to_hsv
 from ..config import TranslateConfig
+from ..listing import IMAGE_SUFFIXES, Listing, account, list_files
 from .fda import low_amplitude, with_low_amplitude
 from .style_networks import ADAIN_FILES, RANDOMIZATION_FILES, AdaIN, StyleRandomizer, find_weights
 
 logger = logging.getLogger(__name__)
 
 Style = Callable[[Tensor, Generator], Tensor]  # (1,3,H,W) in [0,1] -> the same
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SEVERITIES = 5
 LARGEST_SEED = 2**31 - 1
 RANDOM_SHARE = 0.5  # of a drawn style; the rest is the image's own (DG code)
@@ -106,13 +106,16 @@ class StyleImages:
 def _style_images(config: TranslateConfig) -> StyleImages:
     if not config.style.images:
         raise NotAtHand("translate.style.images names no folder of style images")
-    files = sorted(path for path in Path(config.style.images).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
+    folder = Path(config.style.images)
+    found = list_files(folder, IMAGE_SUFFIXES) if folder.is_dir() else Listing([], {})
+    if told := account(len(found.files), found.ignored):
+        logger.warning("translate.style.images: %s", told)
+    if not found.files:
         raise ValueError(
             f"translate.style.images: no image ({', '.join(IMAGE_SUFFIXES)}) in {config.style.images!r}. "
             "Give a folder of pictures whose style is to be taken, or leave it empty."
         )
-    return StyleImages(files)
+    return StyleImages(found.files)
 
 
 def _fda(config: TranslateConfig) -> Style:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from data.test_domains import bomb
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config
@@ -17,10 +18,11 @@ from t2sda_hf.commands.translator import CAPTION
 from t2sda_hf.config import DomainConfig, TrainedConfig, TranslateConfig
 from t2sda_hf.data.domains import load_domain
 from t2sda_hf.data.pairs import PairDataset
+from t2sda_hf.data.translated import open_translated, write_manifest
 from t2sda_hf.training.translator import TranslatorSettings, train_translator
 from t2sda_hf.translate import build_engine
 from t2sda_hf.translate.generator import TranslationGenerator, load_translator, save_translator
-from t2sda_hf.translate.trained import NetworkTranslation, open_translated, write_manifest
+from t2sda_hf.translate.trained import NetworkTranslation
 
 OURS = TrainedConfig().architecture
 
@@ -155,6 +157,31 @@ def test_a_folder_that_does_not_fit_the_domain_is_refused(tmp_path):
     (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match="does not exist"):
         open_translated(str(folder), 3)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["../secret.png"], "names '../secret.png', which lies outside its folder: nothing is opened"),
+        (["link.png"], "names 'link.png', which lies outside its folder"),
+        (["/etc/passwd"], "names '/etc/passwd', which lies outside its folder"),
+        (["bomb.png"], r"bomb.png has 6000x6000 pixels, more than source.max_pixels \(33554432\)"),
+        (["huge.png"], "huge.png is far too large"),
+        (["text.png"], "text.png cannot be read"),
+        ([1], 'has no list "files" of names'),
+        ({"a": 1}, 'has no list "files" of names'),
+    ],
+)
+def test_a_manifest_of_somebody_else_names_only_images_of_its_folder(names, message, tmp_path):
+    folder = exported(tmp_path, 1)
+    (tmp_path / "secret.png").write_bytes((folder / "000000.png").read_bytes())
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "bomb.png").write_bytes(bomb(6000, bits=1))
+    (folder / "huge.png").write_bytes(bomb(20_000, bits=1))
+    (folder / "text.png").write_text("no picture")
+    (folder / "manifest.json").write_text(json.dumps({"files": names}))
+    with pytest.raises(ValueError, match=message):
+        open_translated(str(folder), 1)
 
 
 @pytest.mark.parametrize("resize", ["null", "[48, 96]"])
