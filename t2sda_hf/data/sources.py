@@ -122,7 +122,9 @@ def _generated(function: Callable[..., Iterator[dict[str, Any]]], features: Feat
     try:
         return Dataset.from_generator(function, features=features, gen_kwargs=arguments)
     except DatasetGenerationError as error:
-        raise (error.__cause__ if isinstance(error.__cause__, ValueError) else error) from error
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from error
+        raise
 
 
 def _given_rows(rows: tuple[dict[str, Any], ...], stamps: tuple[tuple[int, int], ...]) -> Iterator[dict[str, Any]]:

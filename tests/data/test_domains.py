@@ -1,12 +1,14 @@
 """Every form a domain can take gives the same arrays, and every fault of one is a ValueError with what, where, cure."""
 
 import csv
+import errno
 import http.server
 import io
 import json
 import os
 import struct
 import threading
+import unicodedata
 import zlib
 from dataclasses import replace
 
@@ -15,13 +17,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, Features, Value
+from datasets import Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
+from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 
 from t2sda_hf.config import DomainConfig
-from t2sda_hf.data import domains
+from t2sda_hf.data import domains, sources
 from t2sda_hf.data.domains import check_domain, load_domain
+from t2sda_hf.errors import RunFailed
 from t2sda_hf.labels import CITYSCAPES_CLASSES, CITYSCAPES_COLORS
 
 CLASSES = ("road", "sky", "car")
@@ -905,3 +909,185 @@ def test_a_file_that_is_far_too_large_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.read_bytes", lambda self: pytest.fail("it was read"))
     with pytest.raises(ValueError, match=r"row 1 .*has 67108865 bytes, which is far too large for an image"):
         domain.image(1)
+
+
+def images_in(config, labelled=False):
+    """Names of the files of a domain, and reason -> names of those that are not used."""
+    domain = load_domain(DomainConfig(**config, class_names=CLASSES), CLASSES, labelled)
+    ignored = {reason: sorted(file.name for file in files) for reason, files in domain.ignored.items()}
+    return [domain.table[index]["file_name"] for index in range(len(domain))], ignored
+
+
+def test_every_file_of_a_folder_is_used_or_accounted_for(tmp_path, caplog):
+    root, elsewhere = tmp_path / "data", tmp_path / "disk"
+    pair = [("a.png", 0), ("b.PNG", 1)]
+    for name, seed in pair:
+        write(root / "i" / name, png(arrays(seed)[0]))
+        write(root / "m" / name, png(arrays(seed)[1]))
+        write(elsewhere / "i" / name, png(arrays(seed)[0]))
+        write(elsewhere / "m" / name, png(arrays(seed)[1]))
+    for kind in ("i", "m"):
+        (root / kind / "night").symlink_to(elsewhere / kind)  # its images are used
+        (root / kind / "circle").symlink_to(root / kind)
+        write(root / kind / ".ipynb_checkpoints" / "a-checkpoint.png", IMAGE)
+    write(root / "i" / "._a.png", b"\0\5\26\7\0\2\0\0Mac OS X        ")
+    write(root / "i" / "__MACOSX" / "a.png", b"?")
+    write(root / "i" / "IMG_1.HEIC", b"?")
+    write(root / "i" / "Thumbs.db", b"?")
+    write(root / "i" / "notes.txt", b"?")
+    write(root / "m" / "c.png", png(arrays(2)[1]))
+    (root / "i" / "gone.png").symlink_to("nowhere")
+    os.mkfifo(root / "i" / "pipe.png")
+    os.rename(write_raw(root / "i" / "x.png"), os.fsencode(root / "i") + b"/T\xfcr.png")
+    names, ignored = images_in({"path": str(root / "i"), "label_path": str(root / "m")}, labelled=True)
+    assert names == ["a.png", "b.PNG", "night/a.png", "night/b.PNG"]
+    assert ignored == {
+        "hidden": ["._a.png", ".ipynb_checkpoints", ".ipynb_checkpoints", "Thumbs.db", "__MACOSX"],
+        "links in a circle": ["circle", "circle"],
+        ".heic (save them as JPEG or PNG)": ["IMG_1.HEIC"],
+        ".txt": ["notes.txt"],
+        "broken links or special files": ["gone.png", "pipe.png"],
+        "whose names are not UTF-8 (rename them)": [os.fsdecode(b"T\xfcr.png")],
+        "label maps without an image": ["c.png"],
+    }
+    assert f"{root / 'i'} (train): 8 of 21 files used; ignored: 5 hidden" in caplog.text
+    caplog.clear()
+    images_in({"path": str(elsewhere / "i")})
+    assert not caplog.text  # nothing is left out, nothing is said
+
+
+def write_raw(path):
+    write(path, IMAGE)
+    return path
+
+
+def test_the_same_name_twice_is_refused(tmp_path):
+    for name in ("p.png", "p.jpg", "q.png"):
+        write(tmp_path / "i" / name, IMAGE)
+        write(tmp_path / "m" / name.replace("jpg", "gif"), png(IDS))
+    with pytest.raises(ValueError, match=r"p\.jpg and .*p\.png are images of the same name"):
+        images_in({"path": str(tmp_path / "i")})
+    (tmp_path / "i" / "p.jpg").unlink()
+    with pytest.raises(ValueError, match=r"p\.gif and .*p\.png are label maps of the same name"):
+        images_in({"path": str(tmp_path / "i"), "label_path": str(tmp_path / "m")}, labelled=True)
+
+
+def test_a_flat_export_is_split_by_the_endings_of_its_names(tmp_path):
+    """And without them, label maps never become photos."""
+    for seed in range(3):
+        write(tmp_path / "flat" / f"p{seed}.png", png(arrays(seed)[0]))
+        write(tmp_path / "flat" / f"p{seed}_x.png", png(arrays(seed)[1]))
+    flat = {"path": str(tmp_path / "flat")}
+    with pytest.raises(ValueError, match=r"3 of 6 files in .* look like label maps, .*Set label_suffix: _x"):
+        images_in(flat)
+    photos = ["p0.png", "p1.png", "p2.png"]
+    maps = ["p0_x.png", "p1_x.png", "p2_x.png"]
+    assert images_in(flat | {"label_suffix": "_x"}) == (photos, {"label maps": maps})
+    both = flat | {"label_path": flat["path"]}
+    assert images_in(both | {"label_suffix": "_x"}, labelled=True) == (photos, {})
+    with pytest.raises(ValueError, match=r"same folder .*in label_suffix, for example _mask"):
+        images_in(both, labelled=True)
+    for seed in range(3):
+        os.rename(tmp_path / "flat" / f"p{seed}.png", tmp_path / "flat" / f"p{seed}_rgb.png")
+        os.rename(tmp_path / "flat" / f"p{seed}_x.png", tmp_path / "flat" / f"p{seed}.png")
+    photos = ["p0_rgb.png", "p1_rgb.png", "p2_rgb.png"]
+    assert images_in(both | {"image_suffix": "_rgb"}, labelled=True) == (photos, {})
+
+
+def test_a_folder_of_label_maps_among_the_images_is_no_folder_of_photos(tmp_path):
+    root = raw_folders(tmp_path / "data")
+    with pytest.raises(ValueError, match=r"3 of 6 files .* look like label maps, first masks/.*Set path: the folder"):
+        images_in({"path": str(root)})
+    names, ignored = images_in({"path": str(root), "label_path": str(root / "masks" / "sub")})
+    assert (len(names), ignored) == (3, {})
+    for city in ("bern", "basel"):  # photos of the same names in two folders are photos
+        for seed in range(2):
+            write(tmp_path / "cities" / city / f"{seed}.png", png(arrays(seed)[0]))
+            write(tmp_path / "cities" / city / f"{seed}_left.png", png(arrays(seed + 5)[0]))
+    assert len(images_in({"path": str(tmp_path / "cities")})[0]) == 8
+
+
+def test_names_are_the_same_however_their_letters_are_composed(tmp_path):
+    image, ids = arrays(3)
+    write(tmp_path / "i" / unicodedata.normalize("NFC", "Tür.png"), png(image))
+    write(tmp_path / "m" / unicodedata.normalize("NFD", "Tür.png"), png(ids))
+    text = unicodedata.normalize("NFD", "image,label\ni/Tür.png,m/Tür.png\n")
+    (tmp_path / "list.csv").write_text(text, encoding="utf-16")
+    for form in ({"path": str(tmp_path / "i"), "label_path": str(tmp_path / "m")}, {"path": f"{tmp_path}/list.csv"}):
+        domain = load_domain(DomainConfig(**form, class_names=CLASSES), CLASSES)
+        assert np.array_equal(domain.image(0), image)
+        assert np.array_equal(domain.labels(0), ids)
+    (tmp_path / "list.csv").write_text("i/Tür.png,m/Tür.png\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"list.csv is not a text in UTF-8"):
+        load_domain(DomainConfig(path=f"{tmp_path}/list.csv"), CLASSES)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_brackets_in_the_path_of_parquet(streaming, tmp_path):
+    folder = as_parquet_folder(tmp_path / "set [v2]*")["path"]
+    options = {"streaming": True, "num_images": 2} if streaming else {}
+    for path in (folder, f"{folder}/train-00000-of-00001.parquet"):
+        domain = load_domain(DomainConfig(path=path, class_names=CLASSES, **options), CLASSES)
+        assert np.array_equal(domain.image(1), arrays(1)[0])
+    os.rename(f"{folder}/train-00000-of-00001.parquet", f"{folder}/x.parquet")
+    with pytest.raises(ValueError, match=r"has one of the characters \* \? \[ \] in its name.*Rename"):
+        load_domain(DomainConfig(path=folder, **options), CLASSES)
+
+
+def test_git_lfs_pointers_are_told_from_files(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:7\nsize 12345\n"
+    config = DomainConfig(**as_folders(tmp_path / "data"), class_names=CLASSES)
+    write(tmp_path / "data" / "masks" / "sub" / "b.png", pointer)
+    with pytest.raises(ValueError, match=r"row 1 .* is a Git LFS pointer, not the file itself. Run `git lfs pull`"):
+        check_domain(load_domain(config, CLASSES), CLASSES)
+    for name in ("p/train-00000-of-00001.parquet", "p/x.parquet", "one.parquet", "drive.mp4", "pairs.csv"):
+        write(tmp_path / name, pointer)
+    for path in ("p", "one.parquet", "drive.mp4", "pairs.csv"):
+        with pytest.raises(ValueError, match="is a Git LFS pointer"):
+            load_domain(DomainConfig(path=str(tmp_path / path)), CLASSES, labelled=False)
+
+
+def test_a_mistyped_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    raw_folders(tmp_path / "in" / "tgt")
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(sources, "load_dataset", lambda name, **_: asked.append(name) or 1 / 0)
+    for path, near in {"in/tgtt": "in/tgt", "in/tgt/image": "in/tgt/images", "./inn/tgt": "in/tgt"}.items():
+        with pytest.raises(ValueError, match=f"there is no domain '{path}'.*Did you mean '{near}'"):
+            load_domain(path, CLASSES, labelled=False)
+    for path in ("../data/x", "photos/list.csv", "photos/x.parquet", "photos/", "/photos"):
+        with pytest.raises(ValueError, match="there is no domain"):
+            load_domain(path, CLASSES, labelled=False)
+    assert not asked
+    with pytest.raises(ZeroDivisionError):
+        load_domain("somebody/streets", CLASSES, labelled=False)
+    assert asked == ["somebody/streets"]
+
+
+def test_what_save_to_disk_left_is_a_domain(tmp_path):
+    table = Dataset.from_parquet(as_parquet(tmp_path / "data")["path"], cache_dir=str(tmp_path / "cache"))
+    table.save_to_disk(str(tmp_path / "one"))
+    DatasetDict({"val": table}).save_to_disk(str(tmp_path / "more"))
+    for path, split in (("one", "train"), ("more", "val")):
+        config = DomainConfig(path=str(tmp_path / path), split=split, class_names=CLASSES)
+        assert np.array_equal(load_domain(config, CLASSES).labels(2), arrays(2)[1])
+    with pytest.raises(ValueError, match="has no split 'train': it has val"):
+        load_domain(DomainConfig(path=str(tmp_path / "more")), CLASSES)
+
+
+def test_a_full_disk_of_the_cache_is_named(tmp_path, monkeypatch):
+    finalize = ArrowWriter.finalize
+
+    def full(*args, **how):
+        finalize(*args, **how)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = DomainConfig(**as_folders(tmp_path / "data"), class_names=CLASSES)
+    domain = load_domain(config, CLASSES)
+    monkeypatch.setattr(ArrowWriter, "finalize", full)
+    message = rf"cannot write its cache {tmp_path / 'cache'}: .*No space left.*HF_HOME"
+    with pytest.raises(RunFailed, match=message):
+        check_domain(domain, CLASSES)
+    write(tmp_path / "data" / "images" / "sub" / "b.png", IMAGE)
+    with pytest.raises(RunFailed, match=message):
+        load_domain(config, CLASSES)

@@ -272,7 +272,9 @@ def test_nothing_at_hand_is_a_mistake():
 
 
 def test_a_folder_without_pictures_is_a_mistake(tmp_path):
-    with pytest.raises(ValueError, match=re.escape(f"no image (.png, .jpg, .jpeg, .webp, .bmp, .tif, .tiff) in {str(tmp_path)!r}")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"no image (.png, .jpg, .jpeg, .webp, .bmp, .tif, .tiff) in {str(tmp_path)!r}")
+    ):
         build("fda", "cartoon", images=str(tmp_path))
 
 
