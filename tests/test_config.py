@@ -10,7 +10,17 @@ import pytest
 import yaml
 from tiny import tiny_config
 
-from t2sda_hf.config import DomainConfig, RunConfig, differences, dump_config, json_schema, keys, load_config
+from t2sda_hf.config import (
+    DomainConfig,
+    RunConfig,
+    differences,
+    domain_names,
+    dump_config,
+    hub_id,
+    json_schema,
+    keys,
+    load_config,
+)
 from t2sda_hf.labels import CITYSCAPES_CLASSES
 
 Load = Callable[[str, str], RunConfig]
@@ -838,3 +848,30 @@ def test_own_class_names_need_no_label_space():
     assert DomainConfig(label_space="mine", class_names=("a", "b")).class_names == ("a", "b")
     with pytest.raises(ValueError, match=r"^label_space must be one of .*'mine'.* list their names in class_names"):
         DomainConfig(label_space="mine")
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (("data/game/images", "data/photos/images", "data/checked/pairs.csv"), ("game", "photos", "checked")),
+        (("/a/x/images", "/b/x/images", "/b/x/images"), ("a/x", "b/x", "b/x")),
+        (("data/city/train", "data/city/val", "data/city/test"), ("city/train", "city/val", "city/test")),
+        (
+            ("streets-source", "streets-target", "streets-target"),
+            ("streets-source", "streets-target", "streets-target"),
+        ),
+        (("me/game", "", "/home/me/photos.parquet"), ("me/game", "", "photos")),
+    ],
+)
+def test_domains_have_names_that_say_something(paths: tuple[str, ...], names: tuple[str, ...]) -> None:
+    tree = {role: {"path": path} for role, path in zip(("source", "target", "test"), paths, strict=True)}
+    assert tuple(domain_names(tree).values()) == names
+    assert domain_names(tree | {"target": {"path": paths[1], "name": "mine"}})["target"] == "mine"
+
+
+def test_only_what_looks_like_a_data_set_of_the_hub_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "city").mkdir(parents=True)
+    assert hub_id({"path": "me/city"}) == "me/city"
+    for domain in ({"path": "data/city"}, {"path": "me/a.parquet"}, {"path": "me/city", "label_path": "x"}, {}):
+        assert hub_id(domain) == ""

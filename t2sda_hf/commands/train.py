@@ -46,7 +46,7 @@ from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwa
 
 from ..config import RunConfig, dump_config
 from ..errors import DamagedCheckpoint, Ended, LostContact, LostFolder, RunFailed
-from ..evaluation.page import write_page
+from ..evaluation.page import NARROW_PANEL, write_page
 from ..evaluation.report import save_panel
 from ..evaluation.run_folder import write_data_record
 from ..evaluation.table import format_table
@@ -258,7 +258,7 @@ def finish(cfg: RunConfig, domains: Domains, results: Results) -> None:
     # Loaded from the folders just written: what the picture shows is what others will load.
     models = {name: T2SDAForSemanticSegmentation.from_pretrained(folder / name / "student").eval() for name in results}
     picture = domains.test, models, domains.test.network_size(), cfg.classes
-    save_panel(folder / "panel.png", *picture)
+    save_panel(folder / "panel.png", *picture, 4, False, folder / NARROW_PANEL)
     if cfg.push_to_hub.picture == "predictions":
         save_panel(folder / "predictions.png", *picture, 4, True)
     columns = {

@@ -12,6 +12,7 @@ from .load import (
     recipe_names,
     unknown_key,
 )
+from .naming import domain_names, hub_id
 from .run import (
     NEEDS_TARGET,
     ColorJitterConfig,
@@ -52,9 +53,11 @@ __all__ = [
     "UdaConfig",
     "changes",
     "differences",
+    "domain_names",
     "dump_config",
     "find_recipe",
     "flatten",
+    "hub_id",
     "in_words",
     "json_schema",
     "keys",

@@ -24,6 +24,11 @@ class DomainConfig(Section):
         "streets: streets-source, streets-target",
         changes="placement",
     )
+    name: str = key(
+        "",
+        'what the domain is called in cards and tables; "" takes the last folder of path that says something',
+        changes="nothing",
+    )
     split: str = key("train", "split of the data set that is read")
     layout: str = key("", "path is an unpacked official download of this name; `t2sda prepare --help` lists them")
     label_path: str = key(

@@ -224,7 +224,7 @@ def load_domain(
         first = load_domain(replace(config, num_images=_LOOKED_AT), classes, labelled)
         return StreamedDomain(first.name, first.table, None, first.valid, config, open_stream(config))
     rows, space, ignored = load_rows(config, labelled)
-    name = f"{config.path} ({config.split})"
+    name = f"{config.name or config.path} ({config.split})"
     columns = {"image": config.image_column} | ({"label": config.label_column} if labelled else {})
     for kind, column in columns.items():
         if column not in rows.column_names and len(rows):

@@ -18,32 +18,44 @@ from .transforms import resize_image, resize_labels
 _WIDTH, _GAP = 288, 6  # pixels of a picture, and between pictures
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Domains</title><style>
-body { font: 15px/1.4 sans-serif; margin: 2em auto; max-width: 72em; color: #222 }
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>Domains</title><style>
+body { font: 15px/1.4 sans-serif; margin: 1em auto; padding: 0 1em; max-width: 84em; color: #222 }
+body { overflow-wrap: anywhere }
+.sheets { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20em), 1fr)); gap: 1em }
+figure { margin: 0 } figcaption { margin-bottom: .3em } .scroll { overflow-x: auto }
+td, th { overflow-wrap: normal } td { white-space: nowrap }
+td.long { min-width: 16em; overflow-wrap: anywhere; white-space: normal }
 table { border-collapse: collapse } td, th { padding: .2em .8em .2em 0; text-align: left; vertical-align: top }
 td.number { text-align: right } .fault { color: #b00020; font-weight: bold } .note { color: #7a5c00 }
 .bar { display: inline-block; height: .8em; background: #446fa8 } .rcs { background: #c96a2b }
 .swatch { display: inline-block; width: 1em; height: 1em; margin-right: .5em; vertical-align: middle }
 img { max-width: 100% }
 </style></head><body>
+<div class="sheets">{% for d in domains if d.picture %}
+<figure><figcaption><b>{{ d.role }}</b>: {{ d.name }}</figcaption>
+<a href="{{ d.role }}.png"><img alt="images, labels and overlays" src="data:image/jpeg;base64,{{ d.picture }}"></a>
+</figure>
+{% endfor %}</div>
 <h1>{{ faults }} kind{{ "" if faults == 1 else "s" }} of faults, {{ findings|length - faults }} of notes</h1>
-{% if findings %}<table><tr><th></th><th>where</th><th>what</th><th>times</th><th>the first of them</th></tr>
+{% if findings %}<div class="scroll"><table>
+<tr><th></th><th>where</th><th>what</th><th>times</th><th>the first of them</th></tr>
 {% for f in findings %}<tr><td class="{{ f.severity }}">{{ f.severity }}</td><td>{{ f.domain }}</td>
-<td>{{ f.kind }}</td>
-<td class="number">{{ f.count }}</td><td>{{ f.example }}</td></tr>
-{% endfor %}</table>{% else %}<p>Nothing was found.</p>{% endif %}
+<td class="long">{{ f.kind }}</td>
+<td class="number">{{ f.count }}</td><td class="long">{{ f.example }}</td></tr>
+{% endfor %}</table></div>{% else %}<p>Nothing was found.</p>{% endif %}
 {% for d in domains %}<h2>{{ d.role }}: {{ d.name }}</h2>
 <p>{{ d.num_images }} images, {{ d.sizes }}.
 {% if d.classes %}{{ d.ignored }} of the pixels have no class.</p>
-<table><tr><th>class</th><th>share of labelled pixels</th><th></th><th>images</th>
+</p><div class="scroll"><table>
+<tr><th>class</th><th>share of labelled pixels</th><th></th><th>images</th>
 <th>drawn by rare class sampling</th><th></th></tr>
 {% for c in d.classes %}<tr><td><span class="swatch" style="background: rgb({{ c.color }})"></span>
 {{ c.name }}</td>
 <td class="number">{{ c.share }}</td><td><span class="bar" style="width: {{ c.share_width }}px"></span></td>
 <td class="number">{{ c.images }}</td><td class="number">{{ c.drawn }}</td>
 <td><span class="bar rcs" style="width: {{ c.drawn_width }}px"></span></td></tr>
-{% endfor %}</table>{% else %}No labels were read.</p>{% endif %}
-{% if d.picture %}<p><img alt="images, labels and overlays" src="data:image/jpeg;base64,{{ d.picture }}"></p>{% endif %}
+{% endfor %}</table></div>{% else %}No labels were read.</p>{% endif %}
 {% endfor %}</body></html>
 """
 
@@ -99,7 +111,7 @@ def write_report(
     temperature: float,
     num_pictures: int = 8,
 ) -> None:
-    """`folder`/index.html, which needs no other file and no network, and `folder`/<role>.png, the sheets alone."""
+    """`folder`/index.html, which needs no network, and `folder`/<role>.png, the sheets in full, to which it leads."""
     folder.mkdir(parents=True, exist_ok=True)
     described = []
     for role, (domain, facts) in domains.items():

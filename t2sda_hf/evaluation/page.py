@@ -1,5 +1,7 @@
 """index.html of a run folder, and of several: opens without a server and without the network."""
 
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from os.path import relpath
 from pathlib import Path
@@ -9,7 +11,7 @@ import jinja2
 import numpy as np
 import yaml
 
-from ..config import changes, flatten
+from ..config import changes, domain_names, flatten
 from ..storage import write_text
 from .figures import hex_colors, save_class_shares, save_confusion, save_curves, save_losses
 from .run_folder import BASELINE, MethodFolder, RunFolder, read_run
@@ -21,6 +23,7 @@ CURVES = {
     "student_source": "student, source",
     "teacher_source": "teacher, source",
 }
+PANEL, NARROW_PANEL = "panel.png", "panel_narrow.png"
 WORSE = 0.5  # points of IoU from which a class is said to have got worse or better
 _SHOWN = {
     "dataset": ("source.path", "target.path", "test.path", "test.split"),
@@ -43,7 +46,7 @@ def write_page(folder: str | Path) -> Path:
     """
     run = read_run(folder)
     main, baseline = run.main, run.baseline
-    charts = _charts(run)
+    charts, names = _charts(run), domain_names(main.config)
     results = {title: result for title, result in _results(run).items() if result}
     classes = list(main.config.get("classes", []))
     _write(
@@ -52,7 +55,14 @@ def write_page(folder: str | Path) -> Path:
         run=run,
         main=main,
         baseline=baseline,
-        title=f"{main.name}: {_get(main.config, 'source.path')} to {_get(main.config, 'target.path')}",
+        title=f"{main.name}: {names['source']} to {names['target']}"
+        if names["target"]
+        else f"{main.name}: {names['source']}",
+        names=names,
+        panel=_panel(run, run.path),
+        repeat=command_to_repeat(run.path, str(run.record.get("command", ""))),
+        derived=run.data.get("derived") or [],
+        notes=run.summary.get("notes") or [],
         settings={kind: {key: _get(main.config, key) for key in keys} for kind, keys in _SHOWN.items()},
         results=results,
         table=_class_table(main, baseline, classes),
@@ -105,6 +115,7 @@ def write_comparison(folders: Sequence[str | Path], output: Path) -> Path:
         output / "index.html",
         "comparison.html.jinja",
         title=f"{len(runs)} runs",
+        panels={name: panel for name, run in runs.items() if (panel := _panel(run, output))},
         runs={name: relpath(run.path / "index.html", output) for name, run in runs.items()},
         rows=rows,
         groups={method: spread(values) for method, values in groups.items()},
@@ -113,6 +124,40 @@ def write_comparison(folders: Sequence[str | Path], output: Path) -> Path:
         differences=_differences({name: run.main.config for name, run in runs.items()}),
     )
     return output / "index.html"
+
+
+def command_to_repeat(folder: Path, command: str) -> str:
+    """The command of a run with another output folder, which is not there yet: it can be pasted. "" without one."""
+    if not command:
+        return ""
+    words, kept = shlex.split(command), list[str]()
+    while words:
+        word = words.pop(0)
+        flag, equals, _ = word.partition("=")
+        if flag.replace("-", "_") in ("__output_dir", "__resume"):
+            words = words if equals else words[1:]
+        else:
+            kept.append(word)
+    number = 1
+    while (again := folder.with_name(f"{folder.name}_again{number if number > 1 else ''}")).exists():
+        number += 1
+    text = " ".join(word if re.fullmatch(r"\w+=[\w.:/-]*", word) else shlex.quote(word) for word in kept)
+    return f"{text} --output_dir {shlex.quote(str(again))}"
+
+
+def _panel(run: RunFolder, page: Path) -> dict[str, str | None] | None:
+    """What a page opens with: predictions on test images, or else the newest pseudo-labels; paths relative to it."""
+    wide, narrow = run.path / PANEL, run.path / NARROW_PANEL
+    if wide.is_file():
+        models = f"source-only and {run.main.name}" if run.baseline is not None else run.main.name
+        caption = f"Test images, their labels, and what {models} say{'s' * (run.baseline is None)}."
+    elif run.main.panels:
+        step, wide = run.main.panels[-1]
+        caption, narrow = f"Pseudo-labels after {step} updates.", wide
+    else:
+        return None
+    other = relpath(narrow, page) if narrow.is_file() and narrow != wide else None
+    return {"path": relpath(wide, page), "narrow": other, "caption": caption}
 
 
 def _charts(run: RunFolder) -> dict[str, str]:

@@ -48,7 +48,9 @@ def errors(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.where(labels == IGNORE_INDEX, IGNORE_INDEX, predictions != labels).astype(np.uint8)
 
 
-def save_grid(path: Path, columns: Sequence[Column], classes: Sequence[str], title: str = "") -> None:
+def save_grid(
+    path: Path, columns: Sequence[Column], classes: Sequence[str], title: str = "", beside: int | None = None
+) -> None:
     """Write pictures side by side, one row per image, as PNG.
 
     Args:
@@ -56,8 +58,16 @@ def save_grid(path: Path, columns: Sequence[Column], classes: Sequence[str], tit
         columns: all with the same number of pictures.
         classes: names, for colours and legend.
         title: above all of it.
+        beside: so many pictures stand beside each other, and the others of the image below them; None is all.
     """
-    num_rows = len(columns[0].pictures)
+    beside = beside or len(columns)
+    lines = [
+        [(column, row) for column in columns[first : first + beside]]
+        for row in range(len(columns[0].pictures))
+        for first in range(0, len(columns), beside)
+    ]
+    titled = range(len(lines)) if beside < len(columns) else range(1)
+    num_rows = len(lines)
     height, width = columns[0].pictures[0].shape[:2]
     shown = {
         int(value) for column in columns if column.kind == "classes" for p in column.pictures for value in np.unique(p)
@@ -68,15 +78,19 @@ def save_grid(path: Path, columns: Sequence[Column], classes: Sequence[str], tit
         handles.append(Patch(color=_unit(IGNORED), label="ignored"))
     if has_errors:
         handles += [Patch(facecolor=_unit(RIGHT), label="right"), Patch(color=_unit(WRONG), label="wrong")]
-    in_row = max(1, min(len(handles), int(1.3 * len(columns)) + 1))
+    in_row = max(1, min(len(handles), int(1.3 * beside) + 1))
     legend = 0.1 + 0.22 * -(-len(handles) // in_row)
     has_scale = any(column.kind == "confidence" for column in columns)
-    total = CELL * height / width * num_rows + legend + 0.3 + 0.3 * bool(title) + 0.35 * has_scale
-    figure, axes = plt.subplots(num_rows, len(columns), figsize=(CELL * len(columns), total), squeeze=False)
-    for place, column in enumerate(columns):
-        for row, picture in enumerate(column.pictures):
-            axis = axes[row, place]
-            axis.set_axis_off()
+    gaps = 0.3 * (len(titled) - 1)  # for titles between pictures
+    total = CELL * height / width * num_rows + legend + 0.3 + gaps + 0.3 * bool(title) + 0.35 * has_scale
+    figure, axes = plt.subplots(num_rows, beside, figsize=(CELL * beside, total), squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for row, line in enumerate(lines):
+        for place, (column, image) in enumerate(line):
+            axis, picture = axes[row, place], column.pictures[image]
+            if row in titled:
+                axis.set_title(column.title, fontsize=11)
             if column.kind == "confidence":
                 shade = axis.imshow(picture, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
                 if row == num_rows - 1:
@@ -84,14 +98,14 @@ def save_grid(path: Path, columns: Sequence[Column], classes: Sequence[str], tit
                     figure.colorbar(shade, cax=below, orientation="horizontal", ticks=[0, 0.5, 1])
             else:
                 axis.imshow(_rgb(picture, column.kind, classes), interpolation="nearest")
-        axes[0, place].set_title(column.title, fontsize=11)
     if title:
         figure.suptitle(title, fontsize=12, x=0.01, ha="left")
     if handles:
         figure.legend(handles=handles, loc="lower center", ncol=in_row, fontsize=9, frameon=False)
     # By hand: a tight layout measures titles before pictures keep their shape, and cuts them off.
     top, bottom = 1 - (0.3 + 0.3 * bool(title)) / total, (legend + 0.35 * has_scale) / total
-    figure.subplots_adjust(left=0.004, right=0.996, top=top, bottom=bottom, wspace=0.02, hspace=0.02)
+    space = 0.02 + 0.3 * (len(titled) > 1) * width / (CELL * height)
+    figure.subplots_adjust(left=0.004, right=0.996, top=top, bottom=bottom, wspace=0.02, hspace=space)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

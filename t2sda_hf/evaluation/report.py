@@ -20,6 +20,7 @@ def save_panel(
     classes: Sequence[str],
     num_images: int = 4,
     predictions_only: bool = False,
+    narrow: Path | None = None,
 ) -> None:
     """One row for each of some test images, evenly spread: image, truth, predictions, errors of the last model.
 
@@ -31,6 +32,7 @@ def save_panel(
         classes: names, for colours and legend.
         num_images: rows.
         predictions_only: leave out what is the data set's own, or shows it: images, truth and errors.
+        narrow: another PNG, for a phone: two of the images, each as two pictures above two.
     """
     rows = np.linspace(0, len(domain) - 1, num=min(num_images, len(domain)), dtype=int).tolist()
     images, labels = [domain.image(row) for row in rows], [domain.labels(row) for row in rows]
@@ -51,4 +53,8 @@ def save_panel(
         save_grid(path, columns[2:], classes)
         return
     wrong = [errors(said, truth) for said, truth in zip(columns[-1].pictures, labels, strict=True)]
-    save_grid(path, [*columns, Column(f"errors of {columns[-1].title}", wrong, "error")], classes)
+    columns.append(Column(f"errors of {columns[-1].title}", wrong, "error"))
+    save_grid(path, columns, classes)
+    if narrow is not None:
+        few = slice(0, len(rows), max(1, len(rows) // 2))
+        save_grid(narrow, [Column(c.title, c.pictures[few], c.kind) for c in columns[:4]], classes, beside=2)

@@ -285,7 +285,10 @@ def test_the_command_checks_a_run_and_writes_one_page(tmp_path, capsys):
     assert "label map unreadable" in page
     assert "&lt;b&gt;2&amp;.png" in page
     assert "<b>2" not in page
-    assert not re.search(r'(src|href)="(?!data:)', page)  # it needs no other file and no network
+    assert not re.search(r'src="(?!data:)', page)  # it needs no network, and no other file but for a closer look
+    assert re.findall(r'href="([^"]*)"', page) == ["source.png", "target.png"]
+    assert page.index("<img") < page.index("<h1>")  # it opens with the pictures
+    assert page.count('<div class="scroll"><table>') == page.count("<table") == 2
     assert page.count("<h2>") == 2
     for role in ("source", "target"):
         with Image.open(tmp_path / "out" / f"{role}.png") as sheet:

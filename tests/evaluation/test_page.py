@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from t2sda_hf.evaluation.confusion import scores
-from t2sda_hf.evaluation.page import write_comparison, write_page
+from t2sda_hf.evaluation.page import command_to_repeat, write_comparison, write_page
 from t2sda_hf.evaluation.run_folder import read_run, write_data_record
 from t2sda_hf.labels import CITYSCAPES_CLASSES
 
@@ -95,15 +95,23 @@ class Page(HTMLParser):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path, self.links, self.ids, self.tags, self.text = path, [], set(), set(), ""
+        self.open, self.bare_tables, self.pictures_before_text = list[str](), 0, 0
         self.feed(path.read_text(encoding="utf-8"))
         self.text = re.sub(r"\s+", " ", self.text)
 
     def handle_starttag(self, tag: str, attributes: list) -> None:
         given = dict(attributes)
         self.tags.add(tag)
+        self.bare_tables += tag == "table" and not any("scroll" in around for around in self.open)
+        self.pictures_before_text += tag == "img" and "A segmentation model" not in self.text
+        if tag not in {"img", "meta", "link", "br", "source"}:
+            self.open.append(given.get("class") or "")
         self.text += "" if tag in {"span", "b", "code", "a"} else " "
         self.links += [given[name] for name in ("href", "src", "srcset", "action", "data") if name in given]
         self.ids |= {given["id"]} if "id" in given else set()
+
+    def handle_endtag(self, tag: str) -> None:
+        self.open.pop()
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -118,6 +126,8 @@ def is_whole(page: Page) -> bool:
             assert "://" not in link, link
             assert not link.startswith("/"), link
             assert (page.path.parent / link).is_file(), link
+    assert not page.open  # every element has its end
+    assert not page.bare_tables  # a wide one scrolls in itself, not the page
     styles = page.path.read_text(encoding="utf-8")
     assert "url(" not in styles
     assert "@import" not in styles
@@ -127,9 +137,9 @@ def is_whole(page: Page) -> bool:
 def test_a_finished_run_explains_itself(tmp_path: Path) -> None:
     page = Page(write_page(write_run(tmp_path / "run")))
     assert is_whole(page)
-    assert "t2sda train --seed 0" in page.text
+    assert f"t2sda train --seed 0 --output_dir {tmp_path / 'run_again'}" in page.text
     assert "labelled images of data/game" in page.text
-    assert "data/city <i>" in page.text  # a name is a text, never HTML
+    assert "city <i>" in page.text  # a name is a text, never HTML
     drawn = {"miou", "losses", "proxies", "confusion", "classes"}
     assert {f"figures/{name}.png" for name in drawn} <= set(page.links)
     assert {f"t2sda/panels/step_{step:06d}.png" for step in (100, 200, 300, 400)} <= set(page.links)
@@ -138,6 +148,46 @@ def test_a_finished_run_explains_itself(tmp_path: Path) -> None:
     assert "0a1b2c" in page.text
     assert "pseudo_threshold: 0.8" in page.text
     assert "150: loss 'pull' is nan on process 0" in page.text
+
+
+def test_a_page_opens_with_the_picture_and_a_phone_gets_its_own(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    Image.new("RGB", (30, 40)).save(folder / "panel_narrow.png")
+    page = Page(write_page(folder))
+    assert is_whole(page)
+    assert page.pictures_before_text == 1
+    assert "what source-only and t2sda say" in page.text
+    assert '<source media="(max-width: 700px)" srcset="panel_narrow.png">' in page.path.read_text()
+    (folder / "panel.png").unlink()  # in the middle of a run there is only the newest panel
+    assert "Pseudo-labels after 400 updates." in Page(write_page(folder)).text
+    other = write_page(write_run(tmp_path / "b", seed=1)).parent
+    comparison = Page(write_comparison([folder, other], tmp_path / "both"))
+    assert is_whole(comparison)
+    assert {"../b/panel.png", "../run/t2sda/panels/step_000400.png"} <= set(comparison.links)
+
+
+def test_what_a_run_says_of_itself_stands_on_its_page(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    for name, more in (("data.json", {"derived": ["crop 2x3"]}), ("summary.json", {"notes": ["It is noise."]})):
+        content = json.loads((folder / name).read_text()) | more
+        (folder / name).write_text(json.dumps(content))
+    text = Page(write_page(folder)).text
+    assert text.index("It is noise.") < text.index("crop 2x3") < text.index("Which classes got better")
+
+
+@pytest.mark.parametrize(
+    ("command", "again"),
+    [
+        ("t2sda train --config a.yaml --output-dir out --seed 1", "t2sda train --config a.yaml --seed 1"),
+        ("OMP_NUM_THREADS=1 t2sda train --output_dir=out --resume auto", "OMP_NUM_THREADS=1 t2sda train"),
+        ("t2sda train '--classes=[a, b]'", "t2sda train '--classes=[a, b]'"),
+        ("accelerate launch scripts/train_uda.py --config a", "accelerate launch scripts/train_uda.py --config a"),
+    ],
+)
+def test_the_command_of_a_run_repeats_it_beside_it(tmp_path: Path, command: str, again: str) -> None:
+    assert command_to_repeat(tmp_path / "run", command) == f"{again} --output_dir {tmp_path / 'run_again'}"
+    (tmp_path / "run_again").mkdir()
+    assert command_to_repeat(tmp_path / "run", command) == f"{again} --output_dir {tmp_path / 'run_again2'}"
 
 
 def test_which_classes_got_worse(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def visit(url: str) -> Iterator[tuple[Page, Seen]]:
         page.on("pageerror", lambda error: seen.errors.append(str(error)))
         page.on(
             "request",
-            lambda one: None if one.url.startswith((url, "data:", "blob:")) else seen.foreign.append(one.url),
+            lambda one: None if one.url.startswith((url, "data:", "blob:", "file:")) else seen.foreign.append(one.url),
         )
         page.goto(url)
         yield page, seen

@@ -15,6 +15,7 @@ from PIL import Image
 from server import TOKEN, Hub
 
 from t2sda_hf.cli import main
+from t2sda_hf.evaluation.page import write_comparison, write_page
 from t2sda_hf.hub.metric import NAME
 from t2sda_hf.hub.push import push_run
 
@@ -114,3 +115,29 @@ def test_the_page_of_the_metric_computes(tmp_path: Path) -> None:
         page.screenshot(path=tmp_path / "metric.png", full_page=True)
     assert (seen.errors, seen.foreign) == ([], [])
     assert "overall_accuracy" in seen.text
+
+
+@pytest.mark.parametrize("width", [360, 485, 1440])
+def test_pages_fit_a_phone_and_a_wide_screen(
+    finished_run: Path, tmp_path: Path, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from browser import visit
+
+    monkeypatch.chdir(tmp_path)
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    Image.new("RGB", (1755, 811), "white").save(run / "panel.png")
+    Image.new("RGB", (702, 900), "black").save(run / "panel_narrow.png")
+    pages = [write_page(run), write_comparison([run], tmp_path / "both")]
+    assert (
+        main(["check", "--config", "demo", "--source.num_images=2", "--target.num_images=2", "--only", "source"]) == 0
+    )
+    for path in (*pages, tmp_path / "outputs" / "check" / "index.html"):
+        with visit(path.as_uri()) as (page, seen):
+            page.set_viewport_size({"width": width, "height": 800})
+            assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), path
+            first = page.evaluate("(({width, bottom}) => [width, bottom])(document.images[0].getBoundingClientRect())")
+            assert 300 < first[0] <= width
+            if path == pages[0]:
+                shown = page.evaluate("document.images[0].currentSrc")
+                assert shown.endswith("panel_narrow.png" if width < 700 else "panel.png")
+        assert (seen.errors, seen.foreign) == ([], [])
