@@ -9,8 +9,8 @@ All files are sent in one commit. If something fails, nothing is published. Then
 already on the Hub are not sent again.
 
 The card is written from the files of the run. With --fact you can give facts that these files do not hold: command,
-commit, hardware, software, start (what the weights of the encoder are) and note (what else a reader of the scores must
-know).
+commit, hardware, software, start (what the weights of the encoder are), note (what else a reader of the scores must
+know) and code (URL of the repository from which t2sda_hf is installed).
 """
 
 from argparse import Namespace

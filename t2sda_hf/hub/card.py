@@ -7,30 +7,35 @@
 import json
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from safetensors import safe_open
 
-from ..config import DomainConfig, RunConfig, load_config
+from ..config import DomainConfig, RunConfig, domain_names, hub_id, load_config
 from ..evaluation.table import escape_cell
 from ..masking import mask
 from ..storage import read_json, write_json
 
 RUN_FACTS = ("command", "commit", "hardware", "software")
-OTHER_FACTS = ("start", "note")  # what only a person knows, see `gather_facts`
+OTHER_FACTS = ("start", "note", "code")  # what only a person knows, see `gather_facts`
+PAPER = "[Pulling Target to Source, arXiv 2305.13752](https://arxiv.org/abs/2305.13752)"
 METHODS = {
-    "t2sda": "T2S-DA: mean-teacher self-training with the pull loss (Pulling Target to Source, arXiv 2305.13752)",
+    "t2sda": f"T2S-DA: mean-teacher self-training with the pull loss ({PAPER})",
     "source_only": "supervised training on the source domain alone, no adaptation",
     "generalization": "T2S-DA without a target: the pull loss between source images and other styles of them "
-    "(Pulling Target to Source, arXiv 2305.13752)",
+    f"({PAPER})",
 }
 DRAWN = ("streets-source", "streets-target")
 DRAWN_TERMS = "drawn by t2sda_hf itself, Apache-2.0"
@@ -48,7 +53,8 @@ class CardFacts:
         base_model: Hub id of the encoder's weights, "" for random ones and those of a folder.
         parameters: number of trained numbers in the file, the projector's included.
         classes: position = class id.
-        domains: source, target and test, each {"name", "split", "terms"}; no target in domain generalisation.
+        domains: source, target and test, each {"name", "split", "terms", "id"}, where "id" is that of a data set of
+            the Hub, otherwise ""; no target in domain generalisation.
         license: Hub id, of the weights.
         image_size: (height, width) that every image is brought to, or None for the image's own.
         window, stride: of the sliding window, None for the whole image at once.
@@ -57,6 +63,8 @@ class CardFacts:
             in a source-only run, where `source_only` is the student.
         source_only_seed: of that run.
         note: what else a reader of the scores must know, "" for nothing.
+        remarks: what the run itself says of its scores, for instance that the gain is within their noise.
+        code: URL of a git repository from which t2sda_hf is installed, "" if nobody said one.
         command, commit, hardware, software: see `record_run`.
     """
 
@@ -82,6 +90,8 @@ class CardFacts:
     source_only: dict[str, Any]
     source_only_seed: int
     note: str
+    remarks: tuple[str, ...]
+    code: str
     command: str
     commit: str
     hardware: str
@@ -104,6 +114,10 @@ class CardFacts:
                 "scores are optimistic."
             )
         return gaps
+
+
+# A path from the root, from a home or from the folder above: not the end of a relative one, nor of a URL.
+_PLACE = re.compile(r"(?<![\w:/.~-])(?:~[\w-]*|\.\.)?(?:/[^\s/'\"{}\[\],;:=]+)+/?")
 
 
 def record_run(folder: Path, command: str, num_processes: int = 1) -> None:
@@ -160,33 +174,32 @@ def gather_facts(run_folder: Path, repo_id: str, given: Mapping[str, Any] | None
     folder = method_folder(run_folder)
     cfg = load_config(_existing(folder / "resolved_config.yaml"), record=True)
     metrics = _read_json(folder / "metrics.json")
-    run = _run_facts(folder, given)
-    push = cfg.push_to_hub
-    start = str(given.get("start") or push.start)
-    check_start(cfg, start)
-    license_id = str(given.get("license") or push.license or own_license(cfg))
-    if not license_id:
-        raise ValueError(
-            f"the licence of the weights is not known: they start from {cfg.model.pretrained!r} and saw "
-            f"{cfg.source.path!r} and {cfg.target.path!r}. Give --license, or push_to_hub.license in the config."
-        )
-    terms = push.terms | dict(given.get("terms") or {})
-    baseline_folder, baseline = _baseline(folder, cfg, metrics, str(given.get("source_only") or push.source_only))
-    size = _read_json(folder / "student" / "preprocessor_config.json").get("size")
-    slides = cfg.evaluation.mode == "slide"
+    push, slides = cfg.push_to_hub, cfg.evaluation.mode == "slide"
+    start = placeless(str(given.get("start") or push.start))
+    terms = placeless(push.terms | dict(given.get("terms") or {}))
+    lacks: list[str] = []  # all are told at once
+    run = ask(lacks, _run_facts, folder, given)
+    ask(lacks, check_start, cfg, start)
+    license_id = ask(lacks, _license, cfg, str(given.get("license") or push.license))
+    domains = {role: ask(lacks, domain_facts, cfg, role, terms) for role in domains_of(cfg)}
+    baseline = ask(lacks, _baseline, folder, cfg, metrics, str(given.get("source_only") or push.source_only))
+    processor = ask(lacks, _read_json, folder / "student" / "preprocessor_config.json")
+    parameters = ask(lacks, _count_parameters, folder / "student")
+    refuse(lacks)
+    size, summary = processor.get("size"), _summary(folder)
     return CardFacts(
         repo_id=repo_id,
         method=cfg.method,
         host=_host(cfg, start),
         base_model="" if start else cfg.model.pretrained or "",
-        parameters=_count_parameters(folder / "student"),
+        parameters=parameters,
         classes=cfg.classes,
-        domains={role: domain_facts(role, domain, terms) for role, domain in domains_of(cfg).items()},
+        domains=domains,
         license=license_id,
         seed=cfg.seed,
         steps=cfg.train.max_steps,
         batch_size=cfg.train.batch_size * cfg.train.micro_batches,
-        num_processes=int(_summary(folder).get("num_processes", 1)),
+        num_processes=int(summary.get("num_processes", 1)),
         crop_size=cfg.data.crop_size,
         image_size=(size["height"], size["width"]) if size else None,
         window=cfg.evaluation.window if slides else None,
@@ -194,11 +207,28 @@ def gather_facts(run_folder: Path, repo_id: str, given: Mapping[str, Any] | None
         num_images=metrics["student"]["num_images"],
         student=_scores(metrics["student"]),
         teacher=_scores(metrics["teacher"]) if "teacher" in metrics else None,
-        source_only=_scores(baseline["student"]),
-        source_only_seed=load_config(_existing(baseline_folder / "resolved_config.yaml"), record=True).seed,
-        note=str(given.get("note") or push.note),
+        source_only=_scores(baseline[1]["student"]),
+        source_only_seed=load_config(_existing(baseline[0] / "resolved_config.yaml"), record=True).seed,
+        note=placeless(str(given.get("note") or push.note)),
+        remarks=tuple(placeless(str(one)) for one in summary.get("notes") or ()),
+        code=str(given.get("code") or _repository()),
         **run,
     )
+
+
+def ask(lacks: list[str], call: Callable[..., Any], *args: Any) -> Any:
+    """`call(*args)`; what it lacks is added to `lacks`, and None comes back."""
+    try:
+        return call(*args)
+    except ValueError as error:
+        lacks.append(str(error))
+        return None
+
+
+def refuse(lacks: Sequence[str]) -> None:
+    """Raise one ValueError of all `lacks`, if there are any."""
+    if lacks:
+        raise ValueError(" Also: ".join(lacks))
 
 
 def save_facts(facts: CardFacts, path: Path) -> None:
@@ -218,7 +248,7 @@ def load_facts(path: Path) -> CardFacts:
             f"{path} is not the facts of a card: missing {sorted(names - values.keys())}, "
             f"unknown {sorted(values.keys() - names)}."
         )
-    for name in ("classes", "crop_size", "image_size", "window", "stride"):
+    for name in ("classes", "crop_size", "image_size", "window", "stride", "remarks"):
         values[name] = None if values[name] is None else tuple(values[name])
     return CardFacts(**values)
 
@@ -228,9 +258,7 @@ def render_card(facts: CardFacts) -> ModelCard:
     test = facts.domains["test"]
     results = [_eval_result("mIoU", "mean_iou", facts.student["miou"], test)]
     results += [
-        _eval_result(f"IoU ({name})", "mean_iou", iou, test)
-        for name, iou in facts.student["iou"].items()
-        if iou is not None
+        _eval_result(f"IoU ({name})", "iou", iou, test) for name, iou in facts.student["iou"].items() if iou is not None
     ]
     data = ModelCardData(
         license=facts.license,
@@ -240,7 +268,8 @@ def render_card(facts: CardFacts) -> ModelCard:
         pipeline_tag="image-segmentation",
         base_model=facts.base_model or None,
         metrics=["mean_iou"],
-        tags=["semantic-segmentation", "domain-adaptation", "t2s-da", "custom_code"],
+        datasets=sorted({domain["id"] for domain in facts.domains.values()} - {""}) or None,
+        tags=["semantic-segmentation", "domain-adaptation", "t2s-da", "custom_code", "arxiv:2305.13752"],
         model_name=facts.repo_id.split("/")[-1],
         eval_results=results,
     )
@@ -253,6 +282,32 @@ def render_card(facts: CardFacts) -> ModelCard:
         cell=lambda value: "-" if value is None else f"{value:.2f}",
         gain=lambda new, old: "-" if new is None or old is None else f"{new - old:+.2f}",
     )
+
+
+def render_results(facts: CardFacts) -> str:
+    """`.eval_results/*.yaml` of the Hub, which takes the place of the model-index of a card; "" without a data set.
+
+    The Hub wants the id of a data set of its own there, and takes no other file.
+    """
+    test = facts.domains["test"]
+    if not test["id"]:
+        return ""
+    notes = f"mIoU in % over {len(facts.classes)} classes, {facts.num_images} images of the split {test['split']}"
+    entry = EvalResultEntry(test["id"], "default", round(facts.student["miou"], 2), notes=notes)
+    return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+
+
+def placeless(value: Any) -> Any:
+    """A tree of settings, in which every path of this machine is its last part: where it lies is nobody's business."""
+    if isinstance(value, Mapping):
+        return {key: placeless(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [placeless(one) for one in value]
+    if not isinstance(value, str) or not value:
+        return value
+    if value[0] in "/~" or value.startswith("..") or ("/" in value and Path(value).exists()):
+        return Path(value).name
+    return _PLACE.sub(lambda found: Path(found[0]).name, value)
 
 
 def method_folder(run_folder: Path) -> Path:
@@ -281,7 +336,9 @@ def _run_facts(folder: Path, given: Mapping[str, Any]) -> dict[str, str]:
             + " ".join(f'--fact {name}="..."' for name in missing)
             + "."
         )
-    return {name: str(known[name]) for name in RUN_FACTS}
+    facts = {name: str(known[name]) for name in RUN_FACTS}
+    words = (placeless(word) for word in shlex.split(facts["command"]))
+    return facts | {"command": " ".join(shlex.quote(w) if not re.match(r"\w+=", w) else w for w in words)}
 
 
 def _baseline(folder: Path, cfg: RunConfig, metrics: dict[str, Any], given: str) -> tuple[Path, dict[str, Any]]:
@@ -321,18 +378,34 @@ def check_start(cfg: RunConfig, start: str) -> None:
         )
 
 
-def domain_facts(role: str, config: DomainConfig, terms: Mapping[str, str]) -> dict[str, str]:
-    """Name, split and terms of a domain; ValueError if the terms are not known."""
+def domain_facts(cfg: RunConfig, role: str, terms: Mapping[str, str]) -> dict[str, str]:
+    """Name, split, terms and perhaps the Hub's id of a domain; ValueError if the terms are not known."""
+    config = domains_of(cfg)[role]
     known = terms.get(role) or (DRAWN_TERMS if config.path in DRAWN else "")
     if not known:
         raise ValueError(
             f"under which terms do the images of the {role} domain {config.path!r} come? Give "
             f'--terms {role}="...", or push_to_hub.terms in the config.'
         )
-    # A folder's place on somebody's disk is nobody's business; a data set of the Hub keeps its name.
-    path = Path(config.path)
-    name = path.stem if path.exists() or path.is_absolute() else config.path
-    return {"name": name, "split": config.split, "terms": known}
+    tree = asdict(cfg)
+    name, hub = domain_names(tree)[role], hub_id(tree[role])
+    return {"name": name, "split": config.split, "terms": known, "id": hub}
+
+
+def _license(cfg: RunConfig, given: str) -> str:
+    found = given or own_license(cfg)
+    if not found:
+        raise ValueError(
+            f"the licence of the weights is not known: they start from {cfg.model.pretrained!r} and saw "
+            f"{cfg.source.path!r} and {cfg.target.path!r}. Give --license, or push_to_hub.license in the config."
+        )
+    return found
+
+
+def _repository() -> str:
+    """Where the metadata of the package say that its code is; "" if they do not."""
+    urls = dict(url.split(", ", 1) for url in metadata("t2sda_hf").get_all("Project-URL") or ())
+    return str(urls.get("Repository", ""))
 
 
 def own_license(cfg: RunConfig) -> str:
@@ -365,12 +438,12 @@ def _eval_result(name: str, kind: str, value: float, test: Mapping[str, str]) ->
     return EvalResult(
         task_type="image-segmentation",
         task_name="Semantic segmentation",
-        dataset_type=test["name"],
+        dataset_type=test["id"] or test["name"],
         dataset_name=test["name"],
         dataset_split=test["split"],
         metric_type=kind,
         metric_name=name,
-        metric_value=value,
+        metric_value=round(value, 2),
     )
 
 

@@ -1,39 +1,48 @@
 """Publish a finished run: one commit or nothing, the same again when repeated, and no secrets in it."""
 
+import json
 import logging
 import shlex
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from ..config import RunConfig, load_config
+from ..config import RunConfig, dump_config, hub_id, load_config
 from ..errors import PushFailed, causes
 from ..evaluation.figures import save_curves
-from ..evaluation.run_folder import read_method
-from ..masking import holds_secret
-from ..storage import share_weights
+from ..evaluation.run_folder import MethodFolder, read_method
+from ..masking import holds_secret, mask_known
+from ..storage import share_weights, write_json
 from .card import (
+    CardFacts,
+    ask,
     check_start,
     domain_facts,
     domains_of,
     gather_facts,
     method_folder,
     own_license,
+    placeless,
+    refuse,
     render_card,
+    render_results,
     save_facts,
 )
 
 logger = logging.getLogger(__name__)
 
+RESULTS = ".eval_results"  # where the Hub looks for scores
 WAITS = (1, 2, 4, 8, 16)  # seconds before the tries after the first one
 LONGEST_WAIT = 300  # a server that asks for more is asked again by a person
 AGAIN = {404, 408, 409, 412, 429, 500, 502, 503, 504}  # 404: a repository just made is not everywhere yet
@@ -66,10 +75,13 @@ def push_run(
         PushFailed: if the Hub refuses, or cannot be reached after several tries.
     """
     again = push_command(run_folder, repo_id, private, create_pr, given)
-    _check_repo_id(repo_id)
+    lacks: list[str] = []  # all are told at once
+    ask(lacks, _check_repo_id, repo_id)
+    ask(lacks, _check_token, api)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "repository"
-        stage_run(run_folder, repo_id, folder, given)
+        ask(lacks, stage_run, run_folder, repo_id, folder, given)
+        refuse(lacks)
         return push_folder(folder, repo_id, private=private, create_pr=create_pr, api=api, again=again)
 
 
@@ -77,26 +89,59 @@ def stage_run(run_folder: Path, repo_id: str, folder: Path, given: Mapping[str, 
     """Write what will be published into `folder`, which must not exist yet.
 
     That is student/ (weights, config, image processor, model code), README.md, facts.json, panel.png, curve.png,
-    resolved_config.yaml and metrics.json.
+    resolved_config.yaml, metrics.json and, of a test that is a data set of the Hub, .eval_results/. No path of this
+    machine is in them.
 
     Raises:
         ValueError: as `push_run`.
     """
     source = method_folder(run_folder)
-    facts = gather_facts(source, repo_id, given)
-    cfg = load_config(source / "resolved_config.yaml", record=True)
-    panel = source.parent / ("panel.png" if cfg.push_to_hub.picture == "images" else "predictions.png")
-    if not panel.is_file():
-        raise ValueError(f"{panel} is missing: a card needs one picture of results.")
+    lacks: list[str] = []
+    facts = ask(lacks, gather_facts, source, repo_id, given)
+    if (source / "resolved_config.yaml").is_file():
+        cfg = load_config(source / "resolved_config.yaml", record=True)
+        panel = source.parent / ("panel.png" if cfg.push_to_hub.picture == "images" else "predictions.png")
+        if not panel.is_file():
+            lacks.append(f"{panel} is missing: a card needs one picture of results.")
+        ask(lacks, _losses, source)
+    refuse(lacks)
     shutil.copytree(source / "student", folder)
     share_weights(folder)
     shutil.copy(panel, folder / "panel.png")
-    for name in ("resolved_config.yaml", "metrics.json"):
-        shutil.copy(source / name, folder / name)
+    config = _published_config(cfg, {role: domain["name"] for role, domain in facts.domains.items()})
+    (folder / "resolved_config.yaml").write_text(config, encoding="utf-8")
+    write_json(folder / "metrics.json", _published_metrics(source / "metrics.json", facts))
     _draw_curve(source, folder / "curve.png")
     save_facts(facts, folder / "facts.json")
     render_card(facts).save(folder / "README.md")
+    if results := render_results(facts):
+        (folder / RESULTS).mkdir()
+        name = f"{facts.domains['test']['name'].rpartition('/')[2]}.yaml"
+        (folder / RESULTS / name).write_text(results, encoding="utf-8")
     refuse_secrets(folder)
+
+
+def _published_config(cfg: RunConfig, names: Mapping[str, str]) -> str:
+    """The config of a run without secrets, and with names where it has places."""
+    tree = placeless(yaml.safe_load(dump_config(cfg)))
+    tree["output_dir"] = Path(cfg.output_dir).name
+    for role, name in names.items():
+        domain = tree[role]
+        domain |= {key: Path(domain[key]).name for key in ("label_path", "valid_mask")}
+        if not hub_id(asdict(getattr(cfg, role))):
+            domain["path"] = name
+    return mask_known(yaml.safe_dump(tree, sort_keys=True, allow_unicode=True))
+
+
+def _published_metrics(path: Path, facts: CardFacts) -> dict[str, Any]:
+    """The scores of a run, with the names of its domains; of unreadable files only how many there were."""
+    metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for which, result in metrics.items():
+        domain = facts.domains["source" if which.endswith("_source") else "test"]
+        more = ", seen in training" if str(result.get("domain")).endswith(", seen in training") else ""
+        result["domain"] = f"{domain['name']} ({domain['split']}){more}"
+        result["unreadable"] = len(result.get("unreadable") or ())
+    return placeless(metrics)
 
 
 def push_folder(
@@ -165,19 +210,20 @@ def check_push(cfg: RunConfig) -> None:
     push = cfg.push_to_hub
     if not push.repo_id:
         return
-    _check_repo_id(push.repo_id)
-    if get_token() is None:
-        raise ValueError("push_to_hub.repo_id is set, but there is no token: run `hf auth login`, or set HF_TOKEN.")
-    for role, domain in domains_of(cfg).items():
-        domain_facts(role, domain, push.terms)
-    check_start(cfg, push.start)
+    lacks: list[str] = []  # all are told at once
+    ask(lacks, _check_repo_id, push.repo_id)
+    ask(lacks, _check_token, None)
+    for role in domains_of(cfg):
+        ask(lacks, domain_facts, cfg, role, push.terms)
+    ask(lacks, check_start, cfg, push.start)
     if not push.license and not own_license(cfg):
-        raise ValueError("push_to_hub.license must say under which licence the weights come, for example apache-2.0.")
+        lacks.append("push_to_hub.license must say under which licence the weights come, for example apache-2.0.")
     if cfg.method != "source_only" and cfg.baseline == "none" and not push.source_only:
-        raise ValueError(
+        lacks.append(
             "the model card compares with a source-only run: set baseline: source_only, or push_to_hub.source_only to "
             "the folder of one."
         )
+    refuse(lacks)
 
 
 def push_command(
@@ -217,14 +263,20 @@ def content_hash(folder: Path) -> str:
     return total.hexdigest()[:12]
 
 
-def _draw_curve(run: Path, path: Path) -> None:
-    """The losses of a method's folder over its steps, and the mIoU on the test domain where it was measured."""
+def _losses(run: Path) -> MethodFolder:
+    """The folder of a method; ValueError if it holds no curve of the training."""
     method = read_method(run)
     if not method.losses:
         raise ValueError(
             f"{run / 'scalars.jsonl'} is missing, or holds no losses because train.log_every is longer than the run: a "
             "card needs the curve of its training."
         )
+    return method
+
+
+def _draw_curve(run: Path, path: Path) -> None:
+    """The losses of a method's folder over its steps, and the mIoU on the test domain where it was measured."""
+    method = _losses(run)
     scores = {f"{kind} mIoU": method.miou[kind] for kind in ("student", "teacher") if kind in method.miou}
     save_curves(path, method.losses, "loss", right=scores, right_label="mIoU in %")
 
@@ -303,6 +355,11 @@ def _in_words(error: BaseException, repo_id: str) -> str:
         429: "The Hub takes no more requests for now (429).",
     }
     return answers.get(response.status_code, f"The Hub answered with an error ({response.status_code}).")
+
+
+def _check_token(api: HfApi | None) -> None:
+    if (api or HfApi()).token is None and get_token() is None:
+        raise ValueError("no token of the Hub was found: run `hf auth login`, or set HF_TOKEN.")
 
 
 def _check_repo_id(repo_id: str) -> None:

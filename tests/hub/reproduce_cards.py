@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from t2sda_hf.cli import parser_of
 from t2sda_hf.config import load_config
 from t2sda_hf.hub.card import DRAWN, CardFacts, load_facts, method_folder
 
@@ -19,9 +20,11 @@ ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-6
 
 
-def absent(card: Path) -> list[str]:
-    """What the run reads and this machine does not have."""
-    cfg = load_config(card / "resolved_config.yaml")
+def absent(facts: CardFacts) -> list[str]:
+    """What the run reads and this machine does not have. The config of a card has names in place of paths."""
+    words = shlex.split(facts.command)
+    args = parser_of("train").read(words[words.index("--config") :])
+    cfg = load_config(ROOT / args.config, args.overrides)
     paths = [domain.path for domain in (cfg.source, cfg.target, cfg.test) if domain.path not in (*DRAWN, "")]
     return [path for path in (*paths, cfg.model.pretrained) if path and not (ROOT / path).exists()]
 
@@ -61,10 +64,10 @@ def main(names: list[str]) -> int:
     known = {path.parent.name: path.parent for path in sorted((ROOT / "model_cards").glob("*/facts.json"))}
     failed = 0
     for name in names or known:
-        if missing := absent(known[name]):
+        facts = load_facts(known[name] / "facts.json")
+        if missing := absent(facts):
             print(f"{name}: left out, not here: {', '.join(missing)}")
             continue
-        facts = load_facts(known[name] / "facts.json")
         with TemporaryDirectory() as temporary:
             repeat(facts.command, Path(temporary) / "run")
             worst = largest_difference(facts, Path(temporary) / "run")

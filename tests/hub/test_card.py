@@ -7,13 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import write_run
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from PIL import Image
 
 from t2sda_hf.config import dump_config, load_config
 from t2sda_hf.hub.card import gather_facts, load_facts, record_run, render_card, save_facts
-from t2sda_hf.hub.push import stage_run
+from t2sda_hf.hub.push import push_run, stage_run
 
 SHIPPED = sorted(path.parent for path in (Path(__file__).parents[2] / "model_cards").glob("*/facts.json"))
 
@@ -60,14 +61,101 @@ def test_metadata_is_what_the_hub_reads(staged: Path) -> None:
     card = ModelCard.load(staged / "README.md")
     metrics = json.loads((staged / "metrics.json").read_text())["student"]
     found = {result.metric_name: result.metric_value for result in card.data.eval_results}
-    expected = {f"IoU ({name})": value for name, value in metrics["iou"].items() if value is not None}
-    assert found == pytest.approx(expected | {"mIoU": metrics["miou"]}, abs=1e-12)
+    expected = {f"IoU ({name})": round(value, 2) for name, value in metrics["iou"].items() if value is not None}
+    assert found == expected | {"mIoU": round(metrics["miou"], 2)}
+    kinds = {result.metric_name: result.metric_type for result in card.data.eval_results}
+    assert kinds.pop("mIoU") == "mean_iou"
+    assert set(kinds.values()) == {"iou"}  # the score of one class is no mean
+    assert "arxiv:2305.13752" in card.data.tags
+    assert card.data.datasets is None  # drawn ones are not on the Hub
+    assert not (staged / ".eval_results").exists()
     assert {result.dataset_split for result in card.data.eval_results} == {"validation"}
     assert (card.data.license, card.data.library_name, card.data.pipeline_tag) == (
         "cc-by-4.0",
         "transformers",
         "image-segmentation",
     )
+
+
+def test_data_sets_of_the_hub_are_named_to_it(run: Path, tmp_path: Path) -> None:
+    config = run / "t2sda" / "resolved_config.yaml"
+    words = ["--test.path=they/city", "--test.split=test", "--target.path=they/city", "--source.path=we/game"]
+    config.write_text(dump_config(load_config(config, words)), encoding="utf-8")
+    terms = {"terms": dict.fromkeys(("source", "target", "test"), "research use")}
+    stage_run(run, "me/streets", tmp_path / "out", terms)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.datasets == ["they/city", "we/game"]
+    assert {result.dataset_type for result in card.data.eval_results} == {"they/city"}
+    assert "[they/city](https://huggingface.co/datasets/they/city), test" in card.text
+    entries = parse_eval_result_entries(yaml.safe_load((tmp_path / "out" / ".eval_results" / "city.yaml").read_text()))
+    miou = json.loads((run / "t2sda" / "metrics.json").read_text())["student"]["miou"]
+    assert [(entry.dataset_id, entry.value) for entry in entries] == [("they/city", round(miou, 2))]
+    assert "3 images of the split test" in str(entries[0].notes)
+
+
+def test_no_file_that_is_published_holds_a_place_on_this_machine(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home" / "secret"
+    for name in ("game/images", "game/labels", "town/images", "encoder"):
+        (home / name).mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    words = [f"--source.path={home}/game/images", f"--source.label_path={home}/game/labels", "--test.name=my town"]
+    words += [f"--target.path={home}/town/images", "--test.path=~/town", f"--model.pretrained={home}/encoder"]
+    words += [f"--output_dir={home}/outputs/x", f"--push_to_hub.note=see {home}/notes.txt"]
+    for method in ("source_only", "t2sda"):
+        config = run / method / "resolved_config.yaml"
+        config.write_text(dump_config(load_config(config, words)), encoding="utf-8")
+    for method, role in (("t2sda", "student"), ("source_only", "student")):
+        metrics = json.loads((run / method / "metrics.json").read_text())
+        metrics[role] |= {"domain": f"{home}/town (validation)", "unreadable": [f"row 0 ({home}/town/a.png)"]}
+        (run / method / "metrics.json").write_text(json.dumps(metrics))
+    record = json.loads((run / "run.json").read_text())
+    record["command"] = (
+        f"OMP_NUM_THREADS=1 t2sda train --config {home}/a.yaml '--source={{path: {home}/game}}' --seed 1"
+    )
+    (run / "run.json").write_text(json.dumps(record))
+    given = {"terms": dict.fromkeys(("source", "target", "test"), "own"), "start": "an encoder"}
+    stage_run(run, "me/streets", tmp_path / "out", given)
+    for file in (path for path in (tmp_path / "out").rglob("*") if path.is_file()):
+        for place in (home, run, Path.cwd()):
+            assert str(place).encode() not in file.read_bytes(), file
+    published = load_config(tmp_path / "out" / "resolved_config.yaml")  # it is a config still
+    assert (published.source.path, published.source.label_path) == ("game", "labels")
+    assert (published.target.path, published.test.path, published.output_dir) == ("town", "my town", "x")
+    facts = load_facts(tmp_path / "out" / "facts.json")
+    assert facts.command == "OMP_NUM_THREADS=1 t2sda train --config a.yaml '--source={path: game}' --seed 1"
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "learned from labels of **game** and images of town without labels" in text
+    scores = json.loads((tmp_path / "out" / "metrics.json").read_text())["student"]
+    assert (scores["domain"], scores["unreadable"]) == ("my town (validation)", 1)
+
+
+def test_a_card_says_where_the_code_is_and_what_the_run_doubts(run: Path) -> None:
+    text = str(render_card(gather_facts(run, "me/streets")))
+    assert "is installed from a checkout of its repository" in text
+    assert "](https://arxiv.org/abs/2305.13752)" in text
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"notes": ["The gain is within the noise."]}))
+    text = str(render_card(gather_facts(run, "me/streets", {"code": "https://example.com/t2sda_hf"})))
+    assert 'pip install "t2sda_hf @ git+https://example.com/t2sda_hf"' in text
+    assert text.index("The gain is within the noise.") < text.index("### What was not measured")
+
+
+def test_all_that_a_push_lacks_is_told_at_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("t2sda_hf.hub.push.get_token", lambda: None)
+    config = run / "t2sda" / "resolved_config.yaml"
+    config.write_text(
+        dump_config(load_config(config, ['--push_to_hub.license=""', "--source.path=a", "--target.path=b"])),
+        encoding="utf-8",
+    )
+    for name in ("run.json", "panel.png", "t2sda/scalars.jsonl", "source_only/metrics.json"):
+        (run / name).unlink()
+    with pytest.raises(ValueError, match="no owner") as raised:
+        push_run(run, "streets")
+    lacks = ("hf auth login", "--license", "--terms source", "--terms target", "--fact command", "no source-only run")
+    for lack in (*lacks, "panel.png is missing", "needs the curve"):
+        assert lack in str(raised.value), lack
 
 
 def test_every_class_stands_in_the_table_beside_source_only(staged: Path, finished_run: Path) -> None:
