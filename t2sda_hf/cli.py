@@ -26,6 +26,7 @@ from .data.layouts import LAYOUTS
 from .errors import SIGNALS, Ended, Stopped
 from .launching import FLAGS as LAUNCH_FLAGS
 from .launching import launch
+from .listing import from_home
 from .masking import mask, run_masked
 
 FOLDER: dict[str, Any] = {"type": Path, "metavar": "DIR"}
@@ -62,7 +63,7 @@ class Parser(argparse.ArgumentParser):
                 word = action.option_strings[-1] + equals + value
                 if isinstance(action, _Key) and not equals:
                     word += f"={_value(str(action.const), left)}"
-            given.append(word)
+            given.append(_from_home(word))
         args = self.parse_intermixed_args(given)
         args.words = given
         return args
@@ -177,6 +178,12 @@ def _value(name: str, left: list[str]) -> str:
     while left and not left[0].startswith("--") and (number is None or len(items) < number):
         items.append(left.pop(0))
     return f"[{', '.join(json.dumps(item) if kind is str else item for item in items)}]"
+
+
+def _from_home(word: str) -> str:
+    """A word, or what follows its "=" (as in TITLE=~/model), with the home folder in place of ~."""
+    name, equals, value = word.partition("=")
+    return f"{name}={from_home(value)}" if equals and "/" not in name else from_home(word)
 
 
 def seeds_of(text: str) -> list[int]:

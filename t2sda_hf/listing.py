@@ -5,6 +5,7 @@ No file is left out without a word: what is not used comes with the reason. Only
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,11 +107,14 @@ def refuse_pointer(start: bytes, where: object) -> None:
         raise ValueError(f"{where} is a Git LFS pointer, not the file itself. Run `git lfs pull` where it was cloned.")
 
 
-def refuse_pointer_file(path: Path) -> None:
-    """`refuse_pointer` of a file; one that cannot be read is no pointer."""
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(len(_POINTER))
-    except OSError:
-        return
-    refuse_pointer(start, path)
+def refuse_pointers(path: Path) -> None:
+    """`refuse_pointer` of a file, or of every file directly in a folder; what cannot be read is no pointer."""
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file():
+            with suppress(OSError), file.open("rb") as stream:
+                refuse_pointer(stream.read(len(_POINTER)), file)
+
+
+def from_home(text: str) -> str:
+    """A path of a user, who may write ~ for the home folder where no shell replaces it; any other text as it is."""
+    return os.path.expanduser(text) if text != "~" else text

@@ -23,6 +23,7 @@ LAYERS = [
 WITHIN_ROW = {
     ("labels", "config"),
     ("config", "labels"),
+    ("config", "listing"),
     ("batch", "labels"),
     ("translate", "augment"),
     ("training", "evaluation"),

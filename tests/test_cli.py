@@ -512,3 +512,14 @@ def test_entry_masks_what_is_printed(monkeypatch, capsys):
         cli.entry()
     assert ended.value.code == 3
     assert capsys.readouterr().out == "<masked>\n"
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(monkeypatch, tmp_path):
+    """Where the shell does not replace it: after "=", in quotes, and in the arguments of a launcher."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["mine=~/model", "~/other", "a=b/~c", "--output=~/scores.json", "--domain", "~/test", "--test.path", "~/x"]
+    args = cli.parser_of("evaluate").read([*words, "--set", "source.path=~/y"])
+    assert args.models == [f"mine={tmp_path}/model", f"{tmp_path}/other", "a=b/~c"]
+    assert (str(args.output), args.domain) == (f"{tmp_path}/scores.json", [f"{tmp_path}/test"])
+    config = load_config(None, args.overrides)
+    assert (config.test.path, config.source.path) == (f"{tmp_path}/x", f"{tmp_path}/y")

@@ -875,3 +875,13 @@ def test_only_what_looks_like_a_data_set_of_the_hub_is_one(tmp_path: Path, monke
     assert hub_id({"path": "me/city"}) == "me/city"
     for domain in ({"path": "data/city"}, {"path": "me/a.parquet"}, {"path": "me/city", "label_path": "x"}, {}):
         assert hub_id(domain) == ""
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.yaml").write_text("target: {path: ~/photos}\nmodel: {pretrained: ~}")
+    (tmp_path / "run.yaml").write_text("base: ~/base.yaml\noutput_dir: ~/out\nclasses: ['~/road', sky]\n")
+    config = load_config(tmp_path / "run.yaml", ["--source.path=~/game", "--test.path", "a~/b", "--seed", "3"])
+    assert (config.target.path, config.output_dir) == (f"{tmp_path}/photos", f"{tmp_path}/out")
+    assert (config.source.path, config.test.path) == (f"{tmp_path}/game", "a~/b")
+    assert (config.classes, config.model.pretrained) == (("~/road", "sky"), None)

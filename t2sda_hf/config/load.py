@@ -13,6 +13,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from ..listing import from_home
 from .keys import LIMITS, flatten, in_words, shown
 from .run import RunConfig, keys
 
@@ -175,7 +176,7 @@ def _with_base(path: str | Path) -> list[tuple[Path, dict[str, Any]]]:
         return [(file, content)]
     if not isinstance(base, str):
         raise ValueError(f"base in {file} must be text, the name of a recipe or a path, got {shown(base)}.")
-    beside = file.parent / base
+    beside = file.parent / from_home(base)
     try:
         below = find_recipe(beside if beside.is_file() else base)
     except ValueError as error:
@@ -317,7 +318,7 @@ def _merge(tree: dict[str, Any], values: Mapping[str, Any], prefix: str, where: 
                 raise ValueError(f"{key} is given twice in {where}. Keep one.")
             if isinstance(value, bool) and str(value).lower() in get_args(kind):
                 value = str(value).lower()  # a choice between the words "true" and "false" and others
-            node[leaf], said_in[key] = value, where
+            node[leaf], said_in[key] = from_home(value) if isinstance(value, str) else value, where
 
 
 def _sentence(error: Mapping[str, Any], tree: Mapping[str, Any], said_in: Mapping[str, str]) -> str:

@@ -18,14 +18,15 @@ import cv2
 import datasets
 import numpy as np
 import pyarrow.compute as pc
+import yaml
 from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download, metadata_load
 from PIL import Image as PILImage
 
 from ..config import DomainConfig
 from ..errors import RunFailed, causes
-from ..listing import IMAGE_SUFFIXES, LABEL_SUFFIXES, VIDEO_SUFFIXES, Listing, list_files, refuse_pointer_file
+from ..listing import IMAGE_SUFFIXES, LABEL_SUFFIXES, VIDEO_SUFFIXES, Listing, list_files, refuse_pointers
 from .files import HUB, Cell, read_image
 from .layouts import find_files
 from .streets import streets
@@ -67,7 +68,7 @@ def _rows(config: DomainConfig, labelled: bool) -> tuple[Dataset, str, Ignored]:
     if config.path in DRAWN:
         return DRAWN[config.path](config), config.label_space, {}
     if path.is_file():
-        refuse_pointer_file(path)
+        refuse_pointers(path)
     if path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES:
         return _video(path, config), config.label_space, {}
     if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
@@ -360,6 +361,8 @@ def _loaded(config: DomainConfig) -> Dataset:
     if saved := _saved(path, config.split):
         return _at_home(saved, config)
     name, how = _given(config)
+    if not how:
+        _refuse_foreign_files(config)
     try:
         if config.streaming and not path.is_file():
             return _first_rows(config)
@@ -384,7 +387,7 @@ def _given(config: DomainConfig) -> tuple[str, dict[str, Any]]:
     files = [path] if path.is_file() and path.suffix.lower() == ".parquet" else []
     if path.is_dir():
         for file in (file for kind in list_files(path, ()).ignored.values() for file in kind if file.is_file()):
-            refuse_pointer_file(file)
+            refuse_pointers(file)
         # The other splits are left alone: they may have other columns.
         files = sorted(file for file in path.glob(f"{config.split}-*.parquet") if not file.name.startswith("."))
     if files:
@@ -409,6 +412,39 @@ def _given(config: DomainConfig) -> tuple[str, dict[str, Any]]:
     raise ValueError(f"there is no domain {config.path!r}: no such file, folder or name. {hint}")
 
 
+def _refuse_foreign_files(config: DomainConfig) -> None:
+    """ValueError if the card of a data set sends its reader elsewhere: `datasets` would ask any address it names."""
+    for name in ("README.md", ".huggingface.yaml"):
+        card = Path(config.path) / name
+        if not Path(config.path).exists():
+            try:
+                card = Path(hf_hub_download(config.path, name, repo_type="dataset"))
+            except (OSError, ValueError):  # there is none, or the Hub is out of reach, which `datasets` says better
+                continue
+        if not card.is_file():
+            continue
+        try:
+            text = card.read_text(encoding="utf-8")
+            described = metadata_load(card) if name == "README.md" else yaml.safe_load(text)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{card} cannot be read, and says where the files of a data set lie: {error}") from error
+        for place in _texts((described or {}).get("configs") if isinstance(described, dict) else None):
+            if ("://" in place and not place.startswith(HUB)) or place.startswith("/") or ".." in Path(place).parts:
+                raise ValueError(
+                    f"{card} says that files of the data set lie at {place!r}, which is no part of it: nothing is "
+                    "opened."
+                )
+
+
+def _texts(tree: Any) -> Iterator[str]:
+    """Every text in nested lists and mappings."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, Mapping | list):
+        for part in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from _texts(part)
+
+
 def _may_be_on_the_hub(path: str) -> bool:
     """OWNER/NAME"""
     known = (*LIST_SUFFIXES, *VIDEO_SUFFIXES, *IMAGE_SUFFIXES, ".parquet")
@@ -431,7 +467,7 @@ def _saved(path: Path, split: str) -> Dataset | None:
     if not (path / "dataset_dict.json").is_file() and not (path / "state.json").is_file():
         return None
     for file in path.rglob("*.arrow"):
-        refuse_pointer_file(file)
+        refuse_pointers(file)
     try:
         saved = load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
@@ -519,6 +555,8 @@ def open_stream(config: DomainConfig) -> IterableDataset:
             f"streaming reads parquet files and data sets of the Hub; {config.path!r} needs none. Leave it out."
         )
     name, how = _given(config)
+    if not how:
+        _refuse_foreign_files(config)
     stream: IterableDataset = load_dataset(name, split=config.split, streaming=True, **how)
     columns = [name for name in (config.image_column, config.label_column) if name in (stream.column_names or [])]
     for column in columns:

@@ -23,6 +23,7 @@ from transformers.utils import cached_file, logging
 
 from ..data.transforms import Size
 from ..errors import NotFinite, causes
+from ..listing import refuse_pointers
 from ..models import T2SDAConfig, T2SDAForSemanticSegmentation, T2SDAImageProcessor
 from ..models.modeling_t2sda import name_some
 from ..models.pretrained import MEANINGLESS
@@ -66,6 +67,7 @@ def load_model(name_or_path: str) -> tuple[T2SDAForSemanticSegmentation, tuple[s
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # transformers would print a table; what is wrong raises below
     cached = _from_where(name_or_path)
+    refuse_pointers(Path(name_or_path))
     try:
         config, _ = PreTrainedConfig.get_config_dict(name_or_path, **cached)
         model_type = config.get("model_type", "unknown")

@@ -27,6 +27,7 @@ from ..data.pairs import PairDataset, batches, bytes_per_batch
 from ..data.rare_class_sampling import rare_classes
 from ..data.translated import TranslatedFolder, open_translated
 from ..evaluation.watch import SELECTED, Watch, read_selected
+from ..listing import refuse_pointers
 from ..methods import METHODS
 from ..models import T2SDAConfig, T2SDAForSemanticSegmentation, T2SDAImageProcessor, load_pretrained_encoder
 from ..translate import TranslationEngine, build_engine
@@ -120,6 +121,7 @@ def build_student(cfg: RunConfig) -> T2SDAForSemanticSegmentation:
     seed_initial_weights(cfg.seed)
     student = T2SDAForSemanticSegmentation(config)
     if cfg.model.pretrained is not None:
+        refuse_pointers(Path(cfg.model.pretrained))
         load_pretrained_encoder(student, cfg.model.pretrained)
         logger.info("every tensor of the encoder was loaded from %s", cfg.model.pretrained)
     if cfg.model.activation_checkpointing:

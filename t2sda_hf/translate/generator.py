@@ -12,6 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..listing import refuse_pointers
 from ..storage import share_weights
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -84,6 +85,7 @@ def load_translator(location: str, architecture: str) -> nn.Module:
         ValueError: if the class or a file is not there, or a tensor is missing, unknown or of another shape.
     """
     made_by = _module_class(architecture)
+    refuse_pointers(Path(location))
     config = local_file(location, CONFIG_FILE)
     weights = local_file(location, WEIGHTS_FILE)
     missing = [name for name, path in ((CONFIG_FILE, config), (WEIGHTS_FILE, weights)) if path is None]

@@ -11,6 +11,7 @@ import threading
 import unicodedata
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -1052,6 +1053,7 @@ def test_a_mistyped_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = []
     monkeypatch.setattr(sources, "load_dataset", lambda name, **_: asked.append(name) or 1 / 0)
+    monkeypatch.setattr(sources, "hf_hub_download", lambda *_, **__: Path("no card"))
     for path, near in {"in/tgtt": "in/tgt", "in/tgt/image": "in/tgt/images", "./inn/tgt": "in/tgt"}.items():
         with pytest.raises(ValueError, match=f"there is no domain '{path}'.*Did you mean '{near}'"):
             load_domain(path, CLASSES, labelled=False)
@@ -1091,3 +1093,16 @@ def test_a_full_disk_of_the_cache_is_named(tmp_path, monkeypatch):
     write(tmp_path / "data" / "images" / "sub" / "b.png", IMAGE)
     with pytest.raises(RunFailed, match=message):
         load_domain(config, CLASSES)
+
+
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
+def test_the_card_of_a_data_set_sends_nobody_elsewhere(name, tmp_path, beacon):
+    url, asked = beacon
+    write(tmp_path / "data" / "x.parquet", b"")
+    for place in (url.replace("png", "parquet"), "/etc/x.parquet", "../x.parquet", f"zip://x.csv::{url}"):
+        text = f"configs:\n- config_name: a\n  data_files:\n  - split: train\n    path: [x.parquet, '{place}']\n"
+        (tmp_path / "data" / name).write_text(f"---\n{text}---\n" if name == "README.md" else text)
+        for options in ({}, {"streaming": True}):
+            with pytest.raises(ValueError, match=f"{name} says that files of the data set lie at .*nothing is opened"):
+                load_domain(DomainConfig(path=str(tmp_path / "data"), **options), CLASSES, labelled=False)
+    assert not asked

@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import tiny_config
 from torch import nn
 
 from t2sda_hf.batch import IMAGE_MEAN, IMAGE_STD
 from t2sda_hf.data.transforms import resize_image
-from t2sda_hf.evaluation.inference import MIN_SIDE, predict, predict_labels, predict_logits, to_pixel_values
+from t2sda_hf.evaluation.inference import MIN_SIDE, load_model, predict, predict_labels, predict_logits, to_pixel_values
+from t2sda_hf.training.build import build_student
+from t2sda_hf.translate.generator import load_translator
 
 
 class QuarterResolution(nn.Module):
@@ -234,3 +237,17 @@ def test_windows_of_a_large_image_are_decided_in_strips():
         predict(model, images, (320, 64), "slide", (64, 64), (32, 64))
     assert largest
     assert max(largest) <= 64
+
+
+def test_weights_that_are_a_git_lfs_pointer_are_named(tmp_path):
+    """Of a model, of an encoder to start from, and of a translator."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:7\nsize 1\n")
+    cfg = tiny_config(f"--model.pretrained={tmp_path}")
+    for load in (
+        lambda: load_model(str(tmp_path)),
+        lambda: build_student(cfg),
+        lambda: load_translator(str(tmp_path), cfg.translate.trained.architecture),
+    ):
+        with pytest.raises(ValueError, match=r"model\.safetensors is a Git LFS pointer.*Run `git lfs pull`"):
+            load()
