@@ -72,6 +72,8 @@ class LostContact(Ended, RuntimeError):
 def causes(error: BaseException) -> Iterator[BaseException]:
     """`error` and what led to it, one after the other, the first cause last."""
     one: BaseException | None = error
-    while one is not None:
+    told: list[BaseException] = []  # an error that was raised again may be its own cause
+    while one is not None and one not in told:
+        told.append(one)
         yield one
         one = one.__cause__ or one.__context__

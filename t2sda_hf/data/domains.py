@@ -7,7 +7,6 @@ what is in a file in `files`; what the ids mean is settled here, once, by class 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from PIL import ImageColor
 from ..config import DomainConfig
 from ..labels import CITYSCAPES_CLASSES, IGNORE_INDEX, LABEL_SPACES, SPACE_COLORS, id_map
 from ..listing import account
-from .files import TRANSPARENT, Color, LabelRule, read_header, read_image, read_labels
-from .sources import at_home, cache_explained, load_rows, open_stream
+from .contents import Contents, digest, remembered, settings_of, stamp
+from .files import TRANSPARENT, Color, LabelRule, file_bytes, read_header, read_image, read_labels
+from .sources import at_home, load_rows, open_stream
 from .transforms import Size, resize_image, resize_labels, resized_size
 
 logger = logging.getLogger(__name__)
@@ -322,30 +322,36 @@ def _validity_mask(config: DomainConfig) -> np.ndarray | None:
     return valid
 
 
-def check_domain(domain: Domain, classes: Sequence[str], num_proc: int | None = None) -> np.ndarray:
-    """Read every label map and every image header once, before training. `datasets` caches what was read.
+@dataclass(frozen=True)
+class Reading:
+    """What one pass over the files of a domain found.
 
-    Args:
-        num_proc: processes to read with; None reads in this one.
+    Attributes:
+        counts: (images, K) int64 pixels per class at the labels' own resolution; zeros without labels. A domain that
+            was prepared at a smaller size tells the numbers of its original files.
+        contents: of the images with their label maps, and of what the ids mean.
+    """
 
-    Returns:
-        (images, K) int64 pixels per class at the labels' own resolution; zeros without labels. A domain that was
-        prepared at a smaller size tells the numbers of its original files.
+    counts: np.ndarray
+    contents: Contents
+
+
+def check_domain(domain: Domain, classes: Sequence[str]) -> np.ndarray:
+    """The counts of `read_domain`, which says what it checks."""
+    return read_domain(domain, classes).counts
+
+
+def read_domain(domain: Domain, classes: Sequence[str]) -> Reading:
+    """Read every label map, every image header and the bytes of both once, before training; see `remembered`.
 
     Raises:
         ValueError: naming the first row that is not an image, has a label map of another size or orientation, or shows
             an id that the data set does not define; or if fewer than two classes occur in a labelled domain.
-        RunFailed: if the cache of `datasets` cannot be written.
     """
-    with cache_explained():
-        counted = domain.table.map(
-            partial(_count_row, domain=_without_rows(domain), num_classes=len(classes)),
-            with_indices=True,
-            remove_columns=domain.table.column_names,
-            num_proc=num_proc,
-            desc=f"reading {domain.name}",
-        )
-    counts = np.array(counted["counts"], dtype=np.int64).reshape(len(domain), len(classes) + 1)
+    stamps, names = _stamps(domain)
+    key = ["pixels of classes, and ignored", settings_of(domain.config), _rules(domain), len(classes)]
+    rows = remembered(domain.name, key, stamps, lambda index: _check_row(domain, index, len(classes)))
+    counts = np.array([row["counts"] for row in rows], dtype=np.int64).reshape(len(domain), len(classes) + 1)
     counts, ignored = counts[:, :-1], counts[:, -1].sum()
     present = [name for name, total in zip(classes, counts.sum(axis=0), strict=True) if total]
     if domain.rule is not None and len(present) < 2:
@@ -359,19 +365,97 @@ def check_domain(domain: Domain, classes: Sequence[str], num_proc: int | None = 
         logger.warning(
             "%s shows no pixel of %s: nothing is learned or scored of it there.%s", domain.name, absent, hint
         )
-    return counts
+    return Reading(counts, _contents(domain, names, [row["digest"] for row in rows]))
 
 
-def _without_rows(domain: Domain) -> Domain:
-    """The rules of a domain alone, so that caches do not depend on how its table was made."""
-    return Domain(domain.name, Dataset.from_dict({}), domain.rule, domain.valid, domain.config)
+def domain_contents(domain: Domain) -> Contents:
+    """The contents of a domain as `read_domain` gives them, of files that need not be in order: nothing is decoded."""
+
+    def digest_of(index: int) -> str:
+        row = domain.table[index]
+        try:
+            return _digest(_read_files(domain, row, domain.where(row, index)))
+        except ValueError:
+            return digest(b"")
+
+    stamps, names = _stamps(domain)
+    key = ["digests", settings_of(domain.config), domain.rule is None]
+    return _contents(domain, names, remembered(domain.name, key, stamps, digest_of))
 
 
-def _count_row(row: dict[str, Any], index: int, *, domain: Domain, num_classes: int) -> dict[str, list[int]]:
+def _check_row(domain: Domain, index: int, num_classes: int) -> dict[str, Any]:
+    row = domain.table[index]
     where = domain.where(row, index)
+    row = _read_files(domain, row, where)
+    return {"digest": _digest(row), "counts": _count_row(row, where, domain, num_classes)}
+
+
+def _read_files(domain: Domain, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A row with the bytes of its files."""
+    columns = ("image",) if domain.rule is None else ("image", "label")
+    read = {
+        column: {"bytes": file_bytes(row[column], where, domain.config.max_pixels), "path": None} for column in columns
+    }
+    return dict(row) | read
+
+
+def _digest(row: Mapping[str, Any]) -> str:
+    return digest(*(row[column]["bytes"] for column in ("image", "label") if column in row))
+
+
+def _contents(domain: Domain, names: Sequence[str], digests: Sequence[str]) -> Contents:
+    """Of the rows, and of what makes classes of the bytes in them."""
+    rules = [] if domain.rule is None else [digest(domain.rule.ids.tobytes())]
+    rules += [] if domain.valid is None else [digest(np.packbits(domain.valid).tobytes())]
+    names_of_rules = [] if domain.rule is None else ["what the ids mean"]
+    names_of_rules += [] if domain.valid is None else ["valid_mask"]
+    return Contents("images and label maps", [*names, *names_of_rules], [*digests, *rules])
+
+
+def _rules(domain: Domain) -> list[Any]:
+    """Whatever decides what is counted in a label map, for JSON."""
+    arrays = [] if domain.rule is None else [domain.rule.ids, domain.rule.known]
+    arrays += [] if domain.valid is None else [domain.valid]
+    rest = None if domain.rule is None else [str(value) for value in vars(domain.rule).values()]
+    return [*(digest(array.tobytes()) for array in arrays), rest]
+
+
+def _stamps(domain: Domain) -> tuple[list[Any | None], list[str]]:
+    """By what each row is known to be as it was (None: by nothing), and what messages call it."""
+    table = domain.table
+    held_in = [stamp(Path(file["filename"])) for file in table.cache_files]
+    whole = digest(f"{table._fingerprint} {held_in}".encode())[:16] if held_in else None
+    stamps: list[Any | None] = []
+    names: list[str] = []
+    columns = [name for name in ("image", "label") if name in table.column_names and (name == "image" or domain.rule)]
+    kept = [name for name in (*columns, "file_name") if name in table.column_names]
+    for batch in table.select_columns(kept).with_format("arrow").iter(1000):
+        cells = {name: batch[name].combine_chunks() for name in columns}
+        inside = {name: column.field("bytes").is_valid().to_pylist() for name, column in cells.items()}
+        paths = {name: column.field("path").to_pylist() for name, column in cells.items()}
+        files = batch["file_name"].to_pylist() if "file_name" in kept else paths["image"]
+        for place, file in enumerate(files):
+            index = len(stamps)
+            parts = [_stamp(inside[name][place], paths[name][place], whole, index) for name in columns]
+            stamps.append(None if None in parts else parts)
+            names.append(file or f"row {index}")
+    return stamps, names
+
+
+def _stamp(inside: bool, path: str | None, table: str | None, index: int) -> Any | None:
+    """Of one cell: its bytes are inside the table, which may lie in a file, or in a file of their own."""
+    if inside:
+        return None if table is None else [table, index]
+    try:
+        return None if path is None or "://" in path else stamp(Path(path))
+    except OSError:
+        return None
+
+
+def _count_row(row: dict[str, Any], where: str, domain: Domain, num_classes: int) -> list[int]:
     size, orientation = read_header(row["image"], where, domain.config.max_pixels)
     if domain.rule is None:
-        return {"counts": [0] * (num_classes + 1)}
+        return [0] * (num_classes + 1)
     if orientation != 1:
         raise ValueError(
             f"{where}: the camera says that the photo must be turned (EXIF orientation {orientation}), which its label "
@@ -389,4 +473,4 @@ def _count_row(row: dict[str, Any], index: int, *, domain: Domain, num_classes: 
     if COUNTS in row and domain.valid is None and domain.config.crop_box is None:
         counts = np.zeros(IGNORE_INDEX + 1, dtype=np.int64)
         np.add.at(counts, domain.rule.ids[: len(row[COUNTS])], row[COUNTS])
-    return {"counts": [*counts[:num_classes].tolist(), ignored]}
+    return [*counts[:num_classes].tolist(), ignored]

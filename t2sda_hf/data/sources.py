@@ -6,27 +6,41 @@ import difflib
 import errno
 import glob
 import io
+import json
 import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import cv2
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
-from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, Value, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    Value,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub import constants, hf_hub_download, metadata_load
 from PIL import Image as PILImage
 
 from ..config import DomainConfig
 from ..errors import RunFailed, causes
 from ..listing import IMAGE_SUFFIXES, LABEL_SUFFIXES, VIDEO_SUFFIXES, Listing, list_files, refuse_pointers
+from .contents import digest, set_aside
 from .files import HUB, Cell, read_image
 from .layouts import find_files
 from .streets import streets
@@ -104,7 +118,7 @@ def cache_explained() -> Iterator[None]:
 
 
 def _table(pairs: list[Pair], root: Path, config: DomainConfig) -> Dataset:
-    """Rows of paths. Sizes and times of the files are part of the table's fingerprint, so caches notice changes."""
+    """Rows of paths, in memory."""
     if not pairs:
         return Dataset.from_dict({config.image_column: []}, features=Features({config.image_column: Image()}))
     features = Features({config.image_column: Image(), "file_name": Value("string")})
@@ -114,22 +128,72 @@ def _table(pairs: list[Pair], root: Path, config: DomainConfig) -> Dataset:
     for image, label in pairs:
         row = {config.image_column: _cell(image), "file_name": image.relative_to(root).as_posix()}
         rows.append(row if label is None else row | {config.label_column: _cell(label)})
-    stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for pair in pairs for file in pair if file is not None]
-    # Wrapped, since a list directly in gen_kwargs would be taken for shards.
-    return _generated(_given_rows, features, {"rows": tuple(rows), "stamps": tuple(stamps)})
+    return Dataset.from_list(rows, features=features)
 
 
 def _generated(function: Callable[..., Iterator[dict[str, Any]]], features: Features, arguments: dict) -> Dataset:
+    """Rows that a function makes once; `datasets` keeps them in its cache."""
+    number = digest(repr(sorted(arguments.items())).encode())[:32]
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
     try:
-        return Dataset.from_generator(function, features=features, gen_kwargs=arguments)
+        return _whole(
+            lambda: Dataset.from_generator(function, features=features, gen_kwargs=arguments, fingerprint=number),
+            lambda: [*(cache / "generator").glob(f"default-fingerprint={number}*/*")],
+        )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, ValueError):
             raise error.__cause__ from error
         raise
 
 
-def _given_rows(rows: tuple[dict[str, Any], ...], stamps: tuple[tuple[int, int], ...]) -> Iterator[dict[str, Any]]:
-    yield from rows
+def _data_set(config: DomainConfig, path: str, how: dict[str, Any]) -> Dataset:
+    """`load_dataset`, which keeps rows in its cache."""
+
+    def folders() -> list[Path]:
+        with TemporaryDirectory() as empty:  # a damaged entry would end the look at the usual place
+            made_in = Path(load_dataset_builder(path, cache_dir=empty, **how).cache_dir)
+            return [Path(datasets.config.HF_DATASETS_CACHE) / made_in.relative_to(Path(empty).resolve())]
+
+    return _whole(lambda: _at_home(load_dataset(path, split=config.split, **how), config), folders)
+
+
+def _whole(load: Callable[[], Dataset], folders: Callable[[], list[Path]]) -> Dataset:
+    """What `load` gives, and if the cache of `datasets` is damaged there, what it gives without that.
+
+    Args:
+        load: reads from the cache, or makes an entry in it.
+        folders: where the entry lies; asked only if there is something wrong.
+    """
+    try:
+        rows = load()
+        expected = (rows.info.splits or {}).get(str(rows.split))
+        if expected is None or expected.num_examples == len(rows):
+            return rows
+    except DatasetsError:  # there is no such data set, or it cannot be read itself
+        raise
+    except (OSError, ValueError):
+        damaged = [folder for folder in folders() if _is_damaged(folder)]
+        if not damaged:
+            raise
+    else:  # cut between two batches
+        damaged = folders()
+    for folder in damaged:
+        set_aside(folder, "the rows that `datasets` has cached")
+    return load()
+
+
+def _is_damaged(folder: Path) -> bool:
+    """Whether an entry of the cache of `datasets` holds a file that is not as it was written."""
+    rows = list(folder.glob("*.arrow"))
+    try:
+        for file in folder.glob("dataset_info.json"):
+            json.loads(file.read_bytes())
+        for file in rows:
+            with pa.memory_map(str(file)) as mapped:
+                pa.ipc.open_stream(mapped).read_all()
+    except (OSError, ValueError):
+        return True
+    return folder.is_dir() and not rows
 
 
 def _cell(path: Path) -> dict[str, Any]:
@@ -366,7 +430,7 @@ def _loaded(config: DomainConfig) -> Dataset:
     try:
         if config.streaming and not path.is_file():
             return _first_rows(config)
-        rows = load_dataset(name, split=config.split, **how)
+        return _data_set(config, name, how)
     except DatasetGenerationError as error:  # its own text only says that there was an error
         raise ValueError(
             f"cannot load the data set {config.path!r}, split {config.split!r}: {error.__cause__ or error}"
@@ -374,7 +438,6 @@ def _loaded(config: DomainConfig) -> Dataset:
     except (OSError, ValueError) as error:  # missing on the Hub or offline, no such split, no readable file
         hint = "" if path.exists() else " There is no file or folder of this name here either."
         raise ValueError(f"cannot load the data set {config.path!r}, split {config.split!r}: {error}{hint}") from error
-    return _at_home(rows, config)
 
 
 def _given(config: DomainConfig) -> tuple[str, dict[str, Any]]:

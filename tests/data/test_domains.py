@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import os
+import shutil
 import struct
 import threading
 import unicodedata
@@ -25,7 +26,7 @@ from PIL import Image
 
 from t2sda_hf.config import DomainConfig
 from t2sda_hf.data import domains, sources
-from t2sda_hf.data.domains import check_domain, load_domain
+from t2sda_hf.data.domains import check_domain, domain_contents, load_domain, read_domain
 from t2sda_hf.errors import RunFailed
 from t2sda_hf.labels import CITYSCAPES_CLASSES, CITYSCAPES_COLORS
 
@@ -196,6 +197,96 @@ def test_a_changed_file_is_noticed(tmp_path):
     after = check_domain(load_domain(config, CLASSES), CLASSES)
     assert after[1].tolist() == [0, 240, 0]
     assert np.array_equal(before[[0, 2]], after[[0, 2]])
+
+
+def cached(tmp_path, kind):
+    """The one file of that kind in the cache."""
+    (file,) = (tmp_path / "cache").rglob(kind)
+    return file
+
+
+def test_one_damaged_number_in_the_counted_pixels_is_noticed(tmp_path, caplog):
+    config = DomainConfig(**as_folders(tmp_path / "data"), class_names=CLASSES)
+    before = check_domain(load_domain(config, CLASSES), CLASSES)
+    file = cached(tmp_path, "*.json")
+    text = file.read_text()
+    number = str(before[0, 0])
+    for damaged in (text.replace(number, f"9{number}", 1), text[: len(text) // 2], ""):
+        assert damaged != text
+        file.write_text(damaged)
+        caplog.clear()
+        assert np.array_equal(check_domain(load_domain(config, CLASSES), CLASSES), before)
+        assert "the cached statistics of" in caplog.text
+        assert f"{file} are damaged: set aside" in caplog.text
+        assert file.read_text() == text
+    assert len(list(file.parent.glob("*.damaged*"))) == 3
+
+
+@pytest.mark.parametrize("kind", ["*.arrow", "dataset_info.json"])
+@pytest.mark.parametrize("kept", [0, 0.5, -1])
+def test_a_cut_cache_of_datasets_is_set_aside_and_made_again(tmp_path, kind, kept, caplog):
+    config = DomainConfig(**as_parquet(tmp_path / "data"), class_names=CLASSES)
+    before = check_domain(load_domain(config, CLASSES), CLASSES)
+    file = cached(tmp_path, kind)
+    whole = file.read_bytes()
+    file.unlink()  # it may be in use, and then its old content stays
+    if kept >= 0:
+        file.write_bytes(whole[: int(kept * len(whole))])
+    for _ in range(2):
+        assert np.array_equal(check_domain(load_domain(config, CLASSES), CLASSES), before)
+    assert caplog.text.count("the rows that `datasets` has cached") == (kind == "*.arrow" or kept >= 0)
+
+
+def test_a_cache_that_was_cut_between_two_batches_does_not_lose_rows(tmp_path, caplog):
+    config = DomainConfig(**as_parquet(tmp_path / "data"), class_names=CLASSES)
+    load_domain(config, CLASSES)
+    file = cached(tmp_path, "*.arrow")
+    with pa.memory_map(str(file)) as mapped:
+        rows = pa.ipc.open_stream(mapped).read_all()
+        file.unlink()
+        with pa.OSFile(str(file), "wb") as cut, pa.ipc.new_stream(cut, rows.schema) as stream:
+            stream.write_table(rows.slice(0, 2))
+    assert len(load_domain(config, CLASSES)) == NUM_IMAGES
+    assert "set aside" in caplog.text
+
+
+def test_a_cut_cache_of_frames_is_made_again(tmp_path, caplog):
+    path = str(tmp_path / "drive.avi")
+    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"FFV1"), 10, (20, 12))
+    for seed in range(2):
+        writer.write(np.ascontiguousarray(arrays(seed)[0][..., ::-1]))
+    writer.release()
+    config = DomainConfig(path=path)
+    assert len(load_domain(config, CLASSES, labelled=False)) == 2
+    file = cached(tmp_path, "*.arrow")
+    data = file.read_bytes()
+    file.unlink()
+    file.write_bytes(data[:200])
+    assert len(load_domain(config, CLASSES, labelled=False)) == 2
+    assert "set aside" in caplog.text
+
+
+def test_contents_are_bytes_and_not_places_or_times(tmp_path):
+    def contents(path, **options):
+        config = DomainConfig(path=str(path / "images"), label_path=str(path / "masks"), class_names=CLASSES, **options)
+        reading = read_domain(load_domain(config, CLASSES), CLASSES).contents
+        assert domain_contents(load_domain(config, CLASSES)) == reading
+        return reading
+
+    here = raw_folders(tmp_path / "here")
+    before = contents(here)
+    record = json.loads(json.dumps(before.record()))
+    shutil.copytree(here, tmp_path / "there")
+    assert contents(tmp_path / "there").difference(record) == ""
+    write(here / "masks" / "sub" / "b.png", png(np.full((12, 20), 1, np.uint8)))
+    said = contents(here).difference(record)
+    assert said == "1 of 4 images and label maps differ from those before, first: sub/b.png"
+    for folder in ("images", "masks"):
+        (here / folder / "sub" / "b.png").unlink()
+    assert contents(here).difference(record) == "3 images and label maps now, 4 before"
+    write(tmp_path / "mask.png", png(np.array([[0, 255]], np.uint8)))
+    masked = contents(tmp_path / "there", valid_mask=str(tmp_path / "mask.png"))
+    assert masked.difference(record).endswith("first new one: valid_mask")
 
 
 # --- what labels mean ---------------------------------------------------------------------------------------------
@@ -1084,15 +1175,13 @@ def test_a_full_disk_of_the_cache_is_named(tmp_path, monkeypatch):
         finalize(*args, **how)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    config = DomainConfig(**as_folders(tmp_path / "data"), class_names=CLASSES)
-    domain = load_domain(config, CLASSES)
+    folders = DomainConfig(**as_folders(tmp_path / "data"), class_names=CLASSES)
+    parquet = DomainConfig(**as_parquet(tmp_path / "parquet"), class_names=CLASSES)
     monkeypatch.setattr(ArrowWriter, "finalize", full)
+    check_domain(load_domain(folders, CLASSES), CLASSES)  # needs no such cache
     message = rf"cannot write its cache {tmp_path / 'cache'}: .*No space left.*HF_HOME"
     with pytest.raises(RunFailed, match=message):
-        check_domain(domain, CLASSES)
-    write(tmp_path / "data" / "images" / "sub" / "b.png", IMAGE)
-    with pytest.raises(RunFailed, match=message):
-        load_domain(config, CLASSES)
+        load_domain(parquet, CLASSES)
 
 
 @pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
