@@ -24,6 +24,7 @@ class UdaBatch:
         style_reference: (B,3,Ho,Wo) the target image whose style is taken.
         inner_corner: (B,2) int64, top and left of the crop in the outer window.
         target_valid: (B,H,W) bool, False at target pixels whose pseudo-labels are never trusted; None trusts all.
+        redrawn: what is wrong with images that could not be read, and in whose place others were drawn.
     """
 
     source_images: Tensor
@@ -33,11 +34,12 @@ class UdaBatch:
     style_reference: Tensor | None = None
     inner_corner: Tensor | None = None
     target_valid: Tensor | None = None
+    redrawn: tuple[str, ...] = ()
 
     def on(self, device: torch.device) -> "UdaBatch":
         """The batch on `device`: uint8 crosses the bus, floats are made there."""
         moved: dict[str, Tensor | None] = {}
-        for field in fields(self):
+        for field in (field for field in fields(self) if field.name != "redrawn"):
             value: Tensor | None = getattr(self, field.name)
             if value is not None:
                 value = value.to(device, non_blocking=True)

@@ -25,6 +25,7 @@ def test_there_is_no_place_for_target_labels():
         "style_reference",
         "inner_corner",
         "target_valid",
+        "redrawn",
     }
 
 

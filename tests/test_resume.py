@@ -13,6 +13,7 @@ from dataclasses import replace
 from multiprocessing import active_children
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -24,11 +25,13 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from t2sda_hf.cli import main
 from t2sda_hf.commands import train as command
 from t2sda_hf.config import RunConfig, load_config
+from t2sda_hf.data.domains import Domain
 from t2sda_hf.data.pairs import PairDataset, PositionSampler
 from t2sda_hf.errors import LostFolder
 from t2sda_hf.masking import mask
 from t2sda_hf.methods import METHODS
-from t2sda_hf.training import loop, stopping
+from t2sda_hf.storage import read_lines
+from t2sda_hf.training import loop, stopping, tracking
 from t2sda_hf.training.checkpoint import Progress, checkpoints
 from t2sda_hf.training.resume import lock_run
 from t2sda_hf.training.scores import Interruptible
@@ -337,6 +340,36 @@ def test_data_that_ends_a_run_costs_no_step(run, tmp_path: Path, capfd, monkeypa
     assert run("whole", *often) == 0
     assert run("out", *often, "--resume", "auto") == 0
     assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+
+
+def test_an_image_that_breaks_in_the_middle_is_drawn_again(run, stop_after, tmp_path, capsys, monkeypatch):
+    """What is drawn for it depends on the position alone, so a stop changes nothing; too many end the run."""
+    broken = {0, 1, 2, 3}
+
+    def draw(self: PairDataset, target: Domain, rng: np.random.Generator) -> np.ndarray:
+        index = int(rng.integers(len(target)))
+        if index in broken:
+            raise ValueError(f"street {index} is cut")
+        return target.resized_image(index)
+
+    monkeypatch.setattr(PairDataset, "_draw_target", draw)
+    short = ("--train.max_steps", "6", "--train.evaluate_every", "100")
+    assert run("whole", *short) == 0
+    said = capsys.readouterr().out
+    lines = read_lines(tmp_path / "whole" / "t2sda" / "scalars.jsonl")
+    drawn = [line["unreadable"] for line in lines if "unreadable" in line]
+    assert len(drawn) > len(set(drawn)) > 1
+    assert said.count(f"another image is drawn for one that cannot be read any more: {drawn[0]}") == 1
+    stop_after(4)
+    assert run("out", *short) == 143
+    assert run("out", *short, "--resume", "auto") == 0
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+    monkeypatch.setattr(tracking, "MOST_UNREADABLE", 1)
+    assert run("many", *short) == 1
+    assert "DataFailed: ValueError: more than 1 images that were whole at the start" in capsys.readouterr().err
+    broken.update(range(6))
+    assert run("all", *short) == 1
+    assert "DataFailed: ValueError: street" in capsys.readouterr().err
 
 
 def test_an_error_inside_an_update_leaves_the_state_before_it(run, tmp_path: Path, capsys, monkeypatch) -> None:

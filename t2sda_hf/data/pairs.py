@@ -29,7 +29,9 @@ from .translated import TranslatedFolder
 
 logger = logging.getLogger(__name__)
 
-RETRIES = 10  # of a crop that is too uniform, and of one that misses its rare class; the last one is kept (DAFormer)
+# Of a crop that is too uniform, and of one that misses its rare class; the last one is kept (DAFormer). Also of images
+# that could be read when the run began, and cannot any more.
+RETRIES = 10
 _DATA_STREAM = 1  # tells the random numbers of the data from those of the training step
 
 
@@ -48,8 +50,26 @@ class PairDataset(Dataset):
     translated: TranslatedFolder | None = None  # of the source images, instead of an engine that runs along
     stream: ImageStream | None = None  # of the target's images, instead of those that are drawn by index
 
-    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
-        rng = np.random.default_rng([self.config.seed, _DATA_STREAM, position])
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """The sample at a position; "redrawn" has what could not be read, if others were drawn instead.
+
+        Raises:
+            ValueError, OSError: if nothing that is drawn can be read.
+        """
+        redrawn: list[str] = []
+        while True:
+            another = [len(redrawn)] if redrawn else []
+            rng = np.random.default_rng([self.config.seed, _DATA_STREAM, position, *another])
+            try:
+                sample: dict[str, Any] = self._sample(rng)
+            except (ValueError, OSError) as error:
+                if self.stream is not None or len(redrawn) == RETRIES:  # a stream leaves out by itself
+                    raise
+                redrawn.append(str(error))
+            else:
+                return sample | {"redrawn": redrawn} if redrawn else sample
+
+    def _sample(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
         index, wanted = self.rare.draw(rng) if self.rare else (int(rng.integers(len(self.source))), None)
         image = self.source.resized_image(index)
         size = (image.shape[0], image.shape[1])
@@ -148,9 +168,9 @@ class PositionSampler(Sampler[int]):
         return (self.max_steps - self.start_step) * self.micro_batches * self.batch_size
 
 
-def collate(samples: list[dict[str, np.ndarray]]) -> UdaBatch:
+def collate(samples: list[dict[str, Any]]) -> UdaBatch:
     """Stack samples; images become (B,3,H,W) uint8."""
-    stacked: dict[str, Any] = {}
+    stacked: dict[str, Any] = {"redrawn": tuple(text for sample in samples for text in sample.pop("redrawn", ()))}
     for name in samples[0]:
         array = torch.from_numpy(np.stack([sample[name] for sample in samples]))
         stacked[name] = array.permute(0, 3, 1, 2).contiguous() if array.ndim == 4 else array

@@ -11,6 +11,7 @@
 
 import platform
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -45,6 +46,7 @@ class MethodFolder:
         results: metrics.json; {} if the method did not finish.
         panels: (step, picture) of pseudo-labels over time.
         skipped: (step, reason) of updates that were left out.
+        unreadable: what was wrong with images that could not be read any more -> how often another one was drawn.
     """
 
     name: str
@@ -59,6 +61,7 @@ class MethodFolder:
     results: Mapping[str, Any]
     panels: list[tuple[int, Path]]
     skipped: list[tuple[int, str]] = field(default_factory=list)
+    unreadable: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,12 @@ def read_method(path: Path) -> MethodFolder:
     iou: dict[str, list[tuple[int, dict[str, float]]]] = {}
     trust: Series = []
     skipped: list[tuple[int, str]] = []
+    unreadable: Counter[str] = Counter()
     for entry in read_lines(path / "scalars.jsonl"):
         step = entry["step"]
+        if "unreadable" in entry:
+            unreadable[entry["unreadable"]] += 1
+            continue
         if "skipped" in entry:
             skipped.append((step, entry["skipped"]))
             continue
@@ -138,7 +145,8 @@ def read_method(path: Path) -> MethodFolder:
     pictures = sorted((path / "panels").glob("step_*.png"))
     panels = [(int(re.findall(r"\d+", picture.stem)[-1]), picture) for picture in pictures]
     miou, accuracy = over_time["miou"], over_time["pixel_accuracy"]
-    return MethodFolder(path.name, path, config, losses, trust, miou, accuracy, iou, proxies, results, panels, skipped)
+    over_all = trust, miou, accuracy, iou, proxies
+    return MethodFolder(path.name, path, config, losses, *over_all, results, panels, skipped, unreadable)
 
 
 def write_data_record(

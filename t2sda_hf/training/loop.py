@@ -134,7 +134,7 @@ def update(run: Run, step: int, tracker: Tracker) -> Mapping[str, Any]:
         NotFinite: naming what was not finite, the step and the process.
         DataFailed, Stopped: see `read`.
     """
-    batches = read(run, tracker)
+    batches = read(run, step, tracker)
     cfg, accelerator, parts = run.cfg, run.accelerator, run.parts
     student, teacher = parts.networks.student, parts.networks.teacher
     set_learning_rate(parts.optimizer, learning_rate_factor(step, cfg.optim, cfg.train.max_steps))
@@ -173,8 +173,8 @@ def update(run: Run, step: int, tracker: Tracker) -> Mapping[str, Any]:
     return seen
 
 
-def read(run: Run, tracker: Tracker) -> list[UdaBatch]:
-    """The micro-batches of the next update, still on the CPU; the wait is put down. Collective.
+def read(run: Run, step: int, tracker: Tracker) -> list[UdaBatch]:
+    """The micro-batches of the update after `step`, still on the CPU; the wait is put down. Collective.
 
     Raises:
         DataFailed: on every process, if one of them cannot read its own.
@@ -183,6 +183,7 @@ def read(run: Run, tracker: Tracker) -> list[UdaBatch]:
     asked, read, reason, number = time.perf_counter(), list[UdaBatch](), "", 0
     try:
         read = [next(run.batches) for _ in range(run.cfg.train.micro_batches)]
+        tracker.redrawn([text for batch in read for text in batch.redrawn], step)
     except Stopped as error:
         number = error.exit_code - 128
     except (OSError, ValueError, RuntimeError, MemoryError) as error:

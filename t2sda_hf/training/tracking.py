@@ -16,6 +16,8 @@ from ..evaluation.trackers import log_picture
 from ..storage import read_lines, write_text
 from .checkpoint import Progress
 
+MOST_UNREADABLE = 10  # different images that vanish or break during a run, before it ends
+
 
 class Tracker:
     """Collects scalars of every step and shows their mean. Only the main process writes.
@@ -23,8 +25,9 @@ class Tracker:
     The same numbers go to the bar, to `scalars.jsonl` and, through accelerate, to the trackers of `train.log_with`.
 
     `scalars.jsonl` has one object per flush: step (finished updates), the mean of every term since the last flush, lr,
-    data_share (share of the time spent waiting for data), seconds_per_step; one per evaluation; and one per skipped
-    update, with the reason. What it says of steps after `start`, written by a run that was killed, is taken out.
+    data_share (share of the time spent waiting for data), seconds_per_step; one per evaluation; one per skipped update,
+    with the reason; and one per image that could not be read. What it says of steps after `start`, written by a run
+    that was killed, is taken out.
 
     Attributes:
         skipped: updates left out so far because something was not finite.
@@ -39,6 +42,7 @@ class Tracker:
         for name, values in start.log.items():
             self._sums[name] = list(values.to(accelerator.device))
         self.skipped, self.torn = start.skipped, False
+        self._unreadable: set[str] = set()
         self._waited, self._since, self._steps = 0.0, time.perf_counter(), 0
         main = accelerator.is_main_process
         if main:
@@ -87,6 +91,23 @@ class Tracker:
         self._bar.write(f"step {step + 1} skipped: {reason}")
         self._write_line({"step": step + 1, "skipped": reason})
         self.step_done()
+
+    def redrawn(self, texts: list[str], step: int) -> None:
+        """Put down images of the update after `step` that could not be read; each is said once.
+
+        Raises:
+            ValueError: if they become too many to be an accident.
+        """
+        for text in texts:
+            if text not in self._unreadable:
+                self._unreadable.add(text)
+                self._bar.write(f"another image is drawn for one that cannot be read any more: {text}")
+            self._write_line({"step": step + 1, "unreadable": text})
+        if len(self._unreadable) > MOST_UNREADABLE:
+            raise ValueError(
+                f"more than {MOST_UNREADABLE} images that were whole at the start cannot be read any more, the last: "
+                f"{texts[-1]}"
+            )
 
     def progress(self, done: int) -> Progress:
         """What goes into a checkpoint after `done` updates."""

@@ -66,6 +66,8 @@ def write_run(folder: Path, seed: int = 0, classes: list[str] = CLASSES, finishe
     lines = [
         {"step": 100, "source": 1.0, "target": 0.9, "pull": 5.0, "trust": 0.2, "lr": 1e-3, "data_share": 0.1},
         {"step": 150, "skipped": "loss 'pull' is nan on process 0"},
+        {"step": 160, "unreadable": "street_7.png is gone"},
+        {"step": 170, "unreadable": "street_7.png is gone"},
         {"step": 200, "source": 0.5, "target": 0.8, "pull": 4.0, "trust": 0.3, "lr": 1e-3, "data_share": 0.1},
         evaluated,
     ]
@@ -256,6 +258,7 @@ def test_what_a_run_left_is_read_back(tmp_path: Path) -> None:
     assert method.iou["teacher"][0] == (200, {"road": 55.0})
     assert method.proxies == {"coverage": [(200, 0.25)], "agreement": [(200, 0.75)], "source": [(200, 0.5)]}
     assert method.skipped == [(150, "loss 'pull' is nan on process 0")]
+    assert method.unreadable == {"street_7.png is gone": 2}
     assert [step for step, _ in method.panels] == [100, 200, 300, 400]
 
 
