@@ -1,4 +1,5 @@
-"""Files that are read back: written whole or not at all, and read so that a damaged one never ends a command.
+"""Files that are read back: written whole or not at all, and read so that a damaged one never ends a command. And
+what a command may write: never over anything that it did not make.
 
 A kill or a full disk may come at any byte. What was there before stays readable then, and what is cut is named, left
 out and, where it can be, made again. Only the standard library is imported here.
@@ -9,11 +10,16 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
+
+MADE_FILE = ".t2sda.json"  # in a folder: which of its files which command made, and their sha256
 
 
 def write_text(path: Path, text: str) -> None:
@@ -104,3 +110,72 @@ def share_weights(folder: Path) -> None:
 @cache
 def _tell_about_folders(reason: str) -> None:
     logger.warning("fsync of a folder is not possible on this file system (%s): it is left out.", reason)
+
+
+def refuse_inside(path: Path, inputs: Iterable[str]) -> None:
+    """ValueError for an output that is one of the inputs, or in a folder of them: it would be read with the next."""
+    place = Path(os.path.realpath(path))
+    for source in (Path(os.path.realpath(name)) for name in inputs if name and Path(name).exists()):
+        if place == source:
+            raise ValueError(f"{path} is read as data: pass another --output.")
+        if source in place.parents:
+            raise ValueError(f"{path} lies in {source}, which is read as data: pass another --output.")
+
+
+def refuse_foreign(command: str, paths: Iterable[Path], inputs: Iterable[str] = ()) -> None:
+    """ValueError for an output that is in the way: only what the same command made there is ever replaced.
+
+    Args:
+        command: "evaluate".
+        paths: files and folders that it will write. A folder must hold nothing but what it made; hidden files do not
+            count.
+        inputs: folders and files of data that it reads; words that are no path are left out.
+    """
+    inputs = list(inputs)
+    for path in paths:
+        refuse_inside(path, inputs)
+        made = _made_in(path if path.is_dir() else path.parent, command)
+        for file in _files_of(path):
+            name = file.relative_to(path if path.is_dir() else path.parent).as_posix()
+            if name not in made:
+                raise ValueError(f"{file} exists, and `t2sda {command}` did not write it: pass another --output.")
+            if made[name] != _sha256(file):
+                raise ValueError(f"{file} was changed since `t2sda {command}` wrote it: pass another --output.")
+
+
+@contextmanager
+def outputs(command: str, *paths: Path, inputs: Iterable[str] = ()) -> Iterator[None]:
+    """Write files or folders inside of this: see `refuse_foreign`. What is there afterwards was made by `command`."""
+    refuse_foreign(command, paths, inputs)
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:  # however it ends, its files are its own
+        for path in paths:
+            folder = path if path.is_dir() else path.parent
+            made = {file.relative_to(folder).as_posix(): _sha256(file) for file in _files_of(path)}
+            if made:
+                content = read_json(folder / MADE_FILE)
+                known = content if isinstance(content, dict) else {}
+                write_json(folder / MADE_FILE, known | {command: _made_in(folder, command) | made})
+
+
+def _files_of(path: Path) -> list[Path]:
+    """A file itself, if it exists; of a folder all that is in it, but nothing hidden."""
+    if not path.is_dir():
+        return [path] if path.exists() or path.is_symlink() else []
+    files = sorted(file for file in path.rglob("*") if not file.is_dir())
+    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+
+
+def _made_in(folder: Path, command: str) -> dict[str, str]:
+    """Name -> sha256 of the files that a command made in a folder."""
+    content = read_json(folder / MADE_FILE)
+    made = content.get(command) if isinstance(content, dict) else None
+    return made if isinstance(made, dict) else {}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return file_digest(opened, "sha256").hexdigest()

@@ -55,6 +55,7 @@ from ..evaluation.models import model_of, titled
 from ..evaluation.pictures import Column, save_grid
 from ..evaluation.report import save_panel
 from ..models import T2SDAForSemanticSegmentation
+from ..storage import outputs, refuse_foreign
 from .domains import open_labelled, readable, test_domain
 
 Models = dict[str, T2SDAForSemanticSegmentation]
@@ -63,6 +64,7 @@ Sizes = dict[str, Size | None]
 
 def run(args: Namespace) -> int:
     target = test_domain(args)
+    refuse_foreign("analyze", [args.output], [target.path, target.label_path, args.source or args.cfg.source.path])
     models: Models = {}
     sizes: Sizes = {}
     classes: tuple[str, ...] = ()
@@ -73,12 +75,17 @@ def run(args: Namespace) -> int:
         if classes and names != classes:
             raise ValueError(f"the models have different classes: {', '.join(classes)}; {title}: {', '.join(names)}.")
         models[title], sizes[title], classes = model, saved_image_size(name), names
-    args.output.mkdir(parents=True, exist_ok=True)
     if args.no_labels:
-        without_labels(args, models, sizes, classes, load_domain(target, classes, labelled=False))
+        images = load_domain(target, classes, labelled=False)
+        with outputs("analyze", args.output):
+            args.output.mkdir(exist_ok=True)
+            without_labels(args, models, sizes, classes, images)
         return 0
     domain = open_labelled(target, classes, "To look at a domain that has no labels: --no_labels.")
-    with_labels(args, models, sizes, classes, readable(Part(domain, range(len(domain))[: args.limit], domain.name)))
+    part = readable(Part(domain, range(len(domain))[: args.limit], domain.name))
+    with outputs("analyze", args.output):
+        args.output.mkdir(exist_ok=True)
+        with_labels(args, models, sizes, classes, part)
     return 0
 
 

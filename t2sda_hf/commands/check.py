@@ -19,6 +19,7 @@ from ..config import RunConfig
 from ..data.checking import DomainFacts, Finding, compare, inspect_domain
 from ..data.domains import Domain, load_domain
 from ..data.sheet import write_report
+from ..storage import outputs, refuse_foreign
 
 
 def run(args: Namespace) -> int:
@@ -39,11 +40,13 @@ def check(cfg: RunConfig, only: list[str], output: Path, pictures: int, processe
         raise ValueError(
             "there is nothing to check: give --config with a file or a recipe, or a path such as --source.path FOLDER."
         )
+    refuse_foreign("check", [output], [path for one in configs.values() for path in (one.path, one.label_path)])
     domains: dict[str, tuple[Domain, DomainFacts]] = {}
     for role, config in configs.items():
         domain = load_domain(config, cfg.classes, labelled=role != "target")
         domains[role] = domain, inspect_domain(domain, cfg.classes, processes)
     facts = {role: fact for role, (_, fact) in domains.items()}
     findings = [finding for fact in facts.values() for finding in fact.findings] + compare(facts, cfg.classes)
-    write_report(output, domains, findings, cfg.classes, cfg.rcs.temperature, pictures)
+    with outputs("check", output):
+        write_report(output, domains, findings, cfg.classes, cfg.rcs.temperature, pictures)
     return findings

@@ -36,20 +36,29 @@ from ..analysis.statistics import ProxyScore, evaluations, rank_proxies
 from ..evaluation.page import write_comparison, write_page
 from ..evaluation.run_folder import read_run
 from ..evaluation.table import markdown
+from ..storage import outputs, refuse_foreign
 
 
 def run(args: Namespace) -> int:
     if args.proxies:
         compare_proxies(args.runs, args.output)
         return 0
+    output = args.output or Path("outputs/comparison")
+    refuse_foreign("compare", [output], map(str, args.runs))
+    for page in (folder / "index.html" for folder in args.runs):
+        if page.is_file() and "t2sda" not in page.read_text(encoding="utf-8", errors="replace"):
+            raise ValueError(f"{page} is no page of a run. Move it away: the page of the run is written there.")
     for folder in args.runs:
         write_page(folder)
-    print(write_comparison(args.runs, args.output or Path("outputs/comparison")))
+    with outputs("compare", output):
+        print(write_comparison(args.runs, output))
     return 0
 
 
 def compare_proxies(folders: Sequence[Path], output: Path | None) -> None:
     """Print the table, and save every evaluation as CSV."""
+    if output:
+        refuse_foreign("compare", [output])
     runs = [evaluations(read_run(folder).main) for folder in folders]
     empty = [str(folder) for folder, points in zip(folders, runs, strict=True) if len(points) < 2]
     used = [points for points in runs if len(points) >= 2]
@@ -61,8 +70,7 @@ def compare_proxies(folders: Sequence[Path], output: Path | None) -> None:
     if empty:
         print(f"\nNot used, fewer than two evaluations with proxies: {', '.join(empty)}", file=sys.stderr)
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("w", newline="", encoding="utf-8") as file:
+        with outputs("compare", output), output.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["run", *(names := ["step", "miou", *(n for n in scores if n != "step")])])
             for folder, points in zip(folders, runs, strict=True):

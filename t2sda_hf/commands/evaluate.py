@@ -29,7 +29,7 @@ from ..evaluation.evaluator import LabelledDomain, Part, evaluate_model
 from ..evaluation.inference import load_model, saved_image_size
 from ..evaluation.models import titled
 from ..evaluation.table import class_sets_of, format_table, summarise
-from ..storage import write_json
+from ..storage import outputs, refuse_foreign, write_json
 from ..teacher import with_statistics_of
 from ..training.checkpoint import checkpoints
 from .domains import open_labelled, test_domains
@@ -41,6 +41,11 @@ def run(args: Namespace) -> int:
     if args.every < 1:
         raise ValueError(f"--every must be at least 1, got {args.every}.")
     domains, how = test_domains(args), args.cfg.evaluation
+    files = () if args.output is None else (args.output, args.output.with_suffix(".csv"))
+    if len(set(files)) < len(files):
+        raise ValueError(f"--output {args.output} is the name of the table that is written beside it: end it in .json.")
+    read = [path for config in domains for path in (config.path, config.label_path)]
+    refuse_foreign("evaluate", files, read)
     accelerator = Accelerator()
     models = [(title, *entry) for given in args.models for title, entry in models_of(given).items()]
     shown: dict[str, Any] = {}
@@ -75,7 +80,8 @@ def run(args: Namespace) -> int:
             show(config.path, columns, subsets)
             shown[config.path] = columns
     if accelerator.is_main_process and args.output:
-        save(args.output, shown, subsets)
+        with outputs("evaluate", *files):
+            save(args.output, shown, subsets)
     accelerator.end_training()
     return 0
 
@@ -129,7 +135,6 @@ def show(path: str, columns: dict[str, list[dict[str, Any]]], subsets: dict[str,
 def save(output: Path, shown: dict[str, Any], subsets: dict[str, tuple[str, ...]]) -> None:
     """Everything as JSON: of one model on one domain its result, otherwise domain -> title -> results. And a CSV."""
     results = [result for columns in shown.values() for seeds in columns.values() for result in seeds]
-    output.parent.mkdir(parents=True, exist_ok=True)
     content = results[0] if len(results) == 1 else shown
     write_json(output, content)
     with output.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:

@@ -12,9 +12,11 @@ from argparse import Namespace
 
 from ..evaluation.models import model_of
 from ..hub.export import SIZES, export_onnx
+from ..storage import outputs
 
 
 def run(args: Namespace) -> int:
-    worst = export_onnx(model_of(args.model), args.output)
+    with outputs("export", args.output):
+        worst = export_onnx(model_of(args.model), args.output)
     print(f"{args.output}: equal to PyTorch within {worst:.1e} on {len(SIZES)} sizes.")
     return 0

@@ -43,6 +43,7 @@ from ..evaluation.pictures import Column, draw_legend, errors, save_grid
 from ..labels import IGNORE_INDEX, palette
 from ..listing import IMAGE_SUFFIXES, VIDEO_SUFFIXES, account, list_files
 from ..models import T2SDAForSemanticSegmentation
+from ..storage import refuse_inside
 from .domains import open_labelled, readable, test_domain
 
 SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
@@ -70,6 +71,7 @@ def run(args: Namespace) -> int:
 
 
 def predict_files(args: Namespace) -> int:
+    refuse_inside(args.output, [str(args.images)])
     images = find_images(args.images)
     files = files_for(images, args.output, args.confidence)
     refuse_existing(files, args.overwrite, images)

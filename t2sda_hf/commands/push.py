@@ -45,6 +45,8 @@ def publish(args: Namespace) -> str:
             (Path(temporary) / "all").rename(args.output)
         return f"Written, not sent: {args.output}"
     if args.card is not None:
+        if (args.card / "README.md").exists() and not (args.card / "facts.json").exists():
+            raise ValueError(f"{args.card / 'README.md'} exists, and is no card of a run: choose another --card.")
         with TemporaryDirectory() as temporary:
             stage_run(args.run_folder, args.repo_id, Path(temporary) / "all", given)
             args.card.mkdir(parents=True, exist_ok=True)

@@ -60,6 +60,9 @@ def run(args: Namespace) -> int:
 
 def plan(args: Namespace) -> list[Planned]:
     refuse_keys(args.overrides, seed="use --seeds", output_dir="use --output", resume="a run always goes on")
+    figures = args.output / "repeat.json"
+    if figures.exists() and "miou" not in (read_json(figures) or {}):
+        raise ValueError(f"{figures} exists, and `t2sda repeat` did not write it: pass another --output.")
     if len(args.configs) > 2:
         raise ValueError(f"two configs are compared at most, got {len(args.configs)}.")
     names = [Path(config).stem for config in args.configs]
@@ -138,7 +141,7 @@ def report(output: Path, planned: Sequence[Planned]) -> None:
             print(f"\n{title}: {compared[title]}")
         else:
             print(f"\n{title}: fewer than two seeds in common, nothing to compare")
-    output.mkdir(parents=True, exist_ok=True)
     content = {"miou": scores, "differences": {title: vars(difference) for title, difference in compared.items()}}
+    output.mkdir(parents=True, exist_ok=True)
     write_json(output / "repeat.json", content)
     print(f"\nFigures in {output / 'repeat.json'}")

@@ -67,6 +67,12 @@ def run(args: Namespace) -> int:
     refuse_keys(args.overrides, seed="use --seeds", output_dir="use --output", resume="a cell always goes on")
     tables = [read_table(name, args.scale, args.overrides) for name in args.tables]
     folder = args.output.resolve() / args.scale
+    for table in tables:
+        figures = folder / f"{table.name}.json"
+        known = (read_json(figures) or {}).get("table") == table.name if figures.exists() else False
+        for file in (figures, figures.with_suffix(".md")):
+            if file.exists() and not known and not args.dry_run:
+                raise ValueError(f"{file} exists, and `t2sda tables` did not write it: pass another --output.")
     failed: list[str] = []
     with Runner() as runner:
         for table in tables:

@@ -41,6 +41,7 @@ from ..data.domains import Domain, load_domain
 from ..data.transforms import resize_image
 from ..data.translated import open_translated, write_manifest
 from ..launching import words_of
+from ..storage import outputs
 from ..training.translator import TranslatorSettings, train_translator
 from ..translate import TranslationEngine, build_engine
 
@@ -85,8 +86,8 @@ def preview(args: Namespace) -> None:
         raise ValueError(f"--count must be at least 1, got {args.count}.")
     configs, source, target = asked(args)
     output = args.output or Path("outputs/translation.png")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    sheet(configs, source, target, args.count).save(output)
+    with outputs("translator", output, inputs=[args.cfg.source.path, args.cfg.target.path]):
+        sheet(configs, source, target, args.count).save(output)
     print(f"picture in {output}")
 
 

@@ -69,6 +69,9 @@ def prepare_layout(
     unknown = sorted({*splits, *unlabelled} - set(layout.splits))
     if unknown:
         raise ValueError(f"{name} has no split {', '.join(unknown)}: it has {', '.join(layout.splits)}.")
+    card = output / "README.md"
+    if card.is_file() and "by `t2sda prepare`" not in card.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(f"{card} exists, and `t2sda prepare` did not write it: choose another --output.")
     classes = tuple(name for name in LABEL_SPACES[layout.space] if name != VOID)
     domains = {}
     for split in splits or layout.splits:  # all of them are looked at before any work

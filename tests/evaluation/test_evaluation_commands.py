@@ -311,7 +311,7 @@ def test_predictions_never_replace_the_images_themselves(model_folder, photos, c
 
     assert predict(model_folder, photos, photos, "--overwrite") == 2
 
-    assert "a_ids.png exists" in last_error_line(capsys)
+    assert f"{photos} is read as data" in last_error_line(capsys)
     assert (photos / "a_ids.png").read_bytes() == before
 
 
@@ -535,3 +535,23 @@ def test_two_processes_print_once_and_save_the_scores_of_one(model_folder, tmp_p
     assert two.stdout.count("| mIoU ") == 1
     assert main(["evaluate", *arguments, str(tmp_path / "one.json")]) == 0
     assert json.loads((tmp_path / "two.json").read_text()) == json.loads((tmp_path / "one.json").read_text())
+
+
+def test_a_command_replaces_what_it_wrote_until_somebody_changed_it(model_folder, tmp_path, capsys):
+    output = tmp_path / "scores.json"
+    words = ["evaluate", str(model_folder), "--domain", "streets-target", "--limit", "1", "--output", str(output)]
+    assert main(words) == main(words) == 0
+    with output.with_suffix(".csv").open("a") as file:
+        file.write("a note of mine\n")
+    assert main(words) == 2
+    assert f"{output.with_suffix('.csv')} was changed since `t2sda evaluate` wrote it" in last_error_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "analyze", "predict"])
+def test_nothing_is_written_into_a_folder_of_data(model_folder, mapped, tmp_path, capsys, command):
+    images = tmp_path / "city" / "images"
+    output = images / ("scores.json" if command == "evaluate" else "out")
+    read = [str(images)] if command == "predict" else ["--domain", str(images)]
+    assert main([command, str(model_folder), *read, "--output", str(output)]) == 2
+    assert re.search(rf"{output} lies in {images}, which is read as data", last_error_line(capsys))
+    assert not output.exists()
