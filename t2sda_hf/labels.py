@@ -165,6 +165,11 @@ def id_map(names: Sequence[str], classes: Sequence[str], renames: Mapping[str, s
     return table
 
 
+def shortened(name: str, length: int = 24) -> str:
+    """A name as it fits beside a picture or into a table: with an ellipsis in the middle if it is longer."""
+    return name if len(name) <= length else f"{name[: length - length // 3 - 1]}…{name[-(length // 3) :]}"
+
+
 def palette(classes: Sequence[str]) -> "np.ndarray":
     """Display colours of `classes`: Cityscapes' own where the name is known, otherwise evenly spread hues.
 

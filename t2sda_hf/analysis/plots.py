@@ -7,11 +7,13 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False  # names of classes are text, whatever is in them
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ..labels import palette
+from ..evaluation.figures import NAMED
+from ..labels import palette, shortened
 from .embedding import Sample
 
 
@@ -27,7 +29,7 @@ def save_bars(
         title: above all of it.
     """
     figure, axes = plt.subplots(
-        len(panels), 1, figsize=(max(6.0, 0.6 * len(classes) + 2), 2.6 * len(panels) + 0.8), sharex=True, squeeze=False
+        len(panels), 1, figsize=(max(6.0, 0.6 * min(len(classes), NAMED) + 2), 2.6 * len(panels) + 0.8), sharex=True, squeeze=False
     )
     for axis, (what, models) in zip(axes[:, 0], panels.items(), strict=True):
         width = 0.8 / len(models)
@@ -36,7 +38,10 @@ def save_bars(
             axis.bar(at, values, width, label=model)
         axis.set_ylabel(what)
         axis.grid(axis="y", alpha=0.3)
-    axes[-1, 0].set_xticks(range(len(classes)), classes, rotation=60, ha="right")
+    if len(classes) <= NAMED:
+        axes[-1, 0].set_xticks(range(len(classes)), [shortened(name) for name in classes], rotation=60, ha="right")
+    else:
+        axes[-1, 0].set_xlabel("class id")
     axes[0, 0].legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncol=3, frameon=False)
     figure.suptitle(title, fontsize=11, y=1.02)
     _save(figure, path)
@@ -63,8 +68,8 @@ def save_scatter(path: Path, points: Mapping[str, tuple[np.ndarray, Sample]], cl
             axis.scatter(mine[:, 0], mine[:, 1], s=9, marker=marker, linewidths=0.7, color=colors[class_id])
         axis.scatter([], [], marker=marker, color="black", label=domain)
         rows += [[domain, classes[c], float(x), float(y)] for c, (x, y) in zip(labels, plane, strict=True)]
-    for class_id in sorted({int(c) for _, sample in points.values() for c in sample.labels.unique()}):
-        axis.scatter([], [], color=colors[class_id], label=classes[class_id])
+    for class_id in sorted({int(c) for _, sample in points.values() for c in sample.labels.unique()})[:NAMED]:
+        axis.scatter([], [], color=colors[class_id], label=shortened(classes[class_id]))
     axis.set_xticks([])
     axis.set_yticks([])
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
@@ -85,7 +90,7 @@ def save_relation(path: Path, relations: Mapping[str, tuple[np.ndarray, np.ndarr
         axis.scatter(similarity, iou, s=22, color=f"C{place}", label=model)
         for name, x, y in zip(classes, similarity, iou, strict=True):
             if np.isfinite(x) and np.isfinite(y):
-                axis.annotate(name, (x, y), fontsize=7, xytext=(3, 2), textcoords="offset points")
+                axis.annotate(shortened(name), (x, y), fontsize=7, xytext=(3, 2), textcoords="offset points")
     axis.set_xlabel("similarity of class centres, source to target")
     axis.set_ylabel("IoU on the target, %")
     axis.grid(alpha=0.3)

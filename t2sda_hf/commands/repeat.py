@@ -22,7 +22,7 @@ from typing import Any
 
 from ..analysis.statistics import paired_difference
 from ..config import RunConfig, changes, differences, load_config
-from ..evaluation.table import markdown, spread
+from ..evaluation.table import markdown, number, spread
 from ..launching import Runner, refuse_keys, words_of
 from ..storage import read_json, write_json
 
@@ -103,9 +103,9 @@ def scores_of(summaries: dict[int, dict[str, Any]]) -> Scores:
     found: Scores = {}
     for seed, summary in summaries.items():
         for method, entry in summary.items():
-            if isinstance(entry, dict) and "miou" in entry:
+            if isinstance(entry, dict) and entry.get("miou") is not None:
                 found.setdefault(method, {})[seed] = entry["miou"]
-                if "teacher_miou" in entry:
+                if entry.get("teacher_miou") is not None:
                     found.setdefault(f"{method} (teacher)", {})[seed] = entry["teacher_miou"]
     return found
 
@@ -122,8 +122,7 @@ def report(output: Path, planned: Sequence[Planned]) -> None:
     for name, models in scores.items():
         for model, by_seed in models.items():
             found = spread(list(by_seed.values()))
-            sd = "-" if found["sd"] is None else f"{found['sd']:.2f}"
-            rows.append([name, model, f"{found['mean']:.2f}", sd, str(found["n"])])
+            rows.append([name, model, number(found["mean"]), number(found["sd"]), str(found["n"])])
     if rows:
         print("\nmIoU in %\n\n" + markdown(["config", "model", "mean", "sd", "n"], rows))
     pairs: list[tuple[str, dict[int, float], dict[int, float]]] = []

@@ -49,7 +49,7 @@ from ..errors import DamagedCheckpoint, Ended, LostContact, LostFolder, RunFaile
 from ..evaluation.page import NARROW_PANEL, write_page
 from ..evaluation.report import save_panel
 from ..evaluation.run_folder import write_data_record
-from ..evaluation.table import format_table
+from ..evaluation.table import difference, format_table, number
 from ..hub.card import record_run
 from ..hub.push import check_push, push_after_training
 from ..masking import MaskFilter, mask_known
@@ -243,7 +243,7 @@ def summarise(cfg: RunConfig, results: Results) -> dict[str, Any]:
             prefix = "" if which == "student" else f"{which}_"
             entry |= {f"{prefix}miou": result["miou"], f"{prefix}iou": [result["iou"][name] for name in cfg.classes]}
     if cfg.baseline != "none":
-        summary["gain"] = summary[cfg.method]["miou"] - summary[cfg.baseline]["miou"]
+        summary["gain"] = difference(summary[cfg.method]["miou"], summary[cfg.baseline]["miou"])
     return summary
 
 
@@ -269,8 +269,8 @@ def finish(cfg: RunConfig, domains: Domains, results: Results) -> None:
     own = results[cfg.method]
     print(f"\nIoU on {domains.test.name}, {own['student']['num_images']} images, in %\n{format_table(columns)}")
     if cfg.baseline != "none":
-        gain = own["student"]["miou"] - results[cfg.baseline]["student"]["miou"]
-        print(f"\n{cfg.method} gains {gain:+.2f} mIoU over {cfg.baseline} (seed {cfg.seed}).")
+        gain = difference(own["student"]["miou"], results[cfg.baseline]["student"]["miou"])
+        print(f"\n{cfg.method} gains {number(gain, '+.2f')} mIoU over {cfg.baseline} (seed {cfg.seed}).")
     if "selected" in own:
         kept = own["selected"]
         print(f"Selected without target labels by {kept['proxy']}: the student after {kept['step']} updates.")

@@ -9,7 +9,7 @@ import jinja2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..labels import IGNORE_INDEX, palette
+from ..labels import IGNORE_INDEX, palette, shortened
 from ..storage import write_text
 from .checking import DomainFacts, Finding, rarity
 from .domains import Domain
@@ -99,7 +99,7 @@ def draw_sheet(domain: Domain, indices: Sequence[int], classes: Sequence[str]) -
         x, y = _GAP + position % columns * (_WIDTH + _GAP), top + position // columns * 20
         red, green, blue = (int(value) for value in colors[position])
         draw.rectangle((x, y, x + 14, y + 14), fill=(red, green, blue), outline=(0, 0, 0))
-        draw.text((x + 20, y - 1), name, fill=(0, 0, 0), font=font)
+        draw.text((x + 20, y - 1), shortened(name, 36), fill=(0, 0, 0), font=font)
     return sheet
 
 

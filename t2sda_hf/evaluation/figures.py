@@ -6,15 +6,16 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False  # names of classes are text, whatever is in them
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..labels import palette
+from ..labels import palette, shortened
 
 Series = Sequence[tuple[int, float]]
+NAMED = 40  # classes up to which an axis has their names; beyond it has their ids
 
 
 def save_curves(
@@ -83,25 +84,31 @@ def save_losses(path: Path, losses: Mapping[str, Mapping[str, Series]]) -> None:
 def save_confusion(path: Path, matrices: Mapping[str, np.ndarray], classes: Sequence[str]) -> None:
     """Confusion matrices side by side, every row in % of its labelled pixels; rows without any stay empty.
 
+    A matrix is one image. Cells have a number, and axes the names, of up to `NAMED` classes; more make the picture no
+    larger.
+
     Args:
         path: PNG to write.
         matrices: title -> (K,K) counts, rows = labels, columns = predictions.
         classes: K names.
     """
-    side = max(4.0, 0.42 * len(classes) + 1.2)
+    side = max(4.0, 0.42 * min(len(classes), NAMED) + 1.2)
     figure, axes = plt.subplots(1, len(matrices), figsize=(side * len(matrices) + 0.5, side), squeeze=False)
     for axis, (title, counts) in zip(axes[0], matrices.items(), strict=True):
         totals = counts.sum(axis=1, keepdims=True)
         shares = np.divide(100 * counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
-        axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-        for row, column in np.argwhere(shares >= 0.5):
-            dark = shares[row, column] > 55
-            text = f"{shares[row, column]:.0f}"
-            axis.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
-        _class_ticks(axis, classes)
+        axis.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
+        if len(classes) <= NAMED:
+            for row, column in np.argwhere(shares >= 0.5):
+                dark = shares[row, column] > 55
+                text = f"{shares[row, column]:.0f}"
+                axis.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+            names = [shortened(name) for name in classes]
+            axis.set_xticks(range(len(classes)), names, rotation=90, fontsize=8)
+            axis.set_yticks(range(len(classes)), names, fontsize=8)
         axis.set_title(title, fontsize=11)
-        axis.set_xlabel("predicted")
-    axes[0, 0].set_ylabel("labelled")
+        axis.set_xlabel("predicted" if len(classes) <= NAMED else "predicted (class id)")
+    axes[0, 0].set_ylabel("labelled" if len(classes) <= NAMED else "labelled (class id)")
     _save(figure, path)
 
 
@@ -113,7 +120,7 @@ def save_class_shares(path: Path, shares: Mapping[str, Sequence[float]], classes
         shares: title -> K shares in [0,1].
         classes: K names.
     """
-    figure, axis = plt.subplots(figsize=(max(6.0, 0.55 * len(classes) + 2), 3.6))
+    figure, axis = plt.subplots(figsize=(max(6.0, 0.55 * min(len(classes), NAMED) + 2), 3.6))
     width = 0.8 / len(shares)
     for place, (title, values) in enumerate(shares.items()):
         at = np.arange(len(classes)) + (place - (len(shares) - 1) / 2) * width
@@ -122,7 +129,12 @@ def save_class_shares(path: Path, shares: Mapping[str, Sequence[float]], classes
     axis.set_ylim(0.01, 100)  # the sampling of rare classes leaves common ones 1e-10 and less
     axis.yaxis.set_major_formatter("{x:g}")
     axis.set_ylabel("%")
-    axis.set_xticks(range(len(classes)), classes, rotation=60, ha="right", fontsize=9)
+    axis.yaxis.set_minor_formatter("")
+    if len(classes) <= NAMED:
+        names = [shortened(name) for name in classes]
+        axis.set_xticks(range(len(classes)), names, rotation=60, ha="right", fontsize=9)
+    else:
+        axis.set_xlabel("class id")
     axis.grid(axis="y", alpha=0.3)
     axis.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncol=len(shares), frameon=False)
     _save(figure, path)
@@ -135,11 +147,6 @@ def hex_colors(classes: Sequence[str]) -> list[str]:
 
 def _grey(place: int) -> str:
     return f"{0.35 + 0.3 * place}"
-
-
-def _class_ticks(axis: Axes, classes: Sequence[str]) -> None:
-    axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
-    axis.set_yticks(range(len(classes)), classes, fontsize=8)
 
 
 def _save(figure: Figure, path: Path) -> None:

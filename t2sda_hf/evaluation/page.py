@@ -15,7 +15,7 @@ from ..config import changes, domain_names, flatten
 from ..storage import write_text
 from .figures import hex_colors, save_class_shares, save_confusion, save_curves, save_losses
 from .run_folder import BASELINE, MethodFolder, RunFolder, read_run
-from .table import CLASS_SETS, class_sets_of, spread, subset_miou
+from .table import CLASS_SETS, class_sets_of, difference, spread, subset_miou
 
 CURVES = {
     "student": "student, target",
@@ -66,6 +66,7 @@ def write_page(folder: str | Path) -> Path:
         settings={kind: {key: _get(main.config, key) for key in keys} for kind, keys in _SHOWN.items()},
         results=results,
         table=_class_table(main, baseline, classes),
+        gain=difference(*(m.results["student"]["miou"] if m and m.results else None for m in (main, baseline))),
         subsets=_subset_table(results, classes),
         changes=_changes(main, baseline, classes),
         quality=_pseudo_label_quality(main),
@@ -169,7 +170,7 @@ def _charts(run: RunFolder) -> dict[str, str]:
     curves = {CURVES[kind]: points for kind, points in main.miou.items() if kind in CURVES}
     if curves:
         levels = {}
-        if baseline is not None and baseline.results:
+        if baseline is not None and baseline.results and baseline.results["student"]["miou"] is not None:
             levels["source-only, target"] = baseline.results["student"]["miou"]
         save_curves(folder / "miou.png", curves, "mIoU, %", levels)
         drawn.append("miou")

@@ -9,15 +9,17 @@ from typing import Literal
 import matplotlib
 
 matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False  # names of classes are text, whatever is in them
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Patch
 
-from ..labels import IGNORE_INDEX, palette
+from ..labels import IGNORE_INDEX, palette, shortened
 
 RIGHT, WRONG, IGNORED = (225, 225, 225), (200, 30, 30), (0, 0, 0)  # colours of an error map
 CELL = 2.7  # inches
+IN_LEGEND = 40  # classes that the legend below a grid has, those with most pixels
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,16 @@ def save_grid(
     titled = range(len(lines)) if beside < len(columns) else range(1)
     num_rows = len(lines)
     height, width = columns[0].pictures[0].shape[:2]
-    shown = {
-        int(value) for column in columns if column.kind == "classes" for p in column.pictures for value in np.unique(p)
-    }
+    maps = [np.bincount(p.ravel(), minlength=256) for c in columns if c.kind == "classes" for p in c.pictures]
+    pixels = np.sum(maps, axis=0) if maps else np.zeros(256, int)
+    shown = np.flatnonzero(pixels[: len(classes)])
+    largest = sorted(shown[np.argsort(-pixels[shown], kind="stable")][:IN_LEGEND].tolist())
     has_errors = any(column.kind == "error" for column in columns)
-    handles = [Patch(color=palette(classes)[c] / 255, label=classes[c]) for c in sorted(shown - {IGNORE_INDEX})]
-    if IGNORE_INDEX in shown or has_errors:
+    colors = palette(classes) / 255
+    handles = [Patch(color=colors[c], label=shortened(classes[c])) for c in largest]
+    if len(shown) > len(largest):
+        handles.append(Patch(facecolor="none", label=f"and {len(shown) - len(largest)} smaller classes"))
+    if pixels[IGNORE_INDEX] or has_errors:
         handles.append(Patch(color=_unit(IGNORED), label="ignored"))
     if has_errors:
         handles += [Patch(facecolor=_unit(RIGHT), label="right"), Patch(color=_unit(WRONG), label="wrong")]
@@ -112,11 +118,10 @@ def save_grid(
 
 def draw_legend(classes: Sequence[str]) -> bytes:
     """A PNG with the colour of every class, in the order of their ids; equal for equal names."""
-    handles = [Patch(color=color / 255, label=name) for name, color in zip(classes, palette(classes), strict=True)]
+    named = zip(classes, palette(classes), strict=True)
+    handles = [Patch(color=color / 255, label=shortened(name, 60)) for name, color in named]
     figure = plt.figure(figsize=(3, 0.3))
-    legend = figure.legend(handles=handles, loc="upper left", ncol=-(-len(handles) // 40), fontsize=11, frameon=False)
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # "$" is a letter
+    figure.legend(handles=handles, loc="upper left", ncol=-(-len(handles) // 40), fontsize=11, frameon=False)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=130, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)

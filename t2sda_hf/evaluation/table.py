@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..labels import CITYSCAPES_CLASSES
+from ..labels import CITYSCAPES_CLASSES, shortened
 
 Result = Mapping[str, Any]  # of `evaluate_model`
 
@@ -101,7 +101,7 @@ def format_table(
     }
     titles = dict.fromkeys(row for column in columns.values() for row in column)
     ordered = [row for row in titles if row not in scores] + [row for row in titles if row in scores]
-    lines = [[row, *(_cell(column.get(row)) for column in columns.values())] for row in ordered]
+    lines = [[shortened(row, 60), *(_cell(column.get(row)) for column in columns.values())] for row in ordered]
     if any(len(seeds) > 1 for seeds in several.values()):
         lines.append(["n", *(str(len(seeds)) for seeds in several.values())])
     return markdown(["class", *columns], lines)
@@ -119,6 +119,16 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def escape_cell(text: str) -> str:
     """A text as it stands in one cell of a Markdown table: no bar of its own ends it, nor does a line break."""
     return re.sub(r"([\\|])", r"\\\1", " ".join(text.splitlines()))
+
+
+def number(value: float | None, form: str = ".2f") -> str:
+    """A score as text; "-" for one that does not exist: of nothing that was labelled there is none."""
+    return "-" if value is None or np.isnan(value) else format(value, form)
+
+
+def difference(new: float | None, old: float | None) -> float | None:
+    """How much higher the first score is; None if one of them does not exist."""
+    return None if new is None or old is None else new - old
 
 
 def _cell(score: Mapping[str, float | int | None] | None) -> str:

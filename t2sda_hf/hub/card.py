@@ -256,10 +256,9 @@ def load_facts(path: Path) -> CardFacts:
 def render_card(facts: CardFacts) -> ModelCard:
     """The card, a function of the facts alone. It shows `panel.png` and `curve.png`, which stand beside it."""
     test = facts.domains["test"]
-    results = [_eval_result("mIoU", "mean_iou", facts.student["miou"], test)]
-    results += [
-        _eval_result(f"IoU ({name})", "iou", iou, test) for name, iou in facts.student["iou"].items() if iou is not None
-    ]
+    of_classes = ((f"IoU ({name})", "iou", iou) for name, iou in facts.student["iou"].items())
+    scores = [("mIoU", "mean_iou", facts.student["miou"]), *of_classes]
+    results = [_eval_result(name, kind, score, test) for name, kind, score in scores if score is not None]
     data = ModelCardData(
         license=facts.license,
         license_name="see-the-card" if facts.license == "other" else None,

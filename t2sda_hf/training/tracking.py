@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from ..evaluation.table import number
 from ..evaluation.trackers import log_picture
 from ..storage import read_lines, write_text
 from .checkpoint import Progress
@@ -141,7 +142,7 @@ class Tracker:
         for name, result in results.items():
             scores |= {f"{name}/{score}": result[score] for score in ("miou", "pixel_accuracy")}
             scores |= {f"{name}/iou/{key}": iou for key, iou in result["iou"].items()}
-            self._bar.write(f"step {done}: {name} mIoU {result['miou']:.2f} on {result['domain']}")
+            self._bar.write(f"step {done}: {name} mIoU {number(result['miou'])} on {result['domain']}")
         self._write(done, {key: value for key, value in scores.items() if value is not None})
         self._since = time.perf_counter()  # evaluation does not count as training time
 
