@@ -118,7 +118,7 @@ class Parser(argparse.ArgumentParser):
         )
         others = ", ".join(name[5:] for name in keys() if name.startswith("test.") and name != "test.path")
         for name in (name for name in keys() if name.startswith("test.") and name != "test.path"):
-            shown = name in ("test.split", "test.label_space", "test.class_names")
+            shown = name in ("test.split", "test.label_space", "test.class_names", "test.max_pixels")
             self.takes_key(
                 f"--{name[5:]}", name, keys()[name].meaning.replace("%", "%%") if shown else argparse.SUPPRESS
             )

@@ -7,7 +7,6 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-matplotlib.rcParams["text.parse_math"] = False  # names of classes are text, whatever is in them
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,6 +14,8 @@ import numpy as np
 from ..evaluation.figures import NAMED
 from ..labels import palette, shortened
 from .embedding import Sample
+
+matplotlib.rcParams["text.parse_math"] = False  # names of classes are text, whatever is in them
 
 
 def save_bars(
@@ -29,7 +30,11 @@ def save_bars(
         title: above all of it.
     """
     figure, axes = plt.subplots(
-        len(panels), 1, figsize=(max(6.0, 0.6 * min(len(classes), NAMED) + 2), 2.6 * len(panels) + 0.8), sharex=True, squeeze=False
+        len(panels),
+        1,
+        figsize=(max(6.0, 0.6 * min(len(classes), NAMED) + 2), 2.6 * len(panels) + 0.8),
+        sharex=True,
+        squeeze=False,
     )
     for axis, (what, models) in zip(axes[:, 0], panels.items(), strict=True):
         width = 0.8 / len(models)

@@ -26,16 +26,16 @@ true labels, the prediction and the errors side by side.
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from ..data.domains import Domain
+from ..data.files import VideoFrames, read_image
 from ..evaluation.evaluator import Part
 from ..evaluation.inference import load_model, naming, predict, saved_image_size, to_pixel_values
 from ..evaluation.models import model_of
@@ -63,7 +63,10 @@ def run(args: Namespace) -> int:
         return predict_domain(args)
     if args.images is None:
         raise ValueError("there is nothing to segment: give an image, a video or a folder of them, or --compare.")
-    unread = [word for word in args.overrides if word.startswith(("--test.", "--evaluation.limit"))]
+    about_labels = ("--test.", "--evaluation.limit")
+    unread = [
+        word for word in args.overrides if word.startswith(about_labels) and not word.startswith("--test.max_pixels")
+    ]
     if args.domain or unread:
         flag = unread[0].partition("=")[0] if unread else "--domain"
         raise ValueError(f"{flag} is about labelled images, which only --compare reads.")
@@ -83,7 +86,7 @@ def predict_files(args: Namespace) -> int:
         kind = predict_video if path.suffix.lower() in VIDEO_SUFFIXES else predict_image
         try:
             with naming(str(path)):
-                kind(path, own, see, colors)
+                kind(path, own, see, colors, args.cfg.test.max_pixels)
         except Unreadable as error:
             unread.append(str(error))
     if len(unread) == len(images):
@@ -171,31 +174,19 @@ def find_images(path: Path) -> list[Path]:
     return found.files
 
 
-def read_image(path: Path) -> np.ndarray:
-    """(H,W,3) uint8 RGB, turned upright if its EXIF data says so."""
+def read_picture(path: Path, max_pixels: int) -> np.ndarray:
+    """(H,W,3) uint8 RGB, as a domain reads it."""
     try:
-        with Image.open(path) as picture:
-            if picture.mode.startswith(("I", "F")):  # Pillow's conversion would cut everything above 255 to white
-                raise Unreadable(f"{path} has more than 8 bits per channel ({picture.mode}): save it with 8.")
-            return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
-    except (OSError, Image.DecompressionBombError) as error:
-        raise Unreadable(f"{path} cannot be read as an image: {error}") from error
+        return read_image({"bytes": None, "path": str(path)}, str(path), max_pixels)
+    except ValueError as error:
+        raise Unreadable(str(error)) from error
 
 
-def open_video(path: Path) -> Any:
-    """A container of PyAV with at least one frame of video."""
+def open_video(path: Path) -> VideoFrames:
     try:
-        import av
-    except ImportError as error:
-        raise ValueError(f"{path} is a video: install PyAV to read it (pip install 't2sda_hf[video]').") from error
-    try:
-        container = av.open(path)
-    except (OSError, ValueError) as error:  # PyAV's errors are both of these
-        raise Unreadable(f"{path} cannot be read as a video: {error}") from error
-    if not container.streams.video:
-        container.close()
-        raise Unreadable(f"{path} has no pictures, only sound.")
-    return container
+        return VideoFrames(str(path))
+    except ValueError as error:
+        raise Unreadable(str(error)) from error
 
 
 def files_for(images: Sequence[Path], folder: Path, confidence: bool) -> list[dict[str, Path]]:
@@ -236,8 +227,8 @@ def save_grey(confidence: np.ndarray | None, path: Path | None) -> None:
         Image.fromarray((255 * confidence).round().astype(np.uint8)).save(path)
 
 
-def predict_image(path: Path, files: Mapping[str, Path], see: Predict, colors: np.ndarray) -> None:
-    image = read_image(path)
+def predict_image(path: Path, files: Mapping[str, Path], see: Predict, colors: np.ndarray, max_pixels: int) -> None:
+    image = read_picture(path, max_pixels)
     files["ids"].parent.mkdir(parents=True, exist_ok=True)
     save_pictures(image, *see(image), files, colors)
 
@@ -254,38 +245,31 @@ def save_pictures(
     save_grey(confidence, files.get("confidence"))
 
 
-def predict_video(path: Path, files: Mapping[str, Path], see: Predict, colors: np.ndarray) -> None:
+def predict_video(path: Path, files: Mapping[str, Path], see: Predict, colors: np.ndarray, max_pixels: int) -> None:
     """Frame by frame, so memory does not grow with the length."""
-    import av
-
-    with open_video(path) as source:
-        for folder in (files[kind] for kind in ("ids", "confidence") if kind in files):
-            folder.mkdir(parents=True, exist_ok=True)
-            for old in folder.glob("*.png"):
-                old.unlink()
-        with av.open(files["overlay"], "w") as target:
-            stream = source.streams.video[0]
-            out = target.add_stream("libx264", rate=stream.average_rate or 25)
-            # That format stores colours of 2 x 2 pixels, so it has no odd sides.
-            out.width, out.height = stream.width + stream.width % 2, stream.height + stream.height % 2
-            out.pix_fmt = "yuv420p"
-            frames = tqdm(frames_of(source, path), desc=path.name, total=stream.frames or None)
-            for number, image in enumerate(frames):
-                labels, confidence = see(image)
-                Image.fromarray(labels).save(files["ids"] / f"{number:06}.png")
-                save_grey(confidence, files["confidence"] / f"{number:06}.png" if "confidence" in files else None)
-                pixels = np.asarray(blend(image, labels, colors))
-                sides = (0, out.height - pixels.shape[0]), (0, out.width - pixels.shape[1]), (0, 0)
-                target.mux(out.encode(av.VideoFrame.from_ndarray(np.pad(pixels, sides, "edge"), format="rgb24")))
-            target.mux(out.encode(None))
-
-
-def frames_of(source: Any, path: Path) -> Iterator[np.ndarray]:
-    """(H,W,3) uint8 RGB, one after the other; what comes before a damage was good."""
-    number = 0
     try:
-        for frame in source.decode(source.streams.video[0]):
-            yield frame.to_ndarray(format="rgb24")
+        import av
+    except ImportError as error:
+        raise ValueError(f"{path} is a video: install PyAV for it (pip install 't2sda_hf[video]').") from error
+
+    frames = open_video(path)
+    for folder in (files[kind] for kind in ("ids", "confidence") if kind in files):
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("*.png"):
+            old.unlink()
+    with av.open(files["overlay"], "w") as target:
+        out, number = target.add_stream("libx264", rate=frames.rate), 0
+        # That format stores colours of 2 x 2 pixels, so it has no odd sides.
+        out.height, out.width = (side + side % 2 for side in frames.size)
+        out.pix_fmt = "yuv420p"
+        for image in tqdm(frames, desc=path.name, total=frames.expected or None):
+            labels, confidence = see(image)
+            Image.fromarray(labels).save(files["ids"] / f"{number:06}.png")
+            save_grey(confidence, files["confidence"] / f"{number:06}.png" if "confidence" in files else None)
+            pixels = np.asarray(blend(image, labels, colors))
+            sides = (0, out.height - pixels.shape[0]), (0, out.width - pixels.shape[1]), (0, 0)
+            target.mux(out.encode(av.VideoFrame.from_ndarray(np.pad(pixels, sides, "edge"), format="rgb24")))
             number += 1
-    except (OSError, ValueError) as error:  # PyAV's errors are both of these
-        raise Unreadable(f"{path} cannot be read after {number} frames: {error}") from error
+        target.mux(out.encode(None))
+    if told := frames.cut(number):
+        raise Unreadable(f"{told} What could be read of it was segmented.")

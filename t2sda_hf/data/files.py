@@ -11,8 +11,9 @@ import stat
 import struct
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,52 @@ def read_header(cell: Cell | None, where: str, max_pixels: int) -> tuple[Size, i
     return ((width, height) if orientation in (5, 6, 7, 8) else (height, width)), orientation
 
 
+class VideoFrames(Iterator[np.ndarray]):
+    """The frames of a video, (H,W,3) uint8 RGB, turned upright as its display matrix says.
+
+    Attributes:
+        rate: frames a second; 25 if the file does not say.
+        expected: frames that the file says it has; 0 if it does not say.
+        size: (height, width) of a frame.
+
+    Raises:
+        ValueError: if nothing can be read.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._video = cv2.VideoCapture(path)
+        self._video.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)
+        self._next: np.ndarray | None = self._following()
+        if self._next is None:
+            raise ValueError(f"{path} is not a video that can be read. Convert it, for instance to MP4 with H.264.")
+        self.size: Size = self._next.shape[:2]
+        rate = self._video.get(cv2.CAP_PROP_FPS)
+        self.rate = Fraction(rate).limit_denominator(1001) if 0 < rate < 1000 else Fraction(25)
+        self.expected = max(int(self._video.get(cv2.CAP_PROP_FRAME_COUNT)), 0)
+
+    def __next__(self) -> np.ndarray:
+        if self._next is None:
+            self._video.release()
+            raise StopIteration
+        pixels = cv2.cvtColor(self._next, cv2.COLOR_BGR2RGB)
+        self._next = self._following()
+        return pixels
+
+    def _following(self) -> np.ndarray | None:
+        good, pixels = self._video.read()
+        return pixels if good else None
+
+    def cut(self, read: int) -> str:
+        """A sentence if the file has clearly more frames than were `read`; "" if not."""
+        if read >= self.expected - max(2, 0.05 * self.expected):  # some containers only know about how many
+            return ""
+        return (
+            f"{self._path} ends after {read} of {self.expected} frames: it is cut or damaged. Copy it again, or "
+            "convert what is there."
+        )
+
+
 def file_bytes(cell: Cell | None, where: str, max_pixels: int = _PIXELS) -> bytes:
     """The file of a cell, from memory, the disk, or the Hub. Its size is looked at before it is read.
 
@@ -286,7 +333,7 @@ def _opened(data: bytes, where: str, max_pixels: int) -> ImageFile.ImageFile:
     if picture.width * picture.height > max_pixels:
         raise ValueError(
             f"{where} has {picture.width}x{picture.height} pixels, more than max_pixels ({max_pixels}): it is not "
-            "decoded, to save memory. Raise the domain's max_pixels if the size is right."
+            "decoded, to save memory. Raise max_pixels if the size is right."
         )
     if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:  # MPO: a photo with a preview
         raise ValueError(f"{where} has {picture.n_frames} frames: an image is one. Save the frames as files.")  # type: ignore[attr-defined]

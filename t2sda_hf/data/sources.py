@@ -7,6 +7,7 @@ import errno
 import glob
 import io
 import json
+import logging
 import os
 import re
 import unicodedata
@@ -16,7 +17,6 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import cv2
 import datasets
 import numpy as np
 import pyarrow as pa
@@ -41,9 +41,11 @@ from ..config import DomainConfig
 from ..errors import RunFailed, causes
 from ..listing import IMAGE_SUFFIXES, LABEL_SUFFIXES, VIDEO_SUFFIXES, Listing, list_files, refuse_pointers
 from .contents import digest, set_aside
-from .files import HUB, Cell, read_image
+from .files import HUB, Cell, VideoFrames, read_image
 from .layouts import find_files
 from .streets import streets
+
+logger = logging.getLogger(__name__)
 
 # Domains that need no path: name -> a function of the domain's config.
 DRAWN: dict[str, Callable[[DomainConfig], Dataset]] = {
@@ -396,27 +398,20 @@ def _video(path: Path, config: DomainConfig) -> Dataset:
     stamp = path.stat()
     features = Features({config.image_column: Image(), "file_name": Value("string")})
     arguments = {"path": str(path), "step": config.frame_step, "column": config.image_column}
-    return _generated(_frames, features, arguments | {"stamp": (stamp.st_size, stamp.st_mtime_ns)})
+    rows = _generated(_frames, features, arguments | {"stamp": (stamp.st_size, stamp.st_mtime_ns)})
+    told = VideoFrames(str(path)).cut(len(rows) * config.frame_step)  # each time: the rows may come from the cache
+    if told:
+        logger.warning("%s", told)
+    return rows
 
 
 def _frames(path: str, step: int, column: str, stamp: tuple[int, int]) -> Iterator[dict[str, Any]]:
     """Every `step`-th frame, losslessly compressed."""
-    video = cv2.VideoCapture(path)
-    try:
-        number = 0
-        while video.grab():
-            if number % step == 0:
-                good, pixels = video.retrieve()
-                if not good:
-                    break
-                file = io.BytesIO()
-                PILImage.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)).save(file, format="PNG", compress_level=1)
-                yield {column: {"bytes": file.getvalue(), "path": None}, "file_name": f"frame_{number:07d}.png"}
-            number += 1
-        if not number:
-            raise ValueError(f"{path} is not a video that can be read. Convert it, for instance to MP4 with H.264.")
-    finally:
-        video.release()
+    for number, pixels in enumerate(VideoFrames(path)):
+        if number % step == 0:
+            file = io.BytesIO()
+            PILImage.fromarray(pixels).save(file, format="PNG", compress_level=1)
+            yield {column: {"bytes": file.getvalue(), "path": None}, "file_name": f"frame_{number:07d}.png"}
 
 
 def _loaded(config: DomainConfig) -> Dataset:

@@ -6,13 +6,14 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-matplotlib.rcParams["text.parse_math"] = False  # names of classes are text, whatever is in them
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
 from ..labels import palette, shortened
+
+matplotlib.rcParams["text.parse_math"] = False  # names of classes are text, whatever is in them
 
 Series = Sequence[tuple[int, float]]
 NAMED = 40  # classes up to which an axis has their names; beyond it has their ids

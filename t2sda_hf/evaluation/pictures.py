@@ -9,13 +9,14 @@ from typing import Literal
 import matplotlib
 
 matplotlib.use("Agg")
-matplotlib.rcParams["text.parse_math"] = False  # names of classes are text, whatever is in them
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Patch
 
 from ..labels import IGNORE_INDEX, palette, shortened
+
+matplotlib.rcParams["text.parse_math"] = False  # names of classes are text, whatever is in them
 
 RIGHT, WRONG, IGNORED = (225, 225, 225), (200, 30, 30), (0, 0, 0)  # colours of an error map
 CELL = 2.7  # inches

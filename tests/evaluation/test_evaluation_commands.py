@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -325,15 +326,19 @@ def test_images_that_share_a_stem_are_refused(model_folder, photos, tmp_path, ca
     assert "wide.png" in line
 
 
-@pytest.mark.parametrize("kind", ["text", "cut", "sixteen bits"])
+@pytest.mark.parametrize("kind", ["text", "cut", "sixteen bits", "twelve of sixteen bits", "huge"])
 def test_a_broken_image_is_named_and_the_others_are_predicted(model_folder, photos, tmp_path, capsys, kind):
     broken, output = photos / "a broken.png", tmp_path / "out"
     if kind == "text":
         broken.write_text("not an image")
     elif kind == "cut":
         broken.write_bytes((photos / "wide.png").read_bytes()[:2000])
-    else:
+    elif kind == "huge":
+        Image.new("1", (6000, 6000)).save(broken)
+    elif kind == "sixteen bits":
         Image.fromarray(np.full((40, 40), 4000, np.uint16)).save(broken)
+    else:
+        cv2.imwrite(str(broken), np.full((40, 40, 3), 4000, np.uint16))
     (photos / "folder.png").mkdir()  # a name alone makes no picture
 
     assert predict(model_folder, photos, output) == 1
@@ -347,6 +352,8 @@ def test_a_broken_image_is_named_and_the_others_are_predicted(model_folder, phot
     assert predict(model_folder, broken, tmp_path / "none") == 2
     assert last_error_line(capsys).startswith(f"ValueError: {broken} ")
     assert not (tmp_path / "none").exists()
+    if kind == "huge":
+        assert predict(model_folder, broken, tmp_path / "large", "--max_pixels", "40000000") == 0
 
 
 def test_a_legend_has_every_class_and_replaces_no_other_picture(model_folder, photos, tmp_path, capsys):

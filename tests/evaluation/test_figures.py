@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from t2sda_hf.analysis.plots import save_bars, save_relation
@@ -26,8 +27,8 @@ def test_names_of_classes_are_text_in_every_picture(tmp_path: Path) -> None:
     counts, values = np.eye(len(ODD), dtype=int), np.linspace(0, 1, len(ODD))
     save_confusion(tmp_path / "confusion.png", {"$\\frac$": counts}, ODD)
     save_class_shares(tmp_path / "shares.png", {"$\\frac$": values}, ODD)
-    save_curves(tmp_path / "curves.png", {name: [(1, 0.5)] for name in ODD}, "$\\frac$", {"$\\frac$": 0.1})
-    save_losses(tmp_path / "losses.png", {"t2sda": {name: [(1, 0.5)] for name in ODD}})
+    save_curves(tmp_path / "curves.png", {name: [(1, 0.5)] for name in ODD[:4]}, "$\\frac$", {"$\\frac$": 0.1})
+    save_losses(tmp_path / "losses.png", {"t2sda": {name: [(1, 0.5)] for name in ODD[:4]}})
     ids = np.arange(len(ODD), dtype=np.uint8).repeat(16).reshape(-1, 16)
     save_grid(tmp_path / "grid.png", [Column("$\\frac$", [ids], "classes")], ODD, "$\\frac$")
     save_bars(tmp_path / "bars.png", {"$\\frac$": {"$\\frac$": values}}, ODD, "$\\frac$")
@@ -46,13 +47,18 @@ def test_a_long_name_keeps_its_ends() -> None:
     assert max(map(len, format_table({"model": result}).splitlines())) < 80
 
 
-def test_many_classes_make_the_confusions_no_larger_and_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_classes_make_the_confusions_no_larger_and_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """100 classes took 27 s and 1.7 GB: a text for every cell and an inch for every other name."""
     texts: list[int] = []
     keep = figures._save
-    monkeypatch.setattr(
-        figures, "_save", lambda figure, path: texts.append(sum(len(a.texts) for a in figure.axes)) or keep(figure, path)
-    )
+
+    def counted(figure: Figure, path: Path) -> None:
+        texts.append(sum(len(axis.texts) for axis in figure.axes))
+        keep(figure, path)
+
+    monkeypatch.setattr(figures, "_save", counted)
     sizes = {}
     for num_classes in (NAMED, 255):
         rng, path = np.random.default_rng(0), tmp_path / f"{num_classes}.png"

@@ -1,5 +1,6 @@
 """Needs the extra `video`."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,9 @@ import pytest
 from PIL import Image
 
 from t2sda_hf.cli import main
+from t2sda_hf.config import DomainConfig
+from t2sda_hf.data.domains import load_domain
+from t2sda_hf.data.files import VideoFrames
 
 av = pytest.importorskip("av", reason="needs the extra `video`")
 
@@ -40,8 +44,7 @@ def test_every_frame_gets_its_ids_and_the_overlay_is_a_video_of_the_same_length(
         assert overlay.streams.video[0].average_rate == 10
         assert [frame.to_ndarray(format="rgb24").shape for frame in overlay.decode(video=0)] == [(64, 96, 3)] * 5
     # Frame by frame what the command says of the same picture in a file.
-    with av.open(tmp_path / "drive.mp4") as video:
-        picture = next(video.decode(video=0)).to_ndarray(format="rgb24")
+    picture = next(VideoFrames(str(tmp_path / "drive.mp4")))
     Image.fromarray(picture).save(tmp_path / "frame.png")
     assert main(["predict", student, str(tmp_path / "frame.png"), "--output", str(tmp_path / "one")]) == 0
     with Image.open(tmp_path / "one" / "frame_ids.png") as one, Image.open(out / "drive_ids" / "000000.png") as first:
@@ -54,4 +57,43 @@ def test_a_file_that_is_no_video_is_named(
     (tmp_path / "drive.mp4").write_bytes(b"not a video")
     words = [str(finished_run / "t2sda" / "student"), str(tmp_path / "drive.mp4"), "--output", str(tmp_path / "out")]
     assert main(["predict", *words]) == 2
-    assert "drive.mp4 cannot be read as a video" in capsys.readouterr().err
+    assert "drive.mp4 is not a video that can be read" in capsys.readouterr().err
+
+
+def test_a_portrait_video_of_a_phone_is_upright_everywhere(finished_run: Path, tmp_path: Path) -> None:
+    """Its frames lie on their side, and a display matrix says so."""
+    path, one = tmp_path / "phone.mp4", 65536
+    write_video(path, [np.full((64, 96, 3), (200, 0, 0), np.uint8)] * 2)
+    data = bytearray(path.read_bytes())
+    plain = struct.pack(">9i", one, 0, 0, 0, one, 0, 0, 0, 0x40000000)
+    place = data.find(plain, data.find(b"tkhd"))
+    data[place : place + 36] = struct.pack(">9i", 0, one, 0, -one, 0, 0, 64 * one, 0, 0x40000000)
+    path.write_bytes(data)
+    assert load_domain(DomainConfig(path=str(path)), ("a", "b"), labelled=False).image(0).shape == (96, 64, 3)
+    out = tmp_path / "out"
+    assert main(["predict", str(finished_run / "t2sda" / "student"), str(path), "--output", str(out)]) == 0
+    with Image.open(out / "phone_ids" / "000000.png") as first:
+        assert first.size == (64, 96)
+    with av.open(out / "phone_overlay.mp4") as overlay:
+        assert next(overlay.decode(video=0)).to_ndarray(format="rgb24").shape == (96, 64, 3)
+
+
+def test_a_video_that_was_cut_in_half_is_named(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 64, 96, 3), dtype=np.uint8)
+    write_video(tmp_path / "whole.mkv", list(noise))
+    data = (tmp_path / "whole.mkv").read_bytes()
+    (tmp_path / "half.mkv").write_bytes(data[: len(data) // 2])
+    for _ in range(2):  # the second time from the cache
+        caplog.clear()
+        load_domain(DomainConfig(path=str(tmp_path / "half.mkv"), frame_step=2), ("a", "b"), labelled=False)
+        assert "half.mkv ends after" in caplog.text
+        assert "of 40 frames: it is cut or damaged" in caplog.text
+    caplog.clear()
+    load_domain(DomainConfig(path=str(tmp_path / "whole.mkv")), ("a", "b"), labelled=False)
+    assert "frames" not in caplog.text
+    words = [str(finished_run / "t2sda" / "student"), str(tmp_path / "half.mkv"), "--output", str(tmp_path / "out")]
+    assert main(["predict", *words]) == 2
+    assert "of 40 frames: it is cut or damaged" in capsys.readouterr().err
+    assert (tmp_path / "out" / "half_ids" / "000000.png").is_file()
