@@ -276,6 +276,7 @@ def _kind(message: str, what: str) -> str:
     table = {
         "is empty: it has no file": f"{what} missing",
         "empty file of 0 bytes": f"{what} empty",
+        "Git LFS pointer": f"{what} is a Git LFS pointer",
         "cannot be read:": f"{what} missing",
         "cannot be read as an image": f"{what} unreadable",
         "cut or damaged": f"{what} cut or damaged",

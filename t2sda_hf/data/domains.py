@@ -232,6 +232,8 @@ def load_domain(
                 f"{name} has no column {column!r}: it has {', '.join(rows.column_names)}. "
                 f"Set {kind}_column to one of them."
             )
+    if told := account(len(rows) * len(columns), ignored):
+        logger.warning("%s: %s", name, told)
     if config.num_images is not None:
         rows = rows.select(range(min(config.num_images, len(rows))))
     if not len(rows):
@@ -253,8 +255,6 @@ def load_domain(
         rule = label_rule(config, space, classes) if labelled else None
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    if told := account(len(rows) * len(columns), ignored):
-        logger.warning("%s: %s", name, told)
     return Domain(name, rows, rule, _validity_mask(config), config, ignored=ignored)
 
 

@@ -39,7 +39,7 @@ from PIL import Image as PILImage
 
 from ..config import DomainConfig
 from ..errors import RunFailed, causes
-from ..listing import IMAGE_SUFFIXES, LABEL_SUFFIXES, VIDEO_SUFFIXES, Listing, list_files, refuse_pointers
+from ..listing import IMAGE_SUFFIXES, LABEL_SUFFIXES, VIDEO_SUFFIXES, Listing, account, list_files, refuse_pointers
 from .contents import digest, set_aside
 from .files import HUB, Cell, VideoFrames, read_image
 from .layouts import find_files
@@ -156,7 +156,7 @@ def _data_set(config: DomainConfig, path: str, how: dict[str, Any]) -> Dataset:
             made_in = Path(load_dataset_builder(path, cache_dir=empty, **how).cache_dir)
             return [Path(datasets.config.HF_DATASETS_CACHE) / made_in.relative_to(Path(empty).resolve())]
 
-    return _whole(lambda: _at_home(load_dataset(path, split=config.split, **how), config), folders)
+    return _whole(lambda: load_dataset(path, split=config.split, **how), folders)
 
 
 def _whole(load: Callable[[], Dataset], folders: Callable[[], list[Path]]) -> Dataset:
@@ -300,27 +300,29 @@ def _other_ending(suffix: str) -> str:
 def _refuse_label_maps(images: Mapping[str, Path], root: Path) -> None:
     """ValueError if label maps lie among the images: x_mask.png beside x.png, or masks/x.png beside images/x.png.
 
-    One in three files must be such a map, by its name or by its few colours.
+    One in three files must be such a map, by its name or, beside an image whose whole name it begins with, by its few
+    colours.
     """
-    pairs: dict[tuple[str, bool], list[tuple[Path, Path]]] = {}  # (ending or folder, is it an ending) -> (photo, map)
-    same: dict[tuple[tuple[str, ...], int], list[str]] = {}
+    same: dict[tuple[object, ...], list[tuple[str, str]]] = {}  # what two names share -> (the rest, the name)
     for key in images:
         for found in re.finditer(r"[-_. ]", key):
-            if key[: found.start()] in images:
-                pairs.setdefault((key[found.start() :], True), []).append((images[key[: found.start()]], images[key]))
+            same.setdefault(("ending", key[: found.start()]), []).append((key[found.start() :], key))
+        same.setdefault(("ending", key), []).insert(0, ("", key))
         parts = PurePosixPath(key).parts
         for index in range(len(parts) - 1):
-            same.setdefault((parts[:index] + parts[index + 1 :], index), []).append(key)
-    for (_, index), keys in same.items():
-        for key in keys if len(keys) > 1 else ():
-            other = next(one for one in keys if one != key)
-            folder = PurePosixPath(key).parts[index]
-            pairs.setdefault((folder, False), []).append((images[other], images[key]))
-    for (word, ending), found_pairs in pairs.items():
-        photo, map_ = found_pairs[0]
-        if 3 * len(found_pairs) < len(images) or not (_MASK.search(word) or _few_colors(map_, photo)):
+            same.setdefault(("folder", index, *parts[:index], "", *parts[index + 1 :]), []).append((parts[index], key))
+    pairs: dict[tuple[object, str], list[tuple[Path, Path, bool]]] = {}  # -> photo, map, whether the rest is all
+    for shared, keys in same.items():
+        for rest, key in keys if len(keys) > 1 else ():
+            other_rest, other = next(pair for pair in keys if pair[1] != key)
+            if rest:
+                bare = not other_rest or shared[0] == "folder"
+                pairs.setdefault((shared[0], rest), []).append((images[other], images[key], bare))
+    for (kind, rest), found_pairs in pairs.items():
+        photo, map_, bare = found_pairs[0]
+        if 3 * len(found_pairs) < len(images) or not (_MASK.search(rest) or (bare and _few_colors(map_, photo))):
             continue
-        advice = f"label_suffix: {word}" if ending else "path: the folder of the images alone"
+        advice = f"label_suffix: {rest}" if kind == "ending" else "path: the folder of the images alone"
         raise ValueError(
             f"{len(found_pairs)} of {len(images)} files in {root} look like label maps, first {map_.relative_to(root)} "
             f"of {photo.relative_to(root)}: they would be used as photos. Set {advice}."
@@ -425,14 +427,17 @@ def _loaded(config: DomainConfig) -> Dataset:
     try:
         if config.streaming and not path.is_file():
             return _first_rows(config)
-        return _data_set(config, name, how)
+        rows = _data_set(config, name, how)
     except DatasetGenerationError as error:  # its own text only says that there was an error
         raise ValueError(
             f"cannot load the data set {config.path!r}, split {config.split!r}: {error.__cause__ or error}"
         ) from error
     except (OSError, ValueError) as error:  # missing on the Hub or offline, no such split, no readable file
         hint = "" if path.exists() else " There is no file or folder of this name here either."
+        if path.is_dir() and (told := account(0, list_files(path, IMAGE_SUFFIXES).ignored)):
+            hint = f" {told}."
         raise ValueError(f"cannot load the data set {config.path!r}, split {config.split!r}: {error}{hint}") from error
+    return _at_home(rows, config)
 
 
 def _given(config: DomainConfig) -> tuple[str, dict[str, Any]]:
@@ -551,7 +556,7 @@ def at_home(cell: Cell | None, where: str, config: DomainConfig) -> Cell | None:
         return cell
     own = Path(config.path)
     if own.exists():
-        folder = Path(os.path.realpath(own if own.is_dir() else own.parent))
+        folder = Path(os.path.abspath(own if own.is_dir() else own.parent))
         # A snapshot in the cache of the Hub links to files two folders above.
         roots = [folder.parents[1] if folder.parent.name == "snapshots" else folder]
     else:
@@ -565,7 +570,7 @@ def at_home(cell: Cell | None, where: str, config: DomainConfig) -> Cell | None:
             f"{where} points to {path!r}, which is no file of this data set: it is not opened. A cell holds the bytes "
             "of a file, or a relative path inside the data set's folder."
         )
-    return {"bytes": None, "path": str(real)}
+    return {"bytes": None, "path": str(folder / path)}
 
 
 def _at_home(rows: Dataset, config: DomainConfig) -> Dataset:

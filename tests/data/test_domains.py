@@ -1043,6 +1043,10 @@ def test_every_file_of_a_folder_is_used_or_accounted_for(tmp_path, caplog):
         "label maps without an image": ["c.png"],
     }
     assert f"{root / 'i'} (train): 8 of 21 files used; ignored: 5 hidden" in caplog.text
+    (tmp_path / "phone").mkdir()
+    (root / "i" / "IMG_1.HEIC").rename(tmp_path / "phone" / "IMG_1.HEIC")
+    with pytest.raises(ValueError, match=r"0 of 1 files used; ignored: 1 \.heic \(save them as JPEG or PNG\)"):
+        images_in({"path": str(tmp_path / "phone")})
     caplog.clear()
     images_in({"path": str(elsewhere / "i")})
     assert not caplog.text  # nothing is left out, nothing is said
@@ -1092,6 +1096,11 @@ def test_a_folder_of_label_maps_among_the_images_is_no_folder_of_photos(tmp_path
         images_in({"path": str(root)})
     names, ignored = images_in({"path": str(root), "label_path": str(root / "masks" / "sub")})
     assert (len(names), ignored) == (3, {})
+    for seed in range(3):  # both have an ending
+        write(tmp_path / "ends" / f"p_{seed}_left8bit.png", png(arrays(seed)[0]))
+        write(tmp_path / "ends" / f"p_{seed}_gtFine_labelIds.png", png(arrays(seed)[1]))
+    with pytest.raises(ValueError, match=r"3 of 6 files .* look like label maps, .*label_suffix: _gtFine_labelIds"):
+        images_in({"path": str(tmp_path / "ends")})
     for city in ("bern", "basel"):  # photos of the same names in two folders are photos
         for seed in range(2):
             write(tmp_path / "cities" / city / f"{seed}.png", png(arrays(seed)[0]))

@@ -13,7 +13,7 @@ from t2sda_hf.cli import main
 from t2sda_hf.config import DomainConfig
 from t2sda_hf.data import preparing
 from t2sda_hf.data.domains import check_domain, load_domain
-from t2sda_hf.data.layouts import LAYOUTS
+from t2sda_hf.data.layouts import LAYOUTS, find_files
 from t2sda_hf.data.transforms import resize_image, resize_labels
 from t2sda_hf.labels import CITYSCAPES_CLASSES, CITYSCAPES_COLORS, LABEL_SPACES
 
@@ -240,6 +240,13 @@ def test_a_smaller_copy_gives_the_pixels_of_resizing_and_the_counts_of_the_origi
         assert np.array_equal(small.resized_image(index), resize_image(image, size))
         assert np.array_equal(small.labels(index), resize_labels(labels, size))
         assert counts[index].tolist() == np.bincount(labels.ravel(), minlength=256)[:19].tolist()
+
+
+def test_hidden_files_of_macos_are_no_images_of_a_layout(tmp_path):
+    MAKERS["gta5"](tmp_path)
+    before = find_files("gta5", str(tmp_path), "train", False)
+    (tmp_path / "images" / "._00001.png").write_bytes(b"\0\5\26\7")
+    assert find_files("gta5", str(tmp_path), "train", False) == before
 
 
 def test_rgb_copies_of_gta5_are_read_by_colour_and_say_so_once(tmp_path, caplog):

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from t2sda_hf.cli import main
+from t2sda_hf.commands.predict import find_images
 from t2sda_hf.config import DomainConfig
 from t2sda_hf.data.domains import load_domain
 from t2sda_hf.evaluation.evaluator import evaluate_model
@@ -269,6 +270,22 @@ def test_predict_writes_ids_colours_and_overlay_at_the_original_size(model_folde
         np.testing.assert_array_equal(np.array(color.convert("RGB")), colors)
         middle = (np.array(original, dtype=float) + colors) / 2
         assert np.abs(np.array(overlay) - middle).max() <= 0.5
+
+
+def test_what_predict_does_not_read_is_said(photos, capsys):
+    """Files that macOS puts beside every photo are hidden; a folder or a photo of a phone is not read either."""
+    before = find_images(photos)
+    capsys.readouterr()
+    (photos / "._wide.png").write_bytes(b"\0\5\26\7")
+    (photos / "IMG_1.HEIC").write_bytes(b"?")
+    (photos / "sub").mkdir()
+    assert find_images(photos) == before
+    said = capsys.readouterr().err
+    assert said.startswith(f"{photos}: {len(before)} of ")
+    for reason in ("1 hidden", "1 .heic (save them as JPEG or PNG)", "1 folders"):
+        assert reason in said
+    with pytest.raises(ValueError, match="is neither a file nor a folder"):
+        find_images(photos / "nowhere")
 
 
 def test_predicted_ids_are_those_of_the_model(model_folder, photos, tmp_path):

@@ -6,9 +6,14 @@ import os
 import pickle
 import shutil
 import signal
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import product
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from arena import log_of, outcome, sign, signal_self
 from PIL import Image
 from rows import RESUME, Row, Yard, at_update, checkpoints
@@ -170,6 +175,49 @@ def escapes(yard: Yard, trials: int) -> Row:
             row.count("silent", f"{name}: not refused")
         shutil.rmtree(place)
     yard.clear(out)
+    return row
+
+
+def cells(yard: Yard, trials: int) -> Row:
+    """Cells that point to other files, addresses or devices: refused with their row before anything is opened."""
+    row, asked = Row("cells that point outside"), list[str]()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    secret = yard.folder / "secret.png"
+    Image.new("RGB", (64, 64)).save(secret)
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        address = f"http://127.0.0.1:{server.server_port}/x.png"
+        places = [str(secret), "../secret.png", address, f"zip://x.png::{address}", f"reference::{address}",
+                  f"file://{secret}", "memory://x.png", "hf://datasets/a/b/x.png", "/dev/zero",
+                  "/etc/passwd"]  # fmt: skip
+        for index, (place, streaming) in enumerate(product(places, (False, True))):
+            if index >= trials:
+                break
+            data = yard.folder / f"cells_{index}"
+            data.mkdir()
+            kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+            table = pa.table({"image": pa.array([{"bytes": None, "path": place}], type=kind)})
+            pq.write_table(table, data / "train-0.parquet")
+            try:
+                load_domain(DomainConfig(path=str(data), streaming=streaming), ("a", "b"), labelled=False)
+            except ValueError as error:
+                refused = "row 0 of" in str(error) and "no file of this data set" in str(error) and not asked
+                row.count("survived" if refused else "lost", f"{place}: {error} {asked}")
+            else:
+                row.count("silent", f"{place}: not refused")
+        server.shutdown()
+        thread.join()
     return row
 
 

@@ -44,6 +44,7 @@ TABLE: list[tuple[Callable[[Yard, int], Row], int, int]] = [
     (rows.clocks, 4, 1),
     (attacks.payloads, 12, 4),
     (attacks.escapes, 15, 15),
+    (attacks.cells, 20, 4),
 ]
 
 
