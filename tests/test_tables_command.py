@@ -228,16 +228,17 @@ def test_mistakes_are_told_before_anything_runs(arguments, message, monkeypatch,
     assert trainer.commands == []
 
 
-def test_a_signal_reaches_the_run_behind_the_launcher_and_is_waited_for(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_reaches_the_run_behind_the_launcher_and_is_waited_for(tmp_path, number):
     """The launcher dies at once; the run behind it, in the same group, takes its time to write what it has."""
     written = tmp_path / "checkpoint"
     behind = f"""
 import os, pathlib, signal, sys
 def save(number, frame):
     pathlib.Path({str(written)!r}).write_text("saved")
-    sys.exit(143)
-signal.signal(signal.SIGTERM, save)
-os.kill({{tester}}, signal.SIGTERM)
+    sys.exit(128 + number)
+signal.signal({int(number)}, save)
+os.kill({{tester}}, {int(number)})
 while True:
     signal.pause()
 """
@@ -246,13 +247,13 @@ import os, subprocess, sys
 behind = {behind!r}.replace("{{tester}}", str(os.getppid()))
 subprocess.Popen([sys.executable, "-c", behind]).wait()
 """
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with Runner() as runner:
         assert runner.run([sys.executable, "-c", launcher]) != 0
-        assert runner.stopped_by == signal.SIGTERM
+        assert runner.stopped_by == number
         assert written.read_text() == "saved"
-        assert runner.run([sys.executable, "-c", "raise SystemExit(0)"]) == 143  # nothing is started any more
-    assert signal.getsignal(signal.SIGTERM) == before
+        assert runner.run([sys.executable, "-c", "raise SystemExit(0)"]) == 128 + number  # nothing is started any more
+    assert signal.getsignal(number) == before
 
 
 def test_one_cell_for_real(table, tmp_path, capsys):

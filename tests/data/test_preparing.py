@@ -1,10 +1,13 @@
 """Small files as the public data sets have them, byte for byte in format, through `t2sda prepare`."""
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 from datasets import load_dataset
 from PIL import Image
@@ -367,3 +370,24 @@ def test_another_subset_of_synthia_is_noticed(tmp_path, capsys):
         cv2.imwrite(str(file), np.full((*SIZE, 3), 5, np.uint16))
     assert run("synthia", tmp_path / "raw", tmp_path / "out") == 2
     assert "show fence but never road, building, sky, car" in capsys.readouterr().err
+
+
+def test_workers_end_with_their_parent_and_follow_no_signal_of_their_own():
+    """However it ended: otherwise they would go on with the shards that were handed to them."""
+    script = """
+import os, signal
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from t2sda_hf.data.preparing import _begin_worker
+pool = ProcessPoolExecutor(1, get_context("fork"), _begin_worker)
+worker = pool.submit(os.getpid).result()
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    os.kill(worker, number)
+assert pool.submit(os.getpid).result() == worker
+print(worker, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    worker = psutil.Process(int(done.stdout)) if psutil.pid_exists(int(done.stdout)) else None
+    assert worker is None or not psutil.wait_procs([worker], timeout=60)[1]

@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import attacks  # noqa: E402
+import ends  # noqa: E402
 import rows  # noqa: E402
 from rows import Row, Yard  # noqa: E402
 
@@ -42,6 +43,16 @@ TABLE: list[tuple[Callable[[Yard, int], Row], int, int]] = [
     (rows.two_saves, 100, 5),
     (rows.parallel_starts, 20, 3),
     (rows.clocks, 4, 1),
+    (ends.workers_killed, 10, 1),
+    (ends.files_vanish, 10, 2),
+    (ends.hang_ups, 10, 1),
+    (ends.slurm_signals, 10, 1),
+    (ends.broken_pipes, 6, 1),
+    (ends.launchers_ended, 6, 0),  # tests/test_repeat.py has the parent alone
+    (ends.foreign_runs, 6, 1),
+    (ends.cluster_disks, 9, 1),
+    (ends.full_at_the_start, 8, 0),
+    (ends.cells_outside, 12, 12),
     (attacks.payloads, 12, 4),
     (attacks.escapes, 15, 15),
     (attacks.cells, 20, 4),
