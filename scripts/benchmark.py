@@ -51,6 +51,7 @@ from t2sda_hf.models import T2SDAConfig, T2SDAForSemanticSegmentation
 from t2sda_hf.teacher import make_teacher, update_teacher
 from t2sda_hf.training.build import build_student
 from t2sda_hf.training.checkpoint import Progress
+from t2sda_hf.training.derive import without_data
 from t2sda_hf.training.loop import Run, update
 from t2sda_hf.training.parts import make_parts
 from t2sda_hf.training.tracking import Tracker
@@ -144,13 +145,14 @@ def street_labels(num: int, height: int, width: int, num_classes: int) -> torch.
 
 def small_run(size: str = "mit_b0", head: str = "all_mlp", side: int = 256, **train: Any) -> RunConfig:
     """T2S-DA on square crops, from random weights, so without the distance to ImageNet."""
-    return RunConfig(
+    cfg = RunConfig(
         model=ModelConfig(size=size, pretrained=None, head=head),  # type: ignore[arg-type]
         data=DataConfig(crop_size=(side, side), outer_crop_size=(side, 2 * side)),
         uda=UdaConfig(ignore_top=0, ignore_bottom=0),
         loss_weights=LossWeights(feature_distance=0),
         train=TrainConfig(log_with=(), **train),
     )
+    return without_data(cfg)
 
 
 def without_pull(cfg: RunConfig) -> RunConfig:

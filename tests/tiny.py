@@ -11,6 +11,7 @@ from t2sda_hf.batch import UdaBatch
 from t2sda_hf.config import RunConfig, load_config
 from t2sda_hf.methods import METHODS, ClassMemory, Graph, Networks, Step, make_networks
 from t2sda_hf.models import T2SDAConfig, T2SDAForSemanticSegmentation
+from t2sda_hf.training.derive import without_data
 from t2sda_hf.translate import build_engine
 
 CLASSES = ("road", "building", "sky", "person", "car")
@@ -30,7 +31,7 @@ TINY = [
 
 def tiny_config(*overrides: str) -> RunConfig:
     """A small run; `overrides` are those of the command line. Nothing here reads a pretrained encoder."""
-    return load_config(None, [*TINY, *overrides])
+    return without_data(load_config(None, [*TINY, *overrides]))
 
 
 def small_recipe(folder: str, name: str, *overrides: str) -> RunConfig:
@@ -39,18 +40,20 @@ def small_recipe(folder: str, name: str, *overrides: str) -> RunConfig:
     recipe = load_config(path)
     sizes = "[16, 16, 24, 32]" if recipe.model.head == "deeplabv2" else "[8, 16, 24, 32]"
     crop, outer = ("[64, 128]", "[96, 192]") if recipe.hrda.enabled else ("[32, 64]", "[48, 96]")
-    return load_config(
-        path,
-        [
-            f"--model={{depths: [1, 1, 1, 1], hidden_sizes: {sizes}, num_attention_heads: [1, 2, 3, 4]}}",
-            "--model.decoder_hidden_size=8",
-            "--projector={hidden: 8, dim: 8}",
-            f"--data={{crop_size: {crop}, outer_crop_size: {outer}}}",
-            "--hrda.crop_size=[32, 32]",
-            "--uda={ignore_top: 2, ignore_bottom: 4}",
-            "--pull={num_queries: 4, num_negatives: 8}",
-            *overrides,
-        ],
+    return without_data(
+        load_config(
+            path,
+            [
+                f"--model={{depths: [1, 1, 1, 1], hidden_sizes: {sizes}, num_attention_heads: [1, 2, 3, 4]}}",
+                "--model.decoder_hidden_size=8",
+                "--projector={hidden: 8, dim: 8}",
+                f"--data={{crop_size: {crop}, outer_crop_size: {outer}}}",
+                "--hrda.crop_size=[32, 32]",
+                "--uda={ignore_top: 2, ignore_bottom: 4}",
+                "--pull={num_queries: 4, num_negatives: 8}",
+                *overrides,
+            ],
+        )
     )
 
 

@@ -15,15 +15,20 @@ Exit codes:
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
+
 from ..config import RunConfig
 from ..data.checking import DomainFacts, Finding, compare, inspect_domain
 from ..data.domains import Domain, load_domain
 from ..data.sheet import write_report
 from ..storage import outputs, refuse_foreign
+from ..training.derive import Facts, derive
 
 
 def run(args: Namespace) -> int:
-    findings = check(args.cfg, args.only, args.output, args.pictures, args.processes)
+    findings, said = check(args.cfg, args.only, args.output, args.pictures, args.processes)
+    for line in said:
+        print(f"a run: {line}")
     for finding in sorted(findings, key=lambda found: found.severity):
         print(f"{finding.severity}: {finding.kind}, {finding.count}x in {finding.domain}. {finding.example}")
     faults = sum(finding.severity == "fault" for finding in findings)
@@ -33,8 +38,10 @@ def run(args: Namespace) -> int:
     return 1 if faults else 0
 
 
-def check(cfg: RunConfig, only: list[str], output: Path, pictures: int, processes: int) -> list[Finding]:
-    """What is wrong with the domains `only` of a run, also as a page in `output`."""
+def check(
+    cfg: RunConfig, only: list[str], output: Path, pictures: int, processes: int
+) -> tuple[list[Finding], list[str]]:
+    """What is wrong with the domains `only` of a run, and what a run makes of them; also as a page in `output`."""
     configs = {role: config for role in only if (config := getattr(cfg, role)).path}
     if not configs:
         raise ValueError(
@@ -47,6 +54,16 @@ def check(cfg: RunConfig, only: list[str], output: Path, pictures: int, processe
         domains[role] = domain, inspect_domain(domain, cfg.classes, processes)
     facts = {role: fact for role, (_, fact) in domains.items()}
     findings = [finding for fact in facts.values() for finding in fact.findings] + compare(facts, cfg.classes)
+    said: list[str] = []
+    if "source" in facts:
+        sizes = {role: np.repeat(list(fact.sizes), list(fact.sizes.values()), axis=0) for role, fact in facts.items()}
+        try:
+            derived = derive(cfg, Facts(facts["source"].counts, sizes["source"], sizes.get("target")))
+        except ValueError as error:
+            findings.append(Finding("the config", "values that do not fit", "fault", 1, str(error)))
+        else:
+            cfg, said = derived.cfg, derived.said
+            findings += [Finding("the config", "values that spoil it", "note", 1, text) for text in derived.warnings]
     with outputs("check", output):
-        write_report(output, domains, findings, cfg.classes, cfg.rcs.temperature, pictures)
-    return findings
+        write_report(output, domains, findings, cfg.classes, cfg.rcs.temperature or 0.01, pictures, said)
+    return findings, said

@@ -4,7 +4,8 @@
     t2sda estimate gta_cityscapes/t2sda_daformer --train.precision bf16
     t2sda estimate mine.yaml --measure 3
 
-The command reads no data and no weights.
+The command reads no data and no weights. So it takes crops of the largest size where data.crop_size is null: a run on
+small images is cheaper.
 
 Times are lower bounds: the shortest time that the arithmetic and the memory of a device allow (its "roofline"). The
 figures of a GPU are from its data sheet, those of this machine from a short measurement. Real steps take longer, often
@@ -26,6 +27,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from ..config import RunConfig
+from ..training.derive import without_data
 from ..training.estimate import GPUS, Cost, Device, count_update, measure_updates, this_machine
 from ..training.resume import config_of, methods_of
 
@@ -36,6 +38,7 @@ def run(args: Namespace) -> int:
         raise ValueError(f"--measure needs a whole number from 2, got {args.measure}. The first update is not timed.")
     if cfg == RunConfig():
         raise ValueError("there is nothing to estimate: give a file or a recipe; `t2sda train --list` names them.")
+    cfg = without_data(cfg)
     if cfg.train.num_threads is not None:
         torch.set_num_threads(cfg.train.num_threads)
     disable_progress_bar()

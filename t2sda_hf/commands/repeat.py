@@ -25,6 +25,7 @@ from ..config import RunConfig, changes, differences, load_config
 from ..evaluation.table import markdown, number, spread
 from ..launching import Runner, refuse_keys, words_of
 from ..storage import read_json, write_json
+from ..training.derive import DERIVED
 
 Scores = dict[str, dict[int, float]]  # model -> seed -> mIoU
 
@@ -90,7 +91,12 @@ def finished(run: Planned) -> dict[str, Any] | None:
     done = load_config(run.folder / run.cfg.method / "resolved_config.yaml", record=True)
     different = differences(asdict(done), asdict(run.cfg))
     # Where the data lies does not matter: training compares what is in it, and a finished run does not train.
-    other = [key for key in different if changes(key) in ("learning", "scoring")]
+    # What this config leaves open, the run has derived.
+    other = [
+        key
+        for key, (_, now) in different.items()
+        if changes(key) in ("learning", "scoring") and not (key in DERIVED and now is None)
+    ]
     if other:
         raise ValueError(
             f"{run.folder} holds a finished run of another config, by {', '.join(other)}. Give another --output, or "

@@ -53,6 +53,16 @@ FIRST_RELEASE: dict[str, Any] = {
     "uda.ignore_bottom": 120,
     "loss_weights.feature_distance": 0.005,
     "feature_distance.classes": THING_CLASSES,
+    "data.crop_size": (512, 512),
+    "data.outer_crop_size": (512, 1024),
+    "hrda.crop_size": (512, 512),
+    "rcs.temperature": 0.01,
+    "rcs.min_pixels": 3000,
+    "rcs.min_crop_ratio": 0.5,
+    "uda.ema_momentum": 0.999,
+    "patch_mask.block_size": 64,
+    "translate.fda.beta": 0.01,
+    "optim.warmup_steps": 1500,
 }
 # Keys that change nothing of the result, but have always counted for the number.
 COUNTED = (

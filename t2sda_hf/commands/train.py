@@ -63,8 +63,10 @@ from ..training.build import (
     open_domains,
     records,
     run_method,
+    settle,
 )
 from ..training.checkpoint import left_in
+from ..training.derive import Derived
 from ..training.distributed import decided_by_main, lost_contact, shards
 from ..training.dry_run import rehearse
 from ..training.resume import Claim, Start, check_folder, config_of, lock_run, plan
@@ -83,13 +85,22 @@ def run(args: Namespace) -> int:
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=args.cfg.train.timeout_seconds))
     accelerator, cfg = make_accelerator(args.cfg, patience)
     log_to_stderr(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    domains, initial = prepare(cfg, accelerator)
+    derived, domains, initial = prepare(cfg, accelerator, rehearsal=args.dry_run)
+    cfg = derived.cfg
+    for line in derived.said:
+        logging.info(line)
+    for line in derived.warnings if accelerator.is_main_process else ():
+        logging.warning("warning: %s.", line)
     described = records(cfg, domains, accelerator)
     if args.dry_run:
         with StopRequest() as stop:
             said = rehearse(cfg, initial, domains, accelerator, described, stop)
         if accelerator.is_main_process:
             print(f"{mask_known(dump_config(cfg))}\n{said}")
+            try:
+                check_folder(cfg)
+            except ValueError as error:
+                print(f"but the run itself would be refused now: {error}")
         accelerator.end_training()
         return 0
     with ExitStack() as held:
@@ -101,7 +112,7 @@ def run(args: Namespace) -> int:
                 record_run(Path(cfg.output_dir), command_of(args, accelerator), accelerator.num_processes)
             with StopRequest() as stop:
                 owned = claims[0].check if claims else unasked
-                results = train_all(cfg, domains, initial, accelerator, described, starts, stop, owned)
+                results = train_all(derived, domains, initial, accelerator, described, starts, stop, owned)
             accelerator.end_training()
             if accelerator.is_main_process:
                 owned()
@@ -163,8 +174,13 @@ def explained(accelerator: Accelerator, folder: Path) -> Iterator[None]:
         ) from error
 
 
-def prepare(cfg: RunConfig, accelerator: Accelerator) -> tuple[Domains, T2SDAForSemanticSegmentation]:
-    """The domains and the student to start from. Every fault of the input shows here; nothing is written."""
+def prepare(
+    cfg: RunConfig, accelerator: Accelerator, rehearsal: bool = False
+) -> tuple[Derived, Domains, T2SDAForSemanticSegmentation]:
+    """The config with all its values, the domains and the student to start from.
+
+    Every fault of the input shows here; nothing is written. A rehearsal does not write into output_dir later either.
+    """
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(
             f"mixed_precision {accelerator.mixed_precision!r} needs loss scaling, which one backward per term does not "
@@ -189,14 +205,19 @@ def prepare(cfg: RunConfig, accelerator: Accelerator) -> tuple[Domains, T2SDAFor
             "the evaluation too, and rename what is saved. Leave it at no and set train.compile instead."
         )
     decided_by_main(lambda: check_push(cfg), accelerator, ValueError)
-    check_folder(cfg)
+    if not rehearsal:
+        check_folder(cfg)
     accelerator.wait_for_everyone()  # nobody creates it before everybody looked
     student = build_student(cfg)  # before the data: it is looked at faster
-    return open_domains(cfg, accelerator), student
+    domains = open_domains(cfg, accelerator)
+    derived = settle(cfg, domains.facts, accelerator)
+    if cfg.hrda.enabled and derived.cfg.hrda != cfg.hrda:
+        student = build_student(derived.cfg)
+    return derived, domains, student
 
 
 def train_all(
-    cfg: RunConfig,
+    derived: Derived,
     domains: Domains,
     initial: T2SDAForSemanticSegmentation,
     accelerator: Accelerator,
@@ -209,11 +230,13 @@ def train_all(
 
     `owned` raises LostFolder if the folder of the run is not its own any more.
     """
+    cfg = derived.cfg
     folder, began = Path(cfg.output_dir), time.perf_counter()
     if accelerator.is_main_process:
         for method in starts:  # first: by these a folder is known as one to go on in, however early the run ends
             (folder / method).mkdir(exist_ok=True)
-        write_data_record(folder, **data_record(cfg, domains, described))
+        told = {"values": derived.values, "said": derived.said, "warnings": derived.warnings}
+        write_data_record(folder, **data_record(cfg, domains, described), derived=told)
     results: Results = {}
     for method, start in starts.items():
         stop.check()

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BeforeValidator, ConfigDict, Strict
 
@@ -27,6 +27,16 @@ LIMITS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")  # the w
 _UNIONS = (Union, UnionType)  # Annotated[int] | None is the first, str | None the second
 Size = tuple[Whole, Whole]  # (height, width) in pixels
 Stages = tuple[Whole, Whole, Whole, Whole]  # of an encoder, finest first
+
+# A key that may be null in a file, and never is where it is read: `training.derive` puts a value in its place.
+if TYPE_CHECKING:
+    T = TypeVar("T")
+    Derived = Annotated[T, "null until it is derived"]
+else:
+
+    class Derived:
+        def __class_getitem__(cls, kind: Any) -> Any:
+            return kind | None
 
 
 def key(
@@ -152,8 +162,10 @@ class Key:
 
     @property
     def list_of(self) -> tuple[Any, int | None] | None:
-        """Of a list the type of an item and how many there are, None for any number; None for what is no list."""
+        """Of a list the type of an item and how many there are, None for any number; None for what may be no list."""
         kinds = get_args(self.type) if get_origin(self.type) in _UNIONS else (self.type,)
+        if any(get_origin(kind) is not tuple and kind is not type(None) for kind in kinds):
+            return None
         for items in (get_args(kind) for kind in kinds if get_origin(kind) is tuple):
             return items[0], None if items[-1] is Ellipsis else len(items)
         return None

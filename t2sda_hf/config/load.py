@@ -30,6 +30,15 @@ _NO_RUNS = ("ablations", "accelerate", "base")  # folders of RECIPES whose files
 # Keys of earlier releases with the one value that still means what the code does.
 GONE: dict[str, float] = {f"{domain}.drawing_seed": 0 for domain in ("source", "target", "test")}
 GONE |= {"translate.style.random_share": 0.5, "model.encoder_ln_eps_fix": True}
+# Keys that nobody reads -> the switch, and its value, that makes it so. Values that are given still count, as they
+# always did; a null does not, which stands for whatever is derived.
+_UNREAD: dict[str, tuple[str, Any]] = {
+    "feature_distance.": ("loss_weights.feature_distance", 0),
+    "hrda.": ("hrda.enabled", False),
+    "rcs.": ("rcs.enabled", False),
+    "patch_mask.": ("loss_weights.masked_consistency", 0),
+    "data.outer_crop_size": ("data.outer_crop", "false"),
+}
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *, record: bool = False) -> RunConfig:
@@ -94,10 +103,14 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, t
         key: (first.get(key, defaults.get(key)), second.get(key, defaults.get(key)))
         for key in sorted(first.keys() | second.keys())
     }
-    weight = "loss_weights.feature_distance"
-    if not (first.get(weight, defaults[weight]) and second.get(weight, defaults[weight])):
-        # Where one of the two does not read them, all that can differ is said by the weight.
-        pairs = {key: pair for key, pair in pairs.items() if not key.startswith("feature_distance.")}
+    for prefix, (switch, off) in _UNREAD.items():
+        if off in (first.get(switch, defaults[switch]), second.get(switch, defaults[switch])):
+            # Where one of the two does not read them, all that can differ is said by the switch.
+            pairs = {
+                key: pair
+                for key, pair in pairs.items()
+                if key == switch or not key.startswith(prefix) or (None not in pair and "distance" not in prefix)
+            }
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 

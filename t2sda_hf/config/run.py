@@ -1,8 +1,10 @@
 """The run as a tree of frozen dataclasses: every key with its default, its meaning, its source and what it changes.
 
-A default serves any data, or is a value of the paper that no data set owns. What only Cityscapes needs, or only one
-network, stands in the recipes of configs/. [P] marks a value that the paper states, [D] one of the public DAFormer code
-that it builds on, [O] a choice that the paper leaves open, with its entry in the register of open points.
+A default serves any data, or is a value of the paper that no data set owns. Where the right value depends on the images
+or on the length of the run, the default is null, and `training.derive` puts a number in its place before anything reads
+it. What only Cityscapes needs, or only one network, stands in the recipes of configs/. [P] marks a value that the paper
+states, [D] one of the public DAFormer code that it builds on, [O] a choice that the paper leaves open, with its entry
+in the register of open points.
 """
 
 from dataclasses import dataclass, replace
@@ -10,7 +12,7 @@ from functools import cache
 from typing import Literal
 
 from ..labels import CITYSCAPES_CLASSES, IGNORE_INDEX, LABEL_SPACES, VOID
-from .keys import Changes, Flag, Key, Number, Section, Size, Stages, Whole, key, require, walk
+from .keys import Changes, Derived, Flag, Key, Number, Section, Size, Stages, Whole, key, require, walk
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,12 @@ class HrdaConfig(Section):
 
     section = "hrda"
     enabled: Flag = key(False, "train and predict at two resolutions", "D")
-    crop_size: Size = key((512, 512), "(height, width) of the detail, in pixels of data.crop_size", "D", at_least=32)
+    crop_size: Derived[Size] = key(
+        None,
+        "(height, width) of the detail, in pixels of data.crop_size; null is half of that, HRDA's share",
+        "D",
+        at_least=32,
+    )
     detail_weight: Number = key(
         0.1, "λ_d: losses are (1-λ_d) of the fused logits' and λ_d of the detail's", "D", at_least=0, at_most=1
     )
@@ -203,11 +210,22 @@ class DataConfig(Section):
     """Crops, and how they are loaded."""
 
     section = "data"
-    crop_size: Size = key((512, 512), "(height, width) of the crops that the student sees", "P", at_least=32)
+    crop_size: Derived[Size] = key(
+        None,
+        "(height, width) of the crops that the student sees; null is what fits into the images, at most the paper's "
+        "512x512, or 1024x1024 with hrda.enabled",
+        at_least=32,
+    )
     outer_crop: Literal["auto", "true", "false"] = key(
         "auto", "whether crops come out of a larger window; auto: only when the run translates", "O A10"
     )
-    outer_crop_size: Size = key((512, 1024), "(height, width) of the window in which FDA works", "P", at_least=32)
+    outer_crop_size: Derived[Size] = key(
+        None,
+        "(height, width) of the window in which FDA works; null is what fits into the source images, at most the "
+        "paper's 512x1024, twice that with hrda.enabled",
+        "O A40",
+        at_least=32,
+    )
     cat_max_ratio: Number = key(
         0.75, "largest share of a source crop that one class may cover", "D", above=0, at_most=1
     )
@@ -217,6 +235,8 @@ class DataConfig(Section):
     )
 
     def check(self) -> None:
+        if self.crop_size is None:
+            return
         require(
             all(side % 32 == 0 for side in self.crop_size),
             "data.crop_size",
@@ -224,7 +244,8 @@ class DataConfig(Section):
             self.crop_size,
         )
         require(
-            all(outer >= inner for outer, inner in zip(self.outer_crop_size, self.crop_size, strict=True))
+            self.outer_crop_size is None
+            or all(outer >= inner for outer, inner in zip(self.outer_crop_size, self.crop_size, strict=True))
             or self.outer_crop == "false",
             "data.outer_crop_size",
             f"at least data.crop_size {self.crop_size}",
@@ -238,12 +259,23 @@ class RareClassSamplingConfig(Section):
 
     section = "rcs"
     enabled: Flag = key(True, "draw a class first and then an image that shows it; false draws images evenly", "D")
-    temperature: Number = key(0.01, "small draws rare classes nearly always, large draws classes evenly", "D", above=0)
-    min_pixels: Whole = key(
-        3000, "pixels of a class that an image must show, at the label's own resolution", "D", at_least=0
+    temperature: Derived[Number] = key(
+        None,
+        "small draws rare classes nearly always, large draws classes evenly; null is the smallest from DAFormer's 0.01 "
+        "on with which the draws spread over the images",
+        above=0,
     )
-    min_crop_ratio: Number = key(
-        0.5, "a crop must show more than min_pixels times this of the class; ten tries are made", "D", at_least=0
+    min_pixels: Derived[Whole | tuple[Whole, ...]] = key(
+        None,
+        "pixels of a class that an image must show, at the label's own resolution, or a list of one number for each "
+        "class; null is DAFormer's share, 0.15 % of an image, and less for a class that most images show less of",
+        at_least=0,
+    )
+    min_crop_ratio: Derived[Number] = key(
+        None,
+        "a crop must show more than min_pixels times this of the class; ten tries are made; null is a half of "
+        "min_pixels after the source's resize",
+        at_least=0,
     )
 
 
@@ -255,7 +287,13 @@ class UdaConfig(Section):
     source_ce_on: Literal["source", "ptarget"] = key(
         "source", 'what L_source sees (Tables 7, 11: "CE on p. target")', "O A7"
     )
-    ema_momentum: Number = key(0.999, "share of the old teacher that an update keeps", "P", at_least=0, at_most=1)
+    ema_momentum: Derived[Number] = key(
+        None,
+        "share of the old teacher that an update keeps; null averages over a tenth of the run, at most the paper's "
+        "1,000 updates (0.999)",
+        at_least=0,
+        at_most=1,
+    )
     pseudo_threshold: Number = key(
         0.968, "confidence from which a pseudo-label counts as sure", "P", at_least=0, at_most=1
     )
@@ -310,7 +348,9 @@ class PatchMaskConfig(Section):
     """MIC: squares of the target image are hidden from the student. Weight: loss_weights.masked_consistency."""
 
     section = "patch_mask"
-    block_size: Whole = key(64, "side of a square in pixels, for crops of 1024; 32 for 512", "D", at_least=1)
+    block_size: Derived[Whole] = key(
+        None, "side of a square in pixels; null is a sixteenth of the crop: 64 for crops of 1024", "D", at_least=1
+    )
     ratio: Number = key(0.7, "share of the squares that is hidden", "D", at_least=0, at_most=1)
 
 
@@ -319,8 +359,13 @@ class FdaConfig(Section):
     """Fourier domain adaptation: low frequencies of the amplitude are taken from the target."""
 
     section = "translate.fda"
-    beta: Number = key(
-        0.01, "half side of the swapped square, as a share of the shorter image side", "O A1", at_least=0, at_most=0.5
+    beta: Derived[Number] = key(
+        None,
+        "half side of the swapped square, as a share of the shorter side of the window; null is 0.01, and more where "
+        "that would be less than the 5 frequencies of the paper's window",
+        "O A1",
+        at_least=0,
+        at_most=0.5,
     )
     window: Literal["square", "rect"] = key(
         "square", "the swapped frequencies: as many in both directions, or in proportion to the sides", "O A12"
@@ -521,7 +566,9 @@ class OptimConfig(Section):
     lr: Number = key(6e-5, "learning rate of the encoder after the warm-up", "P", above=0)
     head_lr_multiplier: Number = key(10.0, "head and projector learn so many times as fast", "P", above=0)
     weight_decay: Number = key(0.01, "of AdamW, not on norms and biases", "P", at_least=0)
-    warmup_steps: Whole = key(1500, "updates in which the rate rises", "P", at_least=0)
+    warmup_steps: Derived[Whole] = key(
+        None, "updates in which the rate rises; null is 5 % of train.max_steps, at most the paper's 1,500", at_least=0
+    )
     warmup_ratio: Number = key(1e-6, "share of the rate at the first update", "D", at_least=0, at_most=1)
     power: Number = key(1.0, "of the decay; 1 is linear", "P", at_least=0)
     max_grad_norm: Number | None = key(
@@ -545,8 +592,18 @@ class TrainConfig(Section):
     )
     overfit_batch: Flag = key(False, "for debugging: every update sees the batch of the first")
     log_every: Whole = key(50, "updates between two lines of losses", changes="nothing", at_least=1)
-    evaluate_every: Whole = key(4_000, "updates between two evaluations", changes="nothing", at_least=1)
-    save_every: Whole = key(4_000, "updates between two checkpoints", changes="nothing", at_least=1)
+    evaluate_every: Derived[Whole] = key(
+        None,
+        "updates between two evaluations; null is a tenth of train.max_steps, at least 100",
+        changes="nothing",
+        at_least=1,
+    )
+    save_every: Derived[Whole] = key(
+        None,
+        "updates between two checkpoints; null is a tenth of train.max_steps, at least 100",
+        changes="nothing",
+        at_least=1,
+    )
     keep_checkpoints: Whole = key(
         2, "the newest so many are kept, older ones are deleted", changes="nothing", at_least=1
     )
@@ -696,11 +753,19 @@ class RunConfig(Section):
         require(not odd, "classes", "names of printable letters, without line breaks", odd)
         unknown = [name for name in self.pull.class_set if name not in self.classes]
         require(not unknown, "pull.class_set", f"names of classes {self.classes}", unknown)
+        floors = self.rcs.min_pixels
+        require(
+            not isinstance(floors, tuple) or len(floors) == len(self.classes),
+            "rcs.min_pixels",
+            f"one number, or one for each of the {len(self.classes)} classes",
+            floors,
+        )
         rows = self.uda.ignore_top + self.uda.ignore_bottom
         require(
-            rows < self.data.crop_size[0],
+            self.data.crop_size is None or rows < self.data.crop_size[0],
             "uda.ignore_top + uda.ignore_bottom",
-            f"less than the crop's {self.data.crop_size[0]} rows, or no target pixel is left",
+            f"less than the crop's {self.data.crop_size and self.data.crop_size[0]} rows, or no target pixel is left "
+            "(a recipe for Cityscapes sets them, for the bonnet of its car: for other images set both to 0)",
             rows,
         )
         require(
@@ -748,19 +813,19 @@ class RunConfig(Section):
     def _check_hrda(self) -> None:
         crop, detail, grid = self.data.crop_size, self.hrda.crop_size, 2 * self.model.logits_stride
         require(
-            all(side % 64 == 0 for side in crop),
+            crop is None or all(side % 64 == 0 for side in crop),
             "data.crop_size",
             "multiples of 64 with hrda.enabled (the encoder's coarsest stride, at half size)",
             crop,
         )
         require(
-            all(side % grid == 0 for side in detail),
+            detail is None or all(side % grid == 0 for side in detail),
             "hrda.crop_size",
             f"multiples of {grid}, twice the stride of the logits, so that the detail lies on the grid of the context",
             detail,
         )
         require(
-            all(inner <= outer for inner, outer in zip(detail, crop, strict=True)),
+            crop is None or detail is None or all(inner <= outer for inner, outer in zip(detail, crop, strict=True)),
             "hrda.crop_size",
             f"at most data.crop_size {crop}, of which it is a part",
             detail,
@@ -768,7 +833,7 @@ class RunConfig(Section):
         if self.translate.hrda_scale == "full":
             return
         require(
-            not self.translates or all(side % 2 == 0 for side in self.data.outer_crop_size),
+            not self.translates or all(side % 2 == 0 for side in self.data.outer_crop_size or ()),
             "data.outer_crop_size",
             "even with hrda.enabled: it is translated at half size",
             self.data.outer_crop_size,

@@ -329,10 +329,12 @@ class Reading:
     Attributes:
         counts: (images, K) int64 pixels per class at the labels' own resolution; zeros without labels. A domain that
             was prepared at a smaller size tells the numbers of its original files.
+        sizes: (images, 2) int64 height and width of the files, upright.
         contents: of the images with their label maps, and of what the ids mean.
     """
 
     counts: np.ndarray
+    sizes: np.ndarray
     contents: Contents
 
 
@@ -349,7 +351,7 @@ def read_domain(domain: Domain, classes: Sequence[str]) -> Reading:
             an id that the data set does not define; or if fewer than two classes occur in a labelled domain.
     """
     stamps, names = _stamps(domain)
-    key = ["pixels of classes, and ignored", settings_of(domain.config), _rules(domain), len(classes)]
+    key = ["pixels of classes, and ignored, and sizes", settings_of(domain.config), _rules(domain), len(classes)]
     rows = remembered(domain.name, key, stamps, lambda index: _check_row(domain, index, len(classes)))
     counts = np.array([row["counts"] for row in rows], dtype=np.int64).reshape(len(domain), len(classes) + 1)
     counts, ignored = counts[:, :-1], counts[:, -1].sum()
@@ -365,7 +367,8 @@ def read_domain(domain: Domain, classes: Sequence[str]) -> Reading:
         logger.warning(
             "%s shows no pixel of %s: nothing is learned or scored of it there.%s", domain.name, absent, hint
         )
-    return Reading(counts, _contents(domain, names, [row["digest"] for row in rows]))
+    sizes = np.array([row["size"] for row in rows], dtype=np.int64).reshape(len(domain), 2)
+    return Reading(counts, sizes, _contents(domain, names, [row["digest"] for row in rows]))
 
 
 def domain_contents(domain: Domain) -> Contents:
@@ -387,7 +390,9 @@ def _check_row(domain: Domain, index: int, num_classes: int) -> dict[str, Any]:
     row = domain.table[index]
     where = domain.where(row, index)
     row = _read_files(domain, row, where)
-    return {"digest": _digest(row), "counts": _count_row(row, where, domain, num_classes)}
+    size, orientation = read_header(row["image"], where, domain.config.max_pixels)
+    counts = _count_row(row, where, domain, num_classes, size, orientation)
+    return {"digest": _digest(row), "counts": counts, "size": list(size)}
 
 
 def _read_files(domain: Domain, row: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -452,8 +457,9 @@ def _stamp(inside: bool, path: str | None, table: str | None, index: int) -> Any
         return None
 
 
-def _count_row(row: dict[str, Any], where: str, domain: Domain, num_classes: int) -> list[int]:
-    size, orientation = read_header(row["image"], where, domain.config.max_pixels)
+def _count_row(
+    row: dict[str, Any], where: str, domain: Domain, num_classes: int, size: Size, orientation: int
+) -> list[int]:
     if domain.rule is None:
         return [0] * (num_classes + 1)
     if orientation != 1:

@@ -124,7 +124,7 @@ class PairDataset(Dataset):
         self, labels: np.ndarray, outer_size: tuple[int, int], wanted: int | None, rng: np.random.Generator
     ) -> tuple[Window, Window, bool]:
         """Outer window, the crop relative to it, and whether to flip."""
-        data, rcs = self.config.data, self.config.rcs
+        data, rare = self.config.data, self.rare
         size = (labels.shape[0], labels.shape[1])
         multiple = 2 if self.config.hrda.enabled else 1  # pixels of the crop lie evenly in those of half the size
         for _ in range(1 + RETRIES):
@@ -135,7 +135,9 @@ class PairDataset(Dataset):
                 if data.cat_max_ratio == 1 or shows_several_classes(crop, data.cat_max_ratio):
                     break
             flip = bool(data.flip and rng.random() < 0.5)
-            if wanted is None or (crop == wanted).sum() > rcs.min_pixels * rcs.min_crop_ratio:
+            if wanted is None or rare is None:
+                break
+            if (crop == wanted).sum() > rare.min_pixels[wanted] * self.config.rcs.min_crop_ratio:
                 break
         return outer, inner, flip
 

@@ -1,5 +1,6 @@
 """Rare class sampling: source images are drawn by class, rare classes more often (DAFormer; method 3.3)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,7 @@ class RareClasses:
 
     probabilities: np.ndarray  # (K,)
     images: list[np.ndarray]  # K arrays of image indices
+    min_pixels: np.ndarray  # (K,) floor of each class
 
     def draw(self, rng: np.random.Generator) -> tuple[int, int]:
         """(image index, class id): the class by P, the image uniformly among its own."""
@@ -33,20 +35,21 @@ class RareClasses:
         return int(rng.choice(self.images[class_id])), class_id
 
 
-def rare_classes(counts: np.ndarray, temperature: float, min_pixels: int) -> RareClasses:
+def rare_classes(counts: np.ndarray, temperature: float, min_pixels: int | Sequence[int]) -> RareClasses:
     """Class statistics of the source -> what RCS draws from.
 
     Args:
         counts: (images, K) pixels per class at the labels' own resolution, ignored pixels left out.
         temperature: T.
         min_pixels: an image stands for a class if it shows *more* pixels of it. A class with no such image takes
-            every image that shows it at all (the public code stops with an assertion there).
+            every image that shows it at all (the public code stops with an assertion there). One number, or one per
+            class.
     """
     frequencies = counts.sum(axis=0) / max(counts.sum(), 1)
-    images = []
-    for class_counts in counts.T:
-        rich = np.flatnonzero(class_counts > min_pixels)
+    floors, images = np.broadcast_to(np.asarray(min_pixels), counts.shape[1]), []
+    for class_counts, floor in zip(counts.T, floors, strict=True):
+        rich = np.flatnonzero(class_counts > floor)
         if not len(rich) and class_counts.any():
             rich = np.flatnonzero(class_counts)
         images.append(rich)
-    return RareClasses(class_probabilities(frequencies, temperature), images)
+    return RareClasses(class_probabilities(frequencies, temperature), images, floors)

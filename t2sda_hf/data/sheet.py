@@ -44,6 +44,7 @@ img { max-width: 100% }
 <td class="long">{{ f.kind }}</td>
 <td class="number">{{ f.count }}</td><td class="long">{{ f.example }}</td></tr>
 {% endfor %}</table></div>{% else %}<p>Nothing was found.</p>{% endif %}
+{% if said %}<h2>What a run makes of them</h2><ul>{% for line in said %}<li>{{ line }}</li>{% endfor %}</ul>{% endif %}
 {% for d in domains %}<h2>{{ d.role }}: {{ d.name }}</h2>
 <p>{{ d.num_images }} images, {{ d.sizes }}.
 {% if d.classes %}{{ d.ignored }} of the pixels have no class.</p>
@@ -110,8 +111,13 @@ def write_report(
     classes: Sequence[str],
     temperature: float,
     num_pictures: int = 8,
+    said: Sequence[str] = (),
 ) -> None:
-    """`folder`/index.html, which needs no network, and `folder`/<role>.png, the sheets in full, to which it leads."""
+    """`folder`/index.html, which needs no network, and `folder`/<role>.png, the sheets in full, to which it leads.
+
+    Args:
+        said: sentences about what a run makes of the domains.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     described = []
     for role, (domain, facts) in domains.items():
@@ -143,7 +149,7 @@ def write_report(
         described.append(entry)
     page = jinja2.Environment(autoescape=True).from_string(_PAGE)  # names of files come from anywhere
     faults = sum(finding.severity == "fault" for finding in findings)
-    text = page.render(findings=findings, faults=faults, domains=described)
+    text = page.render(findings=findings, faults=faults, domains=described, said=said)
     write_text(folder / "index.html", text)
 
 

@@ -157,6 +157,7 @@ def write_data_record(
     classes: Sequence[str],
     source_pixels: Sequence[int],
     sampling: Sequence[float] | None,
+    derived: Mapping[str, Any],
 ) -> None:
     """Write data.json: what a run read, and with which versions. run.json, beside it, has the command and the machine.
 
@@ -167,6 +168,7 @@ def write_data_record(
         classes: names.
         source_pixels: pixels per class in the source's labels.
         sampling: probability with which a source image is drawn for each class; None if images are drawn evenly.
+        derived: "values" that were null in the config, what was "said" of them, and "warnings".
     """
     record = {
         "seed": seed,
@@ -174,6 +176,7 @@ def write_data_record(
         "classes": list(classes),
         "source_pixels": [int(count) for count in source_pixels],
         "sampling": None if sampling is None else [float(share) for share in sampling],
+        "derived": dict(derived),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
         "system": platform.platform(),
     }

@@ -22,7 +22,7 @@ from torch import nn
 
 from ..batch import UdaBatch
 from ..config import RunConfig, TranslateConfig
-from ..data.domains import Domain, check_domain, load_domain
+from ..data.domains import Domain, check_domain, load_domain, read_domain
 from ..data.pairs import PairDataset, batches, bytes_per_batch
 from ..data.rare_class_sampling import rare_classes
 from ..data.translated import TranslatedFolder, open_translated
@@ -31,10 +31,11 @@ from ..listing import refuse_pointers
 from ..methods import METHODS
 from ..models import T2SDAConfig, T2SDAForSemanticSegmentation, T2SDAImageProcessor, load_pretrained_encoder
 from ..translate import TranslationEngine, build_engine
+from .derive import Derived, Facts, derive
 from .distributed import broadcast_from_main, decided_by_main, shards
 from .loop import Run, train
 from .parts import Parts, make_parts
-from .resume import Start, config_of, describe, fingerprint, load_run, locked, methods_of
+from .resume import Start, config_of, describe, fingerprint, kept_values, load_run, locked, methods_of
 from .scores import Evaluation
 from .seeding import seed_initial_weights
 from .stopping import StopRequest, leave_signals_to_parent
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 class Domains:
     """The three domains of a run, checked, and what translates the source, which may read files too.
 
+    `facts` are what `settle` needs to know of them.
     `target` has no labels; None for a run that generalises without one. `translated` holds images that were translated
     beforehand, if there are any.
     """
@@ -54,16 +56,21 @@ class Domains:
     source: Domain
     target: Domain | None
     test: Domain
-    source_counts: np.ndarray  # (images, K) pixels per class
+    facts: Facts
     translate: TranslationEngine
     translated: TranslatedFolder | None
 
+    @property
+    def source_counts(self) -> np.ndarray:
+        """(images, K) pixels per class of the source."""
+        return self.facts.counts
+
 
 def open_domains(cfg: RunConfig, accelerator: Accelerator) -> Domains:
-    """Load and check what the run reads; every fault of the data shows here, before any training.
+    """Load and check what the run reads; every fault of the data shows here, before any training. Collective.
 
     Raises:
-        ValueError: see `load_domain`, `check_domain`, `build_engine` and `open_translated`.
+        ValueError: see `load_domain`, `check_domain`, `settle`, `build_engine` and `open_translated`.
     """
     # One after the other, so that all but the first read the cache. A lock, because the first may take longer than
     # processes wait for each other in a collective.
@@ -76,20 +83,25 @@ def open_domains(cfg: RunConfig, accelerator: Accelerator) -> Domains:
         if cfg.method != "generalization":
             target = load_domain(cfg.target, cfg.classes, labelled=False)
         test = load_domain(cfg.test, cfg.classes)
-        source_counts = check_domain(source, cfg.classes)
-        if target is not None:
-            check_domain(target, cfg.classes)
+        read = read_domain(source, cfg.classes)
+        target_sizes = None if target is None else read_domain(target, cfg.classes).sizes
         check_domain(test, cfg.classes)
+    facts = Facts(read.counts, read.sizes, target_sizes)
+    cfg = settle(cfg, facts, accelerator).cfg
     engine = build_engine(cfg.translate if cfg.translates else TranslateConfig(engine="none"))
     folder = cfg.translate.trained.folder if cfg.translates and cfg.translate.engine == "trained" else ""
-    return Domains(
-        source,
-        target,
-        test,
-        source_counts,
-        engine,
-        open_translated(folder, len(source), cfg.source.max_pixels) if folder else None,
-    )
+    translated = open_translated(folder, len(source), cfg.source.max_pixels) if folder else None
+    return Domains(source, target, test, facts, engine, translated)
+
+
+def settle(cfg: RunConfig, facts: Facts, accelerator: Accelerator) -> Derived:
+    """The config with a value for everything that it leaves open; a run that goes on keeps its own. Collective.
+
+    Raises:
+        ValueError: see `derive`.
+    """
+    kept = decided_by_main(lambda: kept_values(cfg), accelerator, ValueError)
+    return derive(cfg, facts, accelerator.num_processes, kept)
 
 
 def build_student(cfg: RunConfig) -> T2SDAForSemanticSegmentation:
@@ -99,6 +111,8 @@ def build_student(cfg: RunConfig) -> T2SDAForSemanticSegmentation:
         for name in ("depths", "hidden_sizes", "num_attention_heads", "decoder_hidden_size")
         if (value := getattr(cfg.model, name)) is not None
     }
+    if cfg.hrda.crop_size is not None:
+        own_sizes["detail_crop_size"] = cfg.hrda.crop_size
     if cfg.projector.in_index is not None:
         own_sizes["projector_in_index"] = cfg.projector.in_index
     config = T2SDAConfig.from_size(
@@ -112,7 +126,6 @@ def build_student(cfg: RunConfig) -> T2SDAForSemanticSegmentation:
         projector_dim=cfg.projector.dim,
         projector_final_relu=cfg.projector.final_relu,
         multi_resolution=cfg.hrda.enabled,
-        detail_crop_size=cfg.hrda.crop_size,
         detail_crops_at_once=cfg.hrda.crops_at_once,
         id2label=dict(enumerate(cfg.classes)),
         label2id={name: index for index, name in enumerate(cfg.classes)},

@@ -19,6 +19,12 @@ def learning_rate_factor(step: int, config: OptimConfig, max_steps: int) -> floa
     return factor
 
 
+def peak_factor(config: OptimConfig, max_steps: int) -> float:
+    """The largest `learning_rate_factor` of a run, at one of a thousand of its steps."""
+    steps = range(0, max_steps, max(max_steps // 1000, 1))
+    return max(learning_rate_factor(step, config, max_steps) for step in steps)
+
+
 def make_optimizer(encoder: nn.Module, student: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW in three groups: encoder weights, encoder norms (no decay), everything else at ten times the rate.
 

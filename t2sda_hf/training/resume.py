@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
 from safetensors import SafetensorError, safe_open
 
-from ..config import RunConfig, changes, differences, dump_config
+from ..config import RunConfig, changes, differences, dump_config, flatten, read_yaml
 from ..data.domains import Domain
 from ..errors import LostFolder
 from ..evaluation.run_folder import DATA_RECORD, RUN_RECORD
@@ -179,6 +179,17 @@ def methods_of(cfg: RunConfig) -> list[Any]:
 def config_of(cfg: RunConfig, method: Any) -> RunConfig:
     """The config of one of them, which says the same whether the run was resumed or not."""
     return replace(cfg, method=method, baseline="none", resume=None, allow_changes=())
+
+
+def kept_values(cfg: RunConfig) -> dict[str, Any]:
+    """Dotted keys of the run that is to go on, as it resolved them; {} if there is none."""
+    if cfg.resume is None:
+        return {}
+    folders = [Path(cfg.output_dir) / method for method in methods_of(cfg)]
+    if cfg.resume != "auto":
+        folders.insert(0, Path(cfg.resume).parent)
+    written = (folder / "resolved_config.yaml" for folder in folders)
+    return next((flatten(read_yaml(path)) for path in written if path.is_file()), {})
 
 
 def describe(cfg: RunConfig, source: str, target: str | None, accelerator: Accelerator) -> dict[str, Any]:

@@ -85,12 +85,6 @@ def damaged_image():
     return a_test_set(spoil)
 
 
-def used_folder():
-    Path("outputs/run").mkdir(parents=True)
-    Path("outputs/run/notes.txt").write_text("mine")
-    return []
-
-
 def not_a_folder():
     Path("outputs").write_text("a file")
     return []
@@ -133,7 +127,6 @@ FAULTS = {  # what is planted: (how, what is said)
         "label_map names 'rode'.*Did you mean 'road'",
     ),
     "classes that nobody has": (lambda _: ["--classes=[rood, skie]"], "no class is shared"),
-    "an output folder in use": (lambda _: used_folder(), "exists and is not empty"),
     "an output folder below a file": (lambda _: not_a_folder(), "output_dir .* cannot be written"),
     "a disk too small for the checkpoints": (full_disk, "checkpoints of this run take up to .* MB are free"),
     "a checkpoint that cannot be written": (failing_write, "could not be written.*No space left"),
@@ -165,6 +158,16 @@ def test_what_fails_late_is_found(fault, arguments, tmp_path, capsys, monkeypatc
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.match(f"ValueError: .*({message})", said), said
     assert tree(tmp_path / "work") == before
+
+
+def test_a_folder_in_use_is_no_reason_not_to_rehearse(arguments, tmp_path, capsys):
+    """Nothing is written there; what the run itself would say is said."""
+    Path("outputs/run").mkdir(parents=True)
+    Path("outputs/run/notes.txt").write_text("mine")
+    before = tree(tmp_path / "work")
+    assert main(["train", *arguments, "--method=source_only", "--evaluation.source_images=0"]) == 0
+    assert tree(tmp_path / "work") == before
+    assert "but the run itself would be refused now: output_dir 'outputs/run' exists" in capsys.readouterr().out
 
 
 def test_as_many_late_faults_as_promised():

@@ -25,7 +25,7 @@ from t2sda_hf.training.optim import learning_rate_factor, make_optimizer, set_le
     ],
 )
 def test_rates_of_the_specification(step, rate):
-    assert 6e-5 * learning_rate_factor(step, OptimConfig(), 40_000) == pytest.approx(rate, rel=3e-6)
+    assert 6e-5 * learning_rate_factor(step, OptimConfig(warmup_steps=1500), 40_000) == pytest.approx(rate, rel=3e-6)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_power_bends_the_decay():
 
 
 def test_rates_rise_in_warm_up_and_fall_after():
-    factors = [learning_rate_factor(step, OptimConfig(), 40_000) for step in range(0, 40_000, 100)]
+    factors = [learning_rate_factor(step, OptimConfig(warmup_steps=1500), 40_000) for step in range(0, 40_000, 100)]
     peak = factors.index(max(factors))
     assert peak == 15
     assert factors[: peak + 1] == sorted(factors[: peak + 1])

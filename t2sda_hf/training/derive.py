@@ -1,0 +1,332 @@
+"""What a config leaves null, worked out from the images and the length of the run, and said in words.
+
+A value that suits one data set ruins another: DAFormer's temperature of 0.01 draws three images of a hundred where
+classes are few, and a crop of 512 pads a picture of 320x240. So the defaults of such keys are null, and one function
+puts numbers in their place, before anything else reads the config.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..config import DomainConfig, RunConfig
+from ..data.rare_class_sampling import RareClasses, rare_classes
+from ..data.transforms import Size, resized_size
+from .optim import peak_factor
+
+# Keys that may be null until `derive` has seen the data.
+DERIVED = (
+    "data.crop_size",
+    "data.outer_crop_size",
+    "hrda.crop_size",
+    "rcs.temperature",
+    "rcs.min_pixels",
+    "rcs.min_crop_ratio",
+    "uda.ema_momentum",
+    "patch_mask.block_size",
+    "translate.fda.beta",
+    "optim.warmup_steps",
+    "train.evaluate_every",
+    "train.save_every",
+)
+_TEMPERATURES = [float(f"{temperature:.2g}") for temperature in np.geomspace(0.01, 10, 61)]  # 0.01 is DAFormer's
+_SHARE_OF_IMAGE = 0.0015  # 3,000 pixels of GTA5's 1914x1052, the floor of DAFormer
+_FREQUENCIES = 5  # that FDA swaps with β 0.01 in the paper's window of 512x1024
+_SMALL = 10  # per cent of the images that may be smaller than a derived crop, in either side
+_REACHED = 0.5  # share of its base that the learning rate must reach
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the images of a run.
+
+    Attributes:
+        counts: (images, K) pixels per class of the source, at the labels' own resolution.
+        source_sizes: (images, 2) height and width of the files of the source.
+        target_sizes: the same of the target, in its own number of images; None without a target.
+    """
+
+    counts: np.ndarray
+    source_sizes: np.ndarray
+    target_sizes: np.ndarray | None
+
+    @classmethod
+    def unread(cls, cfg: RunConfig) -> "Facts":
+        """For a command that reads no data: one image per domain, as large as those of Cityscapes, or as a crop."""
+        given = [size for size in (cfg.data.crop_size, cfg.data.outer_crop_size) if size is not None]
+        size = np.array([(1024, 2048), *given]).max(axis=0, keepdims=True)
+        return cls(np.zeros((1, len(cfg.classes)), np.int64), size, size)
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A config without nulls in `DERIVED`, and what a user must know of it.
+
+    Attributes:
+        cfg: the config.
+        values: key -> value, of those that were null.
+        said: sentences about the crops, the schedule and what is drawn.
+        warnings: sentences about values that spoil the run, whoever gave them.
+    """
+
+    cfg: RunConfig
+    values: dict[str, Any]
+    said: list[str]
+    warnings: list[str]
+
+
+def derive(cfg: RunConfig, facts: Facts, num_processes: int = 1, kept: Mapping[str, Any] | None = None) -> Derived:
+    """Put values in the place of nulls. A function of its arguments alone, so equal on every process.
+
+    Args:
+        cfg: as it was given.
+        facts: of the domains that were checked.
+        num_processes: that train.
+        kept: dotted keys of the run that goes on: what it derived at its start stays, whatever would come out now.
+
+    Raises:
+        ValueError: if values contradict each other now that all are known, or a crop is more than twice as large as
+            the images in one side.
+    """
+    kept = kept or {}
+    values: dict[str, Any] = {}
+
+    def put(key: str, value: Any) -> None:
+        nonlocal cfg
+        if _get(cfg, key) is None:
+            was = kept.get(key)
+            values[key] = value if was is None else tuple(was) if isinstance(was, list) else was
+            cfg = _with(cfg, {key: values[key]})
+
+    source = _working_sizes(cfg.source, facts.source_sizes)
+    domains = {"source": source}
+    if facts.target_sizes is not None and cfg.method != "generalization":
+        domains["target"] = _working_sizes(cfg.target, facts.target_sizes)
+    crop, outer = _crops(cfg, domains)
+    put("data.crop_size", crop)
+    put("data.outer_crop_size", tuple(max(pair) for pair in zip(outer, cfg.data.crop_size, strict=True)))
+    grid = max(2 * cfg.model.logits_stride, 32)
+    put("hrda.crop_size", tuple(max(side // 2 // grid * grid, grid) for side in cfg.data.crop_size))
+    put("patch_mask.block_size", max(min(cfg.data.crop_size) // 16, 4))
+    put("translate.fda.beta", max(0.01, math.ceil(1e4 * _FREQUENCIES / _fda_side(cfg)) / 1e4))
+    updates = cfg.train.max_steps
+    put("optim.warmup_steps", min(updates // 20, 1500))
+    put("uda.ema_momentum", round(1 - 1 / min(max(updates // 10, 10), 1000), 4))
+    put("train.evaluate_every", max(updates // 10, 100))
+    put("train.save_every", max(updates // 10, 100))
+    # Counts may be of larger files than those that are read: those of a prepared domain are.
+    pixels = float(np.median(np.maximum(facts.source_sizes.prod(axis=1), facts.counts.sum(axis=1))))
+    put("rcs.min_pixels", _floors(facts.counts, round(_SHARE_OF_IMAGE * pixels)))
+    put("rcs.min_crop_ratio", float(f"{0.5 * min(np.median(source.prod(axis=1)) / pixels, 1):.3g}"))
+    put("rcs.temperature", _temperature(facts.counts, cfg.rcs.min_pixels))
+    said, warnings = [_said_of_crops(cfg, domains), _said_of_schedule(cfg)], _warnings(cfg, domains)
+    if cfg.rcs.enabled and facts.counts.any():
+        text, spoils = _said_of_draws(cfg, facts.counts, num_processes)
+        (warnings if spoils else said).append(text)
+    return Derived(cfg, values, said, warnings)
+
+
+def draw_probabilities(rare: RareClasses, num_images: int) -> np.ndarray:
+    """(images,) probability of each image in one draw of rare class sampling: Σ_c P(c) / |images of c|."""
+    shares = np.zeros(num_images)
+    for probability, images in zip(rare.probabilities, rare.images, strict=True):
+        if len(images):
+            shares[images] += probability / len(images)
+    return shares
+
+
+def expected_distinct(probabilities: np.ndarray, draws: int) -> float:
+    """How many different images come up in so many independent draws: Σ 1 - (1 - p_i)^draws."""
+    return float((1 - (1 - probabilities) ** draws).sum())
+
+
+def rate_is_too_low(cfg: RunConfig) -> str:
+    """A sentence if the learning rate stays below half of its base; "" if it does not."""
+    peak = peak_factor(cfg.optim, cfg.train.max_steps)
+    if peak >= _REACHED:
+        return ""
+    return (
+        f"the learning rate never reaches its base: at most {peak:.1%} of optim.lr, because optim.warmup_steps is "
+        f"{cfg.optim.warmup_steps:,} and train.max_steps {cfg.train.max_steps:,}. Leave optim.warmup_steps out for 5 %"
+    )
+
+
+def _get(cfg: RunConfig, key: str) -> Any:
+    found: Any = cfg
+    for part in key.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _with(node: Any, values: Mapping[str, Any]) -> Any:
+    """The config with dotted keys replaced."""
+    for key, value in values.items():
+        name, _, rest = key.partition(".")
+        node = replace(node, **{name: _with(getattr(node, name), {rest: value}) if rest else value})
+    return node
+
+
+def _working_sizes(config: DomainConfig, sizes: np.ndarray) -> np.ndarray:
+    """(images, 2) after crop box and resize."""
+    if config.crop_box is not None:
+        sizes = np.broadcast_to(np.array(config.crop_box[2:]), sizes.shape)
+    if config.resize is None:
+        return sizes
+    different, position = np.unique(sizes, axis=0, return_inverse=True)
+    resized = [resized_size((int(h), int(w)), config.resize, config.resize_mode) for h, w in different]
+    return np.array(resized)[position.reshape(-1)]
+
+
+def _usual(sizes: np.ndarray) -> tuple[int, int]:
+    """(height, width) that nine of ten images have at least."""
+    height, width = np.percentile(sizes, _SMALL, axis=0, method="lower")
+    return int(height), int(width)
+
+
+def _crops(cfg: RunConfig, domains: Mapping[str, np.ndarray]) -> tuple[Size, Size]:
+    """Crop and outer window that fit into the images, at most those of the paper, or of HRDA."""
+    scale, step = (2, 64) if cfg.hrda.enabled else (1, 32)
+    usual = {role: _usual(sizes) for role, sizes in domains.items()}
+    room = [min(size[side] for size in usual.values()) for side in (0, 1)]
+    if cfg.data.outer_crop_size is not None and cfg.data.outer_crop != "false":
+        room = [min(pair) for pair in zip(room, cfg.data.outer_crop_size, strict=True)]
+    crop = tuple(max(min(512 * scale, side) // step * step, step) for side in room)
+    outer = tuple(min(most * scale, side) // 2 * 2 for most, side in zip((512, 1024), usual["source"], strict=True))
+    return (crop[0], crop[1]), (outer[0], outer[1])
+
+
+def _fda_side(cfg: RunConfig) -> int:
+    """Pixels of the shorter side of what FDA sees."""
+    window = cfg.data.outer_crop_size if cfg.uses_outer_crop else cfg.data.crop_size
+    halved = cfg.hrda.enabled and cfg.translate.hrda_scale == "context"
+    return min(window) // (2 if halved else 1)
+
+
+def _floors(counts: np.ndarray, usual: int) -> int | tuple[int, ...]:
+    """For each class the usual floor, or so much less that half of the images that show the class count."""
+    floors = []
+    for of_class in counts.T:
+        shown = np.sort(of_class[of_class > 0])[::-1]
+        floors.append(min(usual, int(shown[(len(shown) - 1) // 2]) - 1) if len(shown) else usual)
+    return usual if set(floors) == {usual} else tuple(floors)
+
+
+def _temperature(counts: np.ndarray, floors: int | tuple[int, ...]) -> float:
+    """The smallest with which the draws are worth half of the images (1/Σp² >= images/2) and no class dominates them.
+
+    Where no temperature does it, the one with which the draws are worth most.
+    """
+    best = (0.0, _TEMPERATURES[0])
+    largest = min(2 / max((counts.sum(axis=0) > 0).sum(), 1), 0.75)  # share of the draws that one class may have
+    for temperature in _TEMPERATURES:
+        if not counts.any():
+            break
+        rare = rare_classes(counts, temperature, floors)
+        worth = 1 / float((draw_probabilities(rare, len(counts)) ** 2).sum())
+        if worth >= len(counts) / 2 and rare.probabilities.max() <= largest:
+            return temperature
+        best = max(best, (worth, temperature), key=lambda pair: pair[0])
+    return best[1]
+
+
+def _sized(size: Any) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _said_of_crops(cfg: RunConfig, domains: Mapping[str, np.ndarray]) -> str:
+    """The crop, what it is cut out of, and which rows of it are not trusted."""
+    images = [f"{role} images of {_sized(np.median(sizes, axis=0).astype(int))}" for role, sizes in domains.items()]
+    window = f" in windows of {_sized(cfg.data.outer_crop_size)}" if cfg.uses_outer_crop else ""
+    rows = [f"{side} {n}" for side in ("top", "bottom") if (n := getattr(cfg.uda, f"ignore_{side}"))]
+    untrusted = f"the {' and '.join(rows)} rows of a target crop are ignored" if rows else "no rows ignored"
+    said = f"crops of {_sized(cfg.data.crop_size)}{window}, from {' and '.join(images)} (height x width); {untrusted}"
+    if cfg.translates and cfg.translate.engine == "fda":
+        said += f"; FDA swaps {_frequencies(cfg)} frequencies (translate.fda.beta {cfg.translate.fda.beta:g})"
+    return said
+
+
+def _said_of_schedule(cfg: RunConfig) -> str:
+    updates, warm_up = cfg.train.max_steps, cfg.optim.warmup_steps
+    said = f"warm-up {warm_up:,} of {updates:,} updates ({warm_up / updates:.0%})"
+    if cfg.method == "t2sda":
+        said += f"; the teacher keeps {cfg.uda.ema_momentum:g} of itself"
+    return f"{said}; evaluated every {cfg.train.evaluate_every:,}, saved every {cfg.train.save_every:,}"
+
+
+def _frequencies(cfg: RunConfig) -> int:
+    return math.floor(_fda_side(cfg) * cfg.translate.fda.beta)
+
+
+def _warnings(cfg: RunConfig, domains: Mapping[str, np.ndarray]) -> list[str]:
+    """What given values do to these images.
+
+    Raises:
+        ValueError: if a crop is more than twice as large as the images, or its masking hides all of it.
+    """
+    found = []
+    for role, sizes in domains.items():
+        windowed = role == "source" and cfg.uses_outer_crop
+        key = "data.outer_crop_size" if windowed else "data.crop_size"
+        crop = np.array(cfg.data.outer_crop_size if windowed else cfg.data.crop_size)
+        small = (sizes < crop).any(axis=1)
+        if not small.any():
+            continue
+        usual = np.median(sizes[small], axis=0).astype(int)
+        empty = 1 - np.minimum(usual, crop).prod() / crop.prod()
+        text = f"{small.sum():,} of {len(sizes):,} {role} images, most of {_sized(usual)}, are smaller than {key}"
+        if (2 * np.median(sizes, axis=0) < crop).any() and min(crop) > 32:
+            raise ValueError(
+                f"{text} {_sized(crop)} (height x width): {empty:.0%} of a crop would be padding. Leave {key} out, and "
+                f"it is made to fit, or set {role}.resize to enlarge the images."
+            )
+        found.append(
+            f"{text} {_sized(crop)} (height x width): {empty:.0%} of such a crop is padding, from which nothing is "
+            f"learned. Leave {key} out, and it is made to fit"
+        )
+    if (text := rate_is_too_low(cfg)) != "":
+        found.append(text)
+    rows, height = cfg.uda.ignore_top + cfg.uda.ignore_bottom, cfg.data.crop_size[0]
+    if cfg.method == "t2sda" and 2 * rows > height:
+        found.append(
+            f"uda.ignore_top and uda.ignore_bottom leave out {rows} of the {height} rows of every target crop. They "
+            "are for cameras that film their own car; for other images set both to 0"
+        )
+    if cfg.translates and cfg.translate.engine == "fda" and not _frequencies(cfg):
+        found.append(
+            f"translate.fda.beta {cfg.translate.fda.beta:g} swaps no frequency of windows whose shorter side has "
+            f"{_fda_side(cfg)} pixels: the translation changes the mean colour alone. Leave it out, or give at least "
+            f"{1 / _fda_side(cfg):.3g}"
+        )
+    if cfg.method == "t2sda" and cfg.loss_weights.masked_consistency:
+        squares = math.prod(max(round(side / cfg.patch_mask.block_size), 1) for side in cfg.data.crop_size)
+        if squares < 2:
+            raise ValueError(
+                f"patch_mask.block_size must be at most half of data.crop_size {_sized(cfg.data.crop_size)}, or the "
+                f"whole crop is hidden, got {cfg.patch_mask.block_size}. Leave it out for a sixteenth of the crop."
+            )
+    return found
+
+
+def _said_of_draws(cfg: RunConfig, counts: np.ndarray, num_processes: int) -> tuple[str, bool]:
+    """Which images the run will draw, and whether these are less than a third of what even draws would reach."""
+    rare = rare_classes(counts, cfg.rcs.temperature, cfg.rcs.min_pixels)
+    draws = cfg.train.max_steps * cfg.train.batch_size * cfg.train.micro_batches * num_processes
+    distinct = expected_distinct(draw_probabilities(rare, len(counts)), draws)
+    evenly = expected_distinct(np.full(len(counts), 1 / len(counts)), draws)
+    first = int(rare.probabilities.argmax())
+    text = (
+        f"rare-class sampling (rcs.temperature {cfg.rcs.temperature:g}) will draw about {distinct:,.0f} of the "
+        f"{len(counts):,} source images in {draws:,} draws, {rare.probabilities[first]:.0%} of them for "
+        f"{cfg.classes[first]}"
+    )
+    if distinct >= evenly / 3:
+        return text, False
+    return f"{text}. The other images are hardly learned from: leave rcs.temperature and rcs.min_pixels out", True
+
+
+def without_data(cfg: RunConfig) -> RunConfig:
+    """A config without nulls for a command that reads no data: crops are those that large images have."""
+    return derive(cfg, Facts.unread(cfg)).cfg
