@@ -137,7 +137,8 @@ def serve(page: Any, port: int | None) -> None:
 
 def examples_in(folder: Path) -> list[str]:
     """Paths of the images in a folder."""
-    return sorted(str(path) for path in folder.glob("*") if path.suffix.lower() in FILES)
+    found = (path for path in folder.glob("*") if path.suffix.lower() in FILES and not path.name.startswith("."))
+    return sorted(map(str, found))
 
 
 def main(folder: Path) -> None:

@@ -982,6 +982,30 @@ def test_a_cell_may_name_a_file_beside_the_parquet(streaming, tmp_path, monkeypa
         domain.image(0)
 
 
+def test_files_that_datasets_found_itself_are_read(tmp_path, monkeypatch):
+    """A snapshot in the cache of the Hub links to files above it; a stream of the Hub names them by their address."""
+    repository = tmp_path / "datasets--me--city"
+    snapshot = raw_folders(repository / "snapshots" / "1234")
+    blob = repository / "blobs" / "77"
+    blob.parent.mkdir()
+    image = snapshot / "images" / "sub" / "b.png"
+    image.rename(blob)
+    image.symlink_to(blob)
+    (snapshot / "metadata.jsonl").write_text(json.dumps({"file_name": "images/sub/b.png"}))
+    assert np.array_equal(load_domain(str(snapshot), CLASSES, labelled=False).image(0), arrays(1)[0])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = DomainConfig(path="me/city")
+    for path in (f"{image}", "hf://datasets/me/city@main/a.png", "hf://datasets/me/city/a.png"):
+        assert sources.at_home({"bytes": None, "path": path}, "row 0", config) == {"bytes": None, "path": path}
+    for path in (
+        "hf://datasets/me/city2/a.png",
+        "hf://datasets/me/city/../other/a.png",
+        "a.png::hf://datasets/me/city",
+    ):
+        with pytest.raises(ValueError, match=r"row 0 points to .*, which is no file of this data set"):
+            sources.at_home({"bytes": None, "path": path}, "row 0", config)
+
+
 def test_a_stream_leaves_out_what_points_elsewhere(tmp_path, beacon, caplog):
     """After the first rows, which are checked before."""
     url, asked = beacon
