@@ -1,6 +1,5 @@
 """index.html of a run folder, and of several: opens without a server and without the network."""
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from os.path import relpath
@@ -142,8 +141,7 @@ def command_to_repeat(folder: Path, command: str) -> str:
     number = 1
     while (again := folder.with_name(f"{folder.name}_again{number if number > 1 else ''}")).exists():
         number += 1
-    text = " ".join(word if re.fullmatch(r"\w+=[\w.:/-]*", word) else shlex.quote(word) for word in kept)
-    return f"{text} --output_dir {shlex.quote(str(again))}"
+    return shlex.join([*kept, "--output_dir", str(again)])
 
 
 def _panel(run: RunFolder, page: Path) -> dict[str, str | None] | None:

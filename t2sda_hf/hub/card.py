@@ -336,8 +336,7 @@ def _run_facts(folder: Path, given: Mapping[str, Any]) -> dict[str, str]:
             + "."
         )
     facts = {name: str(known[name]) for name in RUN_FACTS}
-    words = (placeless(word) for word in shlex.split(facts["command"]))
-    return facts | {"command": " ".join(shlex.quote(w) if not re.match(r"\w+=", w) else w for w in words)}
+    return facts | {"command": shlex.join(placeless(word) for word in shlex.split(facts["command"]))}
 
 
 def _baseline(folder: Path, cfg: RunConfig, metrics: dict[str, Any], given: str) -> tuple[Path, dict[str, Any]]:

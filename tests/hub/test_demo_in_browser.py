@@ -63,6 +63,7 @@ def test_a_visitor_compares_two_models(finished_run: Path, street: Path, tmp_pat
     old, new = (shares(model, street, tmp_path / model.parent.name, 5) for model in models)
     for name, *pair in zip(("road", "building", "sky", "person", "car"), old, new, strict=True):
         assert " ".join([name, *pair]) in text
+    assert f"{finished_run.name}, t2sda" in text  # its title is the name of the model
     assert "source only, % of pixels" in text
     assert "adapted, % of pixels" in text
 
