@@ -23,6 +23,7 @@ from transformers.utils import cached_file, logging
 
 from ..data.transforms import Size
 from ..errors import NotFinite, causes
+from ..labels import IGNORE_INDEX
 from ..listing import refuse_pointers
 from ..models import T2SDAConfig, T2SDAForSemanticSegmentation, T2SDAImageProcessor
 from ..models.modeling_t2sda import name_some
@@ -195,7 +196,7 @@ def predict(
     rows are decided as soon as the last window that sees them is done.
 
     Args:
-        model, pixel_values, mode, window, stride: as in `predict_logits`; at most 256 classes.
+        model, pixel_values, mode, window, stride: as in `predict_logits`; at most 255 classes.
         size: (height, width) of the output.
         confidence: also the probability of the class that was chosen.
 
@@ -215,8 +216,11 @@ def predict(
 
 def _decide(logits: Tensor, through: Size, size: Size, confidence: bool) -> Prediction:
     """Argmax of logits that are upsampled to `through` and then to `size`, class by class."""
-    if logits.shape[1] > 256:
-        raise ValueError(f"labels are bytes, so the model may have at most 256 classes; it has {logits.shape[1]}.")
+    if logits.shape[1] > IGNORE_INDEX:
+        raise ValueError(
+            f"labels are bytes, and {IGNORE_INDEX} is the ignored one, so a model may have at most {IGNORE_INDEX} "
+            f"classes; it has {logits.shape[1]}."
+        )
     labels = torch.zeros(len(logits), *size, dtype=torch.uint8, device=logits.device)
     best: Tensor | None = None
     total: Tensor | None = None  # Σ exp(score - best) over the classes so far

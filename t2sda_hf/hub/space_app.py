@@ -22,6 +22,10 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 VIEWS = ("classes", "confidence")
 FILES = (".png", ".jpg", ".jpeg", ".webp")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # others that Pillow knows start programs (EPS: Ghostscript)
+PIXELS = 2**25  # larger pictures are not decoded: a few bytes of a file can be gigabytes in memory
+ASPECT = 16  # longer side over shorter side
+SCORES = 2**26  # pixels times classes that are held; larger pictures are shrunk
 
 
 def load(name: str, remote_code: bool) -> tuple[Any, Any, list[str]]:
@@ -29,6 +33,33 @@ def load(name: str, remote_code: bool) -> tuple[Any, Any, list[str]]:
     model = AutoModelForSemanticSegmentation.from_pretrained(name, trust_remote_code=remote_code, dtype=torch.float32)
     processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=remote_code)
     return model.eval(), processor, [model.config.id2label[index] for index in range(model.config.num_labels)]
+
+
+def open_image(path: str, num_classes: int) -> Image.Image:
+    """The picture in a file, upright and RGB, and small enough for so many classes.
+
+    Raises:
+        ValueError: for what is no picture, too large, too long, or would be black as 8 bits.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as picture:
+            width, height = picture.size
+            if width * height > PIXELS:
+                raise ValueError(f"it has {width}x{height} pixels, and {PIXELS} is the limit. Make it smaller.")
+            if max(width, height) > ASPECT * min(width, height):
+                raise ValueError(f"it is {width}x{height}, more than {ASPECT} times as long as wide. Cut it.")
+            form = str(picture.tile[0][3]) if picture.tile else ""
+            if picture.mode.startswith(("I", "F")):
+                raise ValueError("it has more than 8 bits per channel. Save it as 8-bit RGB or grey.")
+            image = ImageOps.exif_transpose(picture).convert("RGB")
+            if ";16" in form and np.asarray(image).max() < 64:
+                raise ValueError("it has 16 bits per channel, the upper ones empty. Save it as 8-bit RGB.")
+    except ValueError as error:
+        raise ValueError(f"The picture cannot be taken: {error}") from error
+    except (OSError, SyntaxError, EOFError, IndexError, KeyError, TypeError, Image.DecompressionBombError) as error:
+        raise ValueError(f"The file cannot be read as a picture: {error}") from error
+    factor = (SCORES / num_classes / image.width / image.height) ** 0.5
+    return image if factor >= 1 else image.resize([max(int(side * factor), 1) for side in image.size])
 
 
 @torch.no_grad()
@@ -48,7 +79,7 @@ def draw(image: np.ndarray, seen: dict[str, np.ndarray], colors: np.ndarray, vie
         picture = np.repeat((255 * seen["confidence"]).round().astype(np.uint8)[..., None], 3, axis=2)
     else:
         picture = (image * (1 - share) + colors[seen["labels"]] * share).round().astype(np.uint8)
-    factor = max(512 // image.shape[1], 1)  # a small one would be lost on the page
+    factor = max(512 // max(image.shape[:2]), 1)  # a small one would be lost on the page
     return picture.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
@@ -88,11 +119,14 @@ def build(settings: dict[str, Any], examples: Sequence[str], remote_code: bool) 
             return [None] * len(titles)
         return [draw(state["image"], state[title], colors, view, share) for title in titles]
 
-    def segment(image: Image.Image | None, share: float, view: str) -> list[Any]:
-        if image is None:
-            gr.Warning("Upload or pick an image first.")
+    def segment(path: str | None, share: float, view: str) -> list[Any]:
+        try:
+            if path is None:
+                raise ValueError("Upload or pick an image first.")
+            image = open_image(path, len(classes))
+        except ValueError as error:
+            gr.Warning(str(error))
             return [None, *render(None, share, view), None]
-        image = ImageOps.exif_transpose(image).convert("RGB")
         state: dict[str, Any] = {"image": np.asarray(image)}
         state |= {title: see(model, processor, image) for title, (model, processor, _) in loaded.items()}
         shares = [
@@ -109,7 +143,14 @@ def build(settings: dict[str, Any], examples: Sequence[str], remote_code: bool) 
         state = gr.State()
         with gr.Row():
             with gr.Column(scale=1):
-                image = gr.Image(type="pil", label="image", sources=["upload", "clipboard"], height=260)
+                image = gr.Image(
+                    # As a file: whatever is in it, gradio itself does not decode it.
+                    type="filepath",
+                    image_mode=None,
+                    label="image",
+                    sources=["upload", "clipboard"],
+                    height=260,
+                )
                 button = gr.Button("Segment", variant="primary")
                 if examples:
                     gr.Examples([[path] for path in examples], inputs=[image], label="or pick one")

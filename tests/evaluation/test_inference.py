@@ -178,9 +178,9 @@ def test_impossible_windows_are_refused(arguments, message):
 def test_more_classes_than_a_byte_can_name_are_refused():
     class Many(nn.Module):
         def forward(self, pixel_values):
-            return SimpleNamespace(logits=pixel_values.new_zeros(1, 257, 8, 8))
+            return SimpleNamespace(logits=pixel_values.new_zeros(1, 256, 8, 8))
 
-    with pytest.raises(ValueError, match="at most 256 classes; it has 257"):
+    with pytest.raises(ValueError, match="at most 255 classes; it has 256"):
         predict_labels(Many(), torch.zeros(1, 3, 32, 32), (32, 32))
 
 
