@@ -46,6 +46,7 @@ from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwa
 
 from ..config import RunConfig, dump_config
 from ..errors import DamagedCheckpoint, Ended, LostContact, LostFolder, RunFailed
+from ..evaluation.gain import gain_interval
 from ..evaluation.page import NARROW_PANEL, write_page
 from ..evaluation.report import save_panel
 from ..evaluation.run_folder import write_data_record
@@ -54,7 +55,7 @@ from ..hub.card import record_run
 from ..hub.push import check_push, push_after_training
 from ..masking import MaskFilter, mask_known
 from ..models import T2SDAForSemanticSegmentation
-from ..storage import write_json
+from ..storage import read_lines, write_json
 from ..training.build import (
     Domains,
     build_student,
@@ -66,13 +67,14 @@ from ..training.build import (
     settle,
 )
 from ..training.checkpoint import left_in
-from ..training.derive import Derived
+from ..training.derive import Derived, rate_is_too_low
 from ..training.distributed import decided_by_main, lost_contact, shards
 from ..training.dry_run import rehearse
 from ..training.resume import Claim, Start, check_folder, config_of, lock_run, plan
 from ..training.stopping import StopRequest
 from ..training.store import unasked
 
+UNSURE = 0.01  # weight of the pseudo-labels below which they count as none
 Results = dict[str, dict[str, dict[str, Any]]]  # method -> "student", "teacher", "selected" -> result of an evaluation
 
 
@@ -235,8 +237,9 @@ def train_all(
     if accelerator.is_main_process:
         for method in starts:  # first: by these a folder is known as one to go on in, however early the run ends
             (folder / method).mkdir(exist_ok=True)
-        told = {"values": derived.values, "said": derived.said, "warnings": derived.warnings}
-        write_data_record(folder, **data_record(cfg, domains, described), derived=told)
+        told = [f"{line[:1].upper()}{line[1:]}." for line in (*derived.warnings, *derived.said)]
+        record = data_record(cfg, domains, described)
+        write_data_record(folder, **record, derived=told, derived_values=derived.values)
     results: Results = {}
     for method, start in starts.items():
         stop.check()
@@ -253,7 +256,7 @@ def train_all(
             "resumed": [method for method, start in starts.items() if start.checkpoint],
             "classes": cfg.classes,
         }
-        write_json(folder / "summary.json", summary | summarise(cfg, results))
+        write_json(folder / "summary.json", summary | summarise(cfg, results) | judge(cfg, results))
     return results
 
 
@@ -268,6 +271,35 @@ def summarise(cfg: RunConfig, results: Results) -> dict[str, Any]:
     if cfg.baseline != "none":
         summary["gain"] = difference(summary[cfg.method]["miou"], summary[cfg.baseline]["miou"])
     return summary
+
+
+def judge(cfg: RunConfig, results: Results) -> dict[str, Any]:
+    """The 95 % interval of the gain, None where it cannot be told, and notes: sentences for whoever reads the gain."""
+    notes, judged = [], dict[str, Any]()
+    if cfg.baseline != "none":
+        own, before = results[cfg.method]["student"], results[cfg.baseline]["student"]
+        gain, interval = difference(own["miou"], before["miou"]), gain_interval(own, before)
+        judged["gain_interval"] = interval
+        if gain is not None and interval is not None and interval[0] <= 0 <= interval[1]:
+            notes.append(
+                f"The difference of {gain:+.2f} mIoU is within the noise of its {own['num_images']} test images (95 %: "
+                f"{interval[0]:+.1f} to {interval[1]:+.1f})."
+            )
+        elif gain is not None and interval is None:
+            notes.append(
+                f"Whether the difference of {gain:+.2f} mIoU is more than noise cannot be told from "
+                f"{own['num_images']} test images."
+            )
+    if (too_low := rate_is_too_low(cfg)) != "":
+        notes.append(f"{too_low[:1].upper()}{too_low[1:]}.")
+    logged = read_lines(Path(cfg.output_dir) / cfg.method / "scalars.jsonl")
+    trust = [entry["trust"] for entry in logged if "trust" in entry]
+    if trust and max(trust) < UNSURE:
+        notes.append(
+            f"The teacher was never sure: at most {max(trust):.1%} of the target pixels reached uda.pseudo_threshold "
+            f"{cfg.uda.pseudo_threshold:g}, so hardly anything was learned from the target. Train longer, or lower it."
+        )
+    return judged | {"notes": notes}
 
 
 def shown(evaluated: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -289,12 +321,23 @@ def finish(cfg: RunConfig, domains: Domains, results: Results) -> None:
         for method, evaluated in results.items()
         for which, result in shown(evaluated).items()
     }
-    own = results[cfg.method]
+    own, judged = results[cfg.method], judge(cfg, results)
     print(f"\nIoU on {domains.test.name}, {own['student']['num_images']} images, in %\n{format_table(columns)}")
     if cfg.baseline != "none":
         gain = difference(own["student"]["miou"], results[cfg.baseline]["student"]["miou"])
-        print(f"\n{cfg.method} gains {number(gain, '+.2f')} mIoU over {cfg.baseline} (seed {cfg.seed}).")
+        print(f"\n{cfg.method}{_verdict(gain, judged)} {cfg.baseline} (seed {cfg.seed}).")
+    for note in judged["notes"]:
+        print(note)
     if "selected" in own:
         kept = own["selected"]
         print(f"Selected without target labels by {kept['proxy']}: the student after {kept['step']} updates.")
     print(f"Figures in {folder / 'summary.json'}, everything on one page: {write_page(folder)}")
+
+
+def _verdict(gain: float | None, judged: dict[str, Any]) -> str:
+    """The words between method and baseline; a gain is only called one where nothing speaks against it."""
+    said = number(gain, "+.2f")
+    if gain is None or judged["notes"]:
+        return f" differs by {said} mIoU from"
+    low, high = judged["gain_interval"]
+    return f" {'gains' if gain > 0 else 'loses'} {said} mIoU (95 % over test images: {low:+.1f} to {high:+.1f}) over"

@@ -15,6 +15,7 @@ from ..data.domains import Domain
 from ..data.transforms import Size
 from ..errors import NotFinite
 from .confusion import confusion_matrix, scores
+from .gain import GroupCounts, pack
 from .inference import Mode, predict_labels, to_pixel_values
 
 
@@ -125,6 +126,7 @@ def evaluate_model(
         - miou, pixel_accuracy, mean_accuracy: see `confusion.scores`
         - iou: class name -> score. None is a class neither labelled nor predicted, left out of miou
         - confusion: (K, K) list of lists of pixel counts, rows = labels, columns = predictions
+        - groups: what `gain.gain_interval` needs
 
     Raises:
         ValueError: if the domain is empty or nothing in it can be read, an image and its labels differ in size, or a
@@ -137,6 +139,7 @@ def evaluate_model(
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     device = next(model.parameters()).device
     matrix = np.zeros((len(classes), len(classes)), dtype=np.int64)
+    groups = GroupCounts(num_images, len(classes))
     unreadable: list[str] = []
     broken: list[str] = []
     modes = [(module, module.training) for module in model.modules()]
@@ -159,14 +162,19 @@ def evaluate_model(
                 broken.append(f"{where(domain, index)}: {error}")  # all processes must know before one ends
                 break
             try:
-                matrix += confusion_matrix(predictions, labels, len(classes))
+                of_image = confusion_matrix(predictions, labels, len(classes))
             except ValueError as error:
                 raise ValueError(f"{domain.name}, image {index}: {error}") from error
+            matrix += of_image
+            groups.add(index, of_image)
     finally:
         for module, mode_before in modes:
             module.training = mode_before
     if accelerator is not None:
-        matrix = accelerator.reduce(torch.from_numpy(matrix).to(accelerator.device), reduction="sum").cpu().numpy()
+        matrix, groups.pixels = (
+            accelerator.reduce(torch.from_numpy(counts).to(accelerator.device), reduction="sum").cpu().numpy()
+            for counts in (matrix, groups.pixels)
+        )
         unreadable = sorted(gather_object(unreadable))
         broken = sorted(gather_object(broken))
     if broken:
@@ -183,6 +191,7 @@ def evaluate_model(
         "mean_accuracy": _percent(result["mean_accuracy"]),
         "iou": {name: _percent(value) for name, value in result["iou"].items()},
         "confusion": matrix.tolist(),
+        "groups": pack(groups.pixels),
     }
 
 

@@ -157,7 +157,8 @@ def write_data_record(
     classes: Sequence[str],
     source_pixels: Sequence[int],
     sampling: Sequence[float] | None,
-    derived: Mapping[str, Any],
+    derived: Sequence[str] = (),
+    derived_values: Mapping[str, Any] | None = None,
 ) -> None:
     """Write data.json: what a run read, and with which versions. run.json, beside it, has the command and the machine.
 
@@ -168,7 +169,8 @@ def write_data_record(
         classes: names.
         source_pixels: pixels per class in the source's labels.
         sampling: probability with which a source image is drawn for each class; None if images are drawn evenly.
-        derived: "values" that were null in the config, what was "said" of them, and "warnings".
+        derived: sentences about what was worked out for these data.
+        derived_values: key -> value, of those that were null in the config.
     """
     record = {
         "seed": seed,
@@ -176,7 +178,8 @@ def write_data_record(
         "classes": list(classes),
         "source_pixels": [int(count) for count in source_pixels],
         "sampling": None if sampling is None else [float(share) for share in sampling],
-        "derived": dict(derived),
+        "derived": list(derived),
+        "derived_values": dict(derived_values or {}),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
         "system": platform.platform(),
     }
