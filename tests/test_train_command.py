@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -110,6 +112,49 @@ def test_a_run_end_to_end(tmp_path: Path) -> None:
     t2sda(*evaluate, "--output", str(tmp_path / "scores.json"))
     scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     assert scores["miou"] == pytest.approx(summary["t2sda"]["miou"], abs=1e-9)
+
+
+def test_odd_names_and_scores_of_nothing_end_no_run(tmp_path: Path) -> None:
+    """Names are text everywhere, also where nothing but ASCII can be printed; nothing is labelled in the one test image
+    that is looked at."""
+    names = ["$\\frac$", "straße", "x" * 250]
+    images = [png(noise(seed=index)) for index in range(2)]
+    labels = [png(ids(values=(0, 1, 2))), png(np.full((64, 96), 255, np.uint8))]
+    meaning = {"class_names": names, "split": "train"}
+    config = {
+        "classes": names,
+        "source": {"path": write_domain(tmp_path / "source.parquet", images, [labels[0]] * 2)} | meaning,
+        "target": {"path": write_domain(tmp_path / "target.parquet", images, None)},
+        "test": {"path": write_domain(tmp_path / "test.parquet", images, labels[::-1])} | meaning,
+        "evaluation": {"limit": 1},
+    }
+    kept = [line for line in TINY_RUN.splitlines() if not line.startswith(("classes:", "source:", "target:", "test:"))]
+    text = "\n".join([*kept, *(f"{key}: {json.dumps(value)}" for key, value in config.items())])
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    out = tmp_path / "out"
+    words = ["train", "--config", str(tmp_path / "run.yaml"), "--output_dir", str(out), "--baseline", "source_only"]
+    old = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [
+        sys.executable,
+        "-m",
+        "t2sda_hf",
+        *words,
+        "--train.log_with",
+        "[tensorboard]",
+        "--train.max_steps",
+        "1",
+        "--cpu",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | old, capture_output=True, text=True, timeout=300)
+
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "stra\\xdfe" in done.stdout
+    assert re.search(r"\| mIoU +\| +- \|", done.stdout)
+    assert "gains - mIoU over source_only" in done.stdout
+    assert json.loads((out / "summary.json").read_text(encoding="utf-8"))["gain"] is None
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert "straße" in page
+    assert "$\\frac$" in page
 
 
 @pytest.mark.parametrize(("precision", "torchs"), [("float32", "highest"), ("tf32", "high")])
