@@ -28,6 +28,9 @@ from t2sda_hf.config import RunConfig, load_config
 from t2sda_hf.data.domains import Domain
 from t2sda_hf.data.pairs import PairDataset, PositionSampler
 from t2sda_hf.errors import LostFolder
+from t2sda_hf.evaluation import watch
+from t2sda_hf.evaluation.page import write_page
+from t2sda_hf.evaluation.pictures import save_grid
 from t2sda_hf.masking import mask
 from t2sda_hf.methods import METHODS
 from t2sda_hf.storage import read_lines
@@ -51,6 +54,8 @@ def run(tmp_path: Path, domains, monkeypatch: pytest.MonkeyPatch):
     """A function that trains in tmp_path/<name> and returns the exit code."""
     monkeypatch.setattr(command, "open_domains", lambda *_: domains)
     monkeypatch.setattr(command, "save_panel", lambda *_: None)
+    monkeypatch.setattr(command, "write_page", lambda folder: folder / "index.html")  # takes longer than the rest
+    monkeypatch.setattr(watch, "save_grid", lambda path, *_: path.write_bytes(b"a picture"))
     (tmp_path / "run.yaml").write_text(RUN, encoding="utf-8")
 
     def train(name: str, *arguments: str) -> int:
@@ -295,6 +300,9 @@ def test_a_folder_in_use_or_of_somebody_else_is_refused(run, tmp_path: Path, cap
     assert run("out", "--train.max_steps", "1") == 0
 
 
+SHORT = ("--train.save_every", "100", "--train.max_steps", "8", "--train.evaluate_every", "100")
+
+
 def _unreadable(error: type[Exception]) -> Callable[[int], None]:
     def read(position: int) -> None:
         if position == 7:
@@ -318,7 +326,7 @@ def _killed(position: int) -> None:
 )
 def test_data_that_ends_a_run_costs_no_step(run, tmp_path: Path, capfd, monkeypatch, workers, read, said) -> None:
     """Nothing is due to be saved before the end; what was learned until then is there, and the run goes on from it."""
-    often = ("--train.save_every", "100", "--data.num_workers", str(workers))
+    often = (*SHORT, "--data.num_workers", str(workers))
     getitem, killer = PairDataset.__getitem__, signal.getsignal(signal.SIGCHLD)
 
     def planted(self: PairDataset, position: int) -> dict:
@@ -374,7 +382,7 @@ def test_an_image_that_breaks_in_the_middle_is_drawn_again(run, stop_after, tmp_
 
 def test_an_error_inside_an_update_leaves_the_state_before_it(run, tmp_path: Path, capsys, monkeypatch) -> None:
     """Memory that runs out in the backward of step 8: the class memory was moved on already, and is put back."""
-    method, often = METHODS["t2sda"], ("--train.save_every", "100")
+    method, often = METHODS["t2sda"], SHORT
 
     def spoiled(step):
         for graph in method(step):
@@ -611,6 +619,8 @@ def test_a_canary_reaches_no_file_and_no_line(
     run, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the environment, in a path, in a URL and in a key that does not exist; also when the run fails."""
+    monkeypatch.setattr(command, "write_page", write_page)
+    monkeypatch.setattr(watch, "save_grid", save_grid)
     monkeypatch.setenv("HF_TOKEN", CANARY)
     secret = "correct-horse-battery"
     monkeypatch.setenv("WANDB_API_KEY", secret)

@@ -134,7 +134,7 @@ def broken_pipes(yard: Yard, trials: int) -> Row:
 def launchers_ended(yard: Yard, trials: int) -> Row:
     """The parent of a run is told to end, hung up or killed: nobody is left writing, and the run can go on."""
     row, out = Row("launcher ended"), yard.folder / "launched"
-    long = ("--train.max_steps", "60", "--train.save_every", "30")
+    long = ("--train.max_steps", "40", "--train.save_every", "30", "--train.evaluate_every", "100")
     ours = [sys.executable, "-m", "t2sda_hf"]
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     accelerate += ["--mixed_precision", "no", "--dynamo_backend", "no", "--cpu", "-m", "t2sda_hf", "train", "--config"]
