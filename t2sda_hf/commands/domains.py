@@ -4,10 +4,15 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from ..config import DomainConfig
+from ..config import DomainConfig, load_config
 from ..data.domains import Domain, load_domain
 from ..evaluation.evaluator import LabelledDomain, Part, readable_part
+from ..evaluation.models import titled
+
+CONFIG_FILE = "resolved_config.yaml"
+MEANING = ("label_space", "class_names", "label_ids", "label_colors")
 
 
 def test_domains(args: Namespace) -> list[DomainConfig]:
@@ -20,9 +25,26 @@ def test_domains(args: Namespace) -> list[DomainConfig]:
         ValueError: if nothing says where the images are.
     """
     test: DomainConfig = args.cfg.test
+    models = args.models if "models" in args else [args.model]
+    run = None if args.config else _run_of([titled(given)[1] for given in models])
+    if run is not None and not args.domain and not test.path:
+        test = load_config(run, args.overrides, record=True).test
+    elif run is not None and not any(getattr(test, name) for name in MEANING):
+        of_run = load_config(run, record=True).test
+        test = replace(test, **{name: getattr(of_run, name) for name in (*MEANING, "label_map", "ignore_id")})
+        print(f"The ids of label maps are read as in the run, see {run}.", file=sys.stderr)
     if not args.domain and not test.path:
         raise ValueError("no labelled domain was named: give --config with a file or a recipe, or --domain PATH.")
     return [replace(test, path=path) for path in args.domain] or [test]
+
+
+def _run_of(models: Sequence[str]) -> Path | None:
+    """The config of the run that the first of some models comes from, if it lies there."""
+    for folder in map(Path, models):
+        for file in (folder.parent / CONFIG_FILE, folder / CONFIG_FILE, *sorted(folder.glob(f"*/{CONFIG_FILE}"))):
+            if file.is_file():
+                return file
+    return None
 
 
 def test_domain(args: Namespace) -> DomainConfig:

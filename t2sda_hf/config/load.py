@@ -177,7 +177,9 @@ def _plain(value: Any) -> Any:
 
 def _entries(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys of a config. A mapping (label_map) is there by its entries alone, so an empty one is not."""
-    return {key: value for key, value in flatten(_plain(tree)).items() if value != {}}
+    entries = {key: value for key, value in flatten(_plain(tree)).items() if value != {}}
+    unsaid = {key: "cityscapes" for key, value in entries.items() if key.endswith(".label_space") and not value}
+    return entries | unsaid  # which it means where it is not refused
 
 
 def _with_base(path: str | Path) -> list[tuple[Path, dict[str, Any]]]:

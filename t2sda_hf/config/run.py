@@ -49,7 +49,11 @@ class DomainConfig(Section):
     )
     shuffle_buffer: Whole = key(128, "images of a stream that are held to shuffle them", at_least=1)
     frame_step: Whole = key(1, "of a video, every so many frames", at_least=1)
-    label_space: str = key("cityscapes", f"what ids in label maps mean: {', '.join(LABEL_SPACES)}")
+    label_space: str = key(
+        "",
+        f'what ids in label maps mean: {", ".join(LABEL_SPACES)}; "" is cityscapes for its 19 classes, and must be '
+        "said for others",
+    )
     class_names: tuple[str, ...] = key((), "names of the ids in label maps, position = id; instead of label_space")
     label_ids: dict[Whole, str] = key({}, "names of ids in label maps as {id: name}; instead of label_space")
     label_colors: dict[str, str] = key(
@@ -80,7 +84,7 @@ class DomainConfig(Section):
         given = [name for name in ("class_names", "label_ids", "label_colors") if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} contradict each other: each says what labels mean. Keep one.")
-        if not given and self.label_space not in LABEL_SPACES:
+        if not given and self.label_space and self.label_space not in LABEL_SPACES:
             raise ValueError(
                 f"label_space must be one of {', '.join(sorted(LABEL_SPACES))}, got {self.label_space!r}. "
                 "For your own ids list their names in class_names, label_ids or label_colors instead."

@@ -281,6 +281,13 @@ def label_rule(config: DomainConfig, space: str, classes: Sequence[str]) -> Labe
     Raises:
         ValueError: see `labels.id_map`.
     """
+    if not space and not (config.class_names or config.label_ids or config.label_colors):
+        if tuple(classes) != CITYSCAPES_CLASSES:
+            raise ValueError(
+                "nothing says what the ids in the label maps mean. List their names in class_names (position = id) or "
+                "label_ids, or set label_space, for example to cityscapes; for colours give label_colors."
+            )
+        space = "cityscapes"
     names, colors = label_names(config, space)
     ids = id_map(names, classes, config.label_map)
     known = np.zeros(256, dtype=bool)

@@ -82,7 +82,7 @@ def _rows(config: DomainConfig, labelled: bool) -> tuple[Dataset, str, Ignored]:
         pairs, space = find_files(config.layout, config.path, config.split, labelled)
         return _table(pairs, path, config), space, {}
     if config.path in DRAWN:
-        return DRAWN[config.path](config), config.label_space, {}
+        return DRAWN[config.path](config), config.label_space or "cityscapes", {}
     if path.is_file():
         refuse_pointers(path)
     if path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES:

@@ -295,6 +295,8 @@ def test_contents_are_bytes_and_not_places_or_times(tmp_path):
 def labelled(tmp_path, label, classes=CLASSES, **config):
     image = arrays(0)[0]
     path = rows(tmp_path, [png(image)], [label])
+    if not {"label_space", "class_names", "label_ids", "label_colors"} & config.keys():
+        config["label_space"] = "cityscapes"
     return load_domain(DomainConfig(path=path, **config), classes)
 
 
@@ -726,6 +728,7 @@ def bad_domains(root):
     (root / "empty.csv").write_text("")
     (root / "file.pdf").write_bytes(b"%PDF")
     write(root / "few" / "sub" / "b.png", png(IDS))
+    explained = {"path": parquet, "label_space": "cityscapes"}
     return {
         "typo": ({"path": "streets-sauce"}, "there is no domain 'streets-sauce'.*Did you mean 'streets-source'"),
         "missing": ({"path": str(root / "gone")}, "no such file, folder or name"),
@@ -764,14 +767,15 @@ def bad_domains(root):
             r"does not look like gta5: no file matches images/\*",
         ),
         "layout's split": ({"path": str(root), "layout": "gta5", "split": "val"}, "gta5 has no split 'val'"),
-        "label map": ({"path": parquet, "label_map": {"rode": "road"}}, "label_map names 'rode'.*Did you mean 'road'"),
+        "label map": ({**explained, "label_map": {"rode": "road"}}, "label_map names 'rode'.*Did you mean 'road'"),
+        "no meaning of ids": ({"path": parquet}, "nothing says what the ids in the label maps mean. List their names"),
         "no shared class": ({"path": parquet, "class_names": ("cat", "dog")}, "no class is shared"),
         "colour": ({"path": parquet, "label_colors": {"rod": "road"}}, "'rod', which is no colour"),
         "colour range": (
             {"path": parquet, "label_colors": {"1,2,300": "road"}},
             "each of R, G and B must be in 0..255",
         ),
-        "mask file": ({"path": parquet, "valid_mask": "gone.png"}, "valid_mask 'gone.png' does not exist"),
+        "mask file": ({**explained, "valid_mask": "gone.png"}, "valid_mask 'gone.png' does not exist"),
         "stream of nowhere": ({"path": str(empty), "streaming": True, "num_images": 1}, "cannot load the data set"),
     }
 
@@ -808,6 +812,7 @@ BAD_DOMAINS = [
     "layout elsewhere",
     "layout's split",
     "label map",
+    "no meaning of ids",
     "no shared class",
     "colour",
     "colour range",
@@ -900,11 +905,21 @@ def test_drawn_domains_and_the_number_of_images():
     assert load_domain("streets-target").name == "streets-target (train)"
 
 
+def test_ids_are_those_of_cityscapes_only_where_its_classes_are_learned_or_streets_are_drawn(tmp_path):
+    path = rows(tmp_path, [png(arrays(0)[0])], [png(np.arange(19, dtype=np.uint8).reshape(1, 19))])
+    assert np.array_equal(load_domain(path, CITYSCAPES_CLASSES).ids[:19], np.arange(19))
+    with pytest.raises(ValueError, match="nothing says what the ids"):
+        load_domain(path, CITYSCAPES_CLASSES[:5])
+    assert load_domain(path, CITYSCAPES_CLASSES[:5], labelled=False).rule is None
+    drawn = load_domain(DomainConfig(path="streets-source", num_images=1), CITYSCAPES_CLASSES[:5])
+    assert np.array_equal(drawn.ids[:6], [0, 1, 2, 3, 4, 255])
+
+
 def test_file_name_columns_of_other_kinds_do_no_harm(tmp_path):
     features = Features({"image": ImageFeature(), "label": ImageFeature(), "file_name": Value("string")})
     table = {"image": [{"bytes": b"nothing", "path": None}], "label": [None], "file_name": ["berlin/7.png"]}
     Dataset.from_dict(table, features).to_parquet(str(tmp_path / "x.parquet"))
-    domain = load_domain(DomainConfig(path=str(tmp_path / "x.parquet")), CLASSES)
+    domain = load_domain(DomainConfig(path=str(tmp_path / "x.parquet"), label_space="cityscapes"), CLASSES)
     with pytest.raises(ValueError, match=r"row 0 \(berlin/7.png\) of "):
         domain.image(0)
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from t2sda_hf.cli import main
 from t2sda_hf.commands.predict import find_images
-from t2sda_hf.config import DomainConfig
+from t2sda_hf.config import DomainConfig, dump_config, load_config
 from t2sda_hf.data.domains import load_domain
 from t2sda_hf.evaluation.evaluator import evaluate_model
 from t2sda_hf.evaluation.inference import load_model, predict_labels, saved_image_size, to_pixel_values
@@ -579,3 +579,26 @@ def test_nothing_is_written_into_a_folder_of_data(model_folder, mapped, tmp_path
     assert main([command, str(model_folder), *read, "--output", str(output)]) == 2
     assert re.search(rf"{output} lies in {images}, which is read as data", last_error_line(capsys))
     assert not output.exists()
+
+
+def test_what_ids_mean_is_asked_for_or_taken_from_the_run(model_folder, mapped, tmp_path, capsys):
+    """Ids that nobody explains were scored as if they were Cityscapes'."""
+    config, domain, _ = mapped
+    data = ["--domain", domain["path"], "--label_path", domain["label_path"], "--crop_box", "[8, 0, 40, 64]"]
+    alone, within, config_only = (tmp_path / f"{name}.json" for name in ("alone", "within", "config"))
+    assert main(["evaluate", str(model_folder), *data, "--output", str(alone)]) == 2
+    assert "nothing says what the ids in the label maps mean. List their names" in last_error_line(capsys)
+
+    student = tmp_path / "run" / "t2sda" / "student"
+    shutil.copytree(model_folder, student)
+    resolved = dump_config(load_config(config, ["--source={}", "--rcs.min_pixels=5"]))
+    (student.parent / "resolved_config.yaml").write_text(resolved, encoding="utf-8")
+    scores = []
+    for model in (student, tmp_path / "run"):
+        for words in (data, []):
+            within.unlink(missing_ok=True)
+            assert main(["evaluate", str(model), *words, "--output", str(within)]) == 0
+            scores.append(json.loads(within.read_text())["confusion"])
+    assert "are read as in the run" in capsys.readouterr().err
+    assert main(["evaluate", str(student), "--config", str(config), "--output", str(config_only)]) == 0
+    assert scores == [json.loads(config_only.read_text())["confusion"]] * 4
