@@ -95,6 +95,8 @@ def test_a_run_end_to_end(tmp_path: Path) -> None:
     assert f"{summary['t2sda']['miou']:.2f}" in printed
     assert "| mIoU" in printed
 
+    with Image.open(out / "panel.png") as panel, Image.open(out / "panel_narrow.png") as narrow:
+        assert narrow.width < panel.width / 2 < narrow.height  # two pictures beside each other, for a phone
     with Image.open(out / "panel.png") as panel, Image.open(out / "predictions.png") as predictions:
         assert min(panel.size) > 200
         assert predictions.width == pytest.approx(panel.width * 2 / 5, rel=0.1)  # no images, truth and errors
