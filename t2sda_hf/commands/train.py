@@ -285,7 +285,7 @@ def judge(cfg: RunConfig, results: Results) -> dict[str, Any]:
                 f"The difference of {gain:+.2f} mIoU is within the noise of its {own['num_images']} test images (95 %: "
                 f"{interval[0]:+.1f} to {interval[1]:+.1f})."
             )
-        elif gain is not None and interval is None:
+        elif gain is not None and interval is None and "groups" in own:  # earlier releases kept none
             notes.append(
                 f"Whether the difference of {gain:+.2f} mIoU is more than noise cannot be told from "
                 f"{own['num_images']} test images."
@@ -339,5 +339,6 @@ def _verdict(gain: float | None, judged: dict[str, Any]) -> str:
     said = number(gain, "+.2f")
     if gain is None or judged["notes"]:
         return f" differs by {said} mIoU from"
-    low, high = judged["gain_interval"]
-    return f" {'gains' if gain > 0 else 'loses'} {said} mIoU (95 % over test images: {low:+.1f} to {high:+.1f}) over"
+    interval = judged["gain_interval"]
+    range_ = f" (95 % over test images: {interval[0]:+.1f} to {interval[1]:+.1f})" if interval else ""
+    return f" {'gains' if gain > 0 else 'loses'} {said} mIoU{range_} over"

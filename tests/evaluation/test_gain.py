@@ -101,3 +101,10 @@ def test_too_few_test_images_are_said(tmp_path: Path):
     found = judge(run(tmp_path), results(matrices(0.8, 3), matrices(0.6, 3)))
     assert found["gain_interval"] is None
     assert "cannot be told from 3 test images" in found["notes"][0]
+
+
+def test_results_of_an_earlier_release_are_told_as_they_were(tmp_path: Path):
+    old = {name: {"student": {"miou": miou, "num_images": 9}} for name, miou in (("source_only", 1.0), ("t2sda", 3.0))}
+    found = judge(run(tmp_path), old)
+    assert found == {"gain_interval": None, "notes": []}
+    assert _verdict(2.0, found) == " gains +2.00 mIoU over"

@@ -106,7 +106,8 @@ def test_it_is_coloured_anew_and_the_batch_is_not_changed():
 def test_whether_it_is_coloured_is_its_own_coin(coin):
     cfg = tiny_config(
         *MIC,
-        f"--augment={{jitter_probability: 0, blur_probability: 0, {coin}: 0.5}}",
+        PLAIN,
+        f"--augment.{coin}=0.5",
         "--patch_mask.ratio=0",
         "--loss_weights={source: 0, pull: 0}",
     )

@@ -23,6 +23,7 @@ from t2sda_hf.losses.feature_distance import downscale_labels_by_share
 from t2sda_hf.methods import ClassMemory, Networks, Step, pull, t2sda
 from t2sda_hf.models import T2SDAForSemanticSegmentation
 from t2sda_hf.teacher import ema_momentum, make_teacher, update_teacher
+from t2sda_hf.training.derive import without_data
 from t2sda_hf.training.loop import weighted_sum
 from t2sda_hf.training.optim import make_optimizer
 from t2sda_hf.translate import build_engine
@@ -162,9 +163,8 @@ def same_shape(drawn: Tensor, shape: Sequence[int]) -> Tensor:
 def config(*overrides: str) -> RunConfig:
     """A run of DAFormer's values: the feature distance is that of things."""
     things = f"--feature_distance.classes=[{', '.join(THING_CLASSES)}]"
-    return load_config(
-        None, ["--model.pretrained=no file", "--loss_weights.feature_distance=0.005", things, *overrides]
-    )
+    words = ["--model.pretrained=no file", "--loss_weights.feature_distance=0.005", things, *overrides]
+    return without_data(load_config(None, words))
 
 
 def networks_of(case: str, cfg: RunConfig, **fields: object) -> Networks:
