@@ -101,6 +101,11 @@ def account(used: int, ignored: Mapping[str, Sequence[object]]) -> str:
     return f"{used} of {total} files used; ignored: {reasons}" if reasons else ""
 
 
+def spelled(path: Path) -> str:
+    r"""A path for messages and pages: bytes that are no UTF-8 are written out, as in T\xfcr.png."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def refuse_pointer(start: bytes, where: object) -> None:
     """ValueError if a file that begins like this is what Git keeps in place of a large file."""
     if start.startswith(_POINTER):

@@ -15,6 +15,7 @@ from datasets import disable_progress_bars
 from tqdm import tqdm
 
 from ..labels import IGNORE_INDEX
+from ..listing import spelled
 from .domains import NOT_NAMED, Domain
 from .files import read_header, read_image, read_labels
 from .rare_class_sampling import class_probabilities
@@ -104,7 +105,7 @@ def inspect_domain(domain: Domain, classes: Sequence[str], num_processes: int = 
     unnamed = domain.rule is not None and not domain.rule.known[IGNORE_INDEX]
     facts.findings.extend(_as_a_whole(facts, classes, f". {NOT_NAMED}" if unnamed else ""))
     for reason, files in domain.ignored.items():
-        text = f"{reason}: {', '.join(map(str, files[:5]))}{' ...' if len(files) > 5 else ''}"
+        text = f"{reason}: {', '.join(map(spelled, files[:5]))}{' ...' if len(files) > 5 else ''}"
         facts.findings.append(Finding(domain.name, "files not used", "note", len(files), text))
     return facts
 

@@ -213,46 +213,39 @@ def _holds_images_only(found: Listing) -> bool:
 
 def _matched(root: Path, found: Listing, config: DomainConfig, labelled: bool) -> tuple[list[Pair], Ignored]:
     """Images and label maps of the same relative name, without the suffixes and extensions; what is not used."""
-    ignored = {reason: list(files) for reason, files in found.ignored.items()}
     folder = Path(config.label_path) if config.label_path else None
-    if labelled and folder is not None and not folder.is_dir():
-        raise ValueError(f"label_path {config.label_path!r} is not a folder. Give the folder of the label maps.")
-    photos, maps = found.files, list[Path]()
-    if folder is not None and folder.is_dir():
-        if folder.samefile(root):
-            if not config.image_suffix and not config.label_suffix:
-                raise ValueError(
-                    f"images and label maps lie in the same folder {root}. Say how the names of the label maps end, "
-                    "before the extension, in label_suffix, for example _mask."
-                )
-        else:
-            beside = list_files(folder, LABEL_SUFFIXES)
-            maps = beside.files
-            own, theirs = {_place(file) for file in photos}, {_place(file) for file in maps}
-            if own > theirs:  # the label maps lie in a folder among the images
-                photos = [file for file in photos if _place(file) not in theirs]
-            elif labelled:
-                maps = [file for file in maps if _place(file) not in own]
-                for reason, files in beside.ignored.items():
-                    ignored.setdefault(reason, []).extend(files)
-    is_map = {file for file in photos if config.label_suffix and file.stem.endswith(config.label_suffix)}
-    if folder is None or folder.samefile(root):
-        photos = [file for file in photos if file not in is_map]
-    images = _by_name(photos, root, config.image_suffix, "images", ignored)
-    if not config.label_suffix and folder is None:
+    if folder is not None and not folder.is_dir():
+        if labelled:
+            raise ValueError(f"label_path {config.label_path!r} is not a folder. Give the folder of the label maps.")
+        folder = None
+    flat = folder is not None and folder.samefile(root)
+    if flat and not config.image_suffix and not config.label_suffix:
+        raise ValueError(
+            f"images and label maps lie in the same folder {root}. Say how the names of the label maps end, before the "
+            "extension, in label_suffix, for example _mask."
+        )
+    beside = Listing([], {}) if folder is None else list_files(folder, LABEL_SUFFIXES)
+    if folder is None or flat:
+        photos = [
+            file for file in found.files if not config.label_suffix or not file.stem.endswith(config.label_suffix)
+        ]
+    else:  # the label maps may lie in a folder among the images, or the images among the label maps
+        theirs = set(map(_place, beside.files))
+        photos = [file for file in found.files if _place(file) not in theirs] or found.files
+    others: Ignored = {}
+    images = _by_name(photos, root, config.image_suffix, "images", others)
+    if folder is None and not config.label_suffix:
         _refuse_label_maps(images, root)
     if not labelled:
-        if is_map:
-            ignored["label maps"] = sorted(is_map)
-        return [(file, None) for file in images.values()], ignored
+        others["label maps"] = sorted(set(found.files) - set(photos))
+        return [(file, None) for file in images.values()], _not_used(images.values(), found.ignored, others)
     if folder is None:
         raise ValueError(
             f"{root} is a folder of images and its labels are needed. Set label_path to the folder of the label maps."
         )
-    if folder.samefile(root):
-        both = list_files(folder, LABEL_SUFFIXES)
-        maps, ignored = sorted(set(both.files) - set(images.values())), dict(both.ignored)
-    labels = _by_name(maps, folder, config.label_suffix, "label maps", ignored)
+    taken = set(map(_place, images.values()))
+    maps = [file for file in beside.files if _place(file) not in taken]
+    labels = _by_name(maps, folder, config.label_suffix, "label maps", others)
     without = [file for key, file in images.items() if key not in labels]
     if without:
         example = next(iter(labels.values()), None)
@@ -261,9 +254,20 @@ def _matched(root: Path, found: Listing, config: DomainConfig, labelled: bool) -
             f"a label map there is {example.name if example else 'nowhere'}. Names must be equal up to the extension; "
             "say what else differs in image_suffix and label_suffix."
         )
-    if left := [file for key, file in labels.items() if key not in images]:
-        ignored["label maps without an image"] = left
-    return [(file, labels[key]) for key, file in images.items()], ignored
+    others["label maps without an image"] = [file for key, file in labels.items() if key not in images]
+    pairs = [(file, labels[key]) for key, file in images.items()]
+    used = [file for pair in pairs for file in pair]
+    return list(pairs), _not_used(used, found.ignored, beside.ignored, others)
+
+
+def _not_used(used: Iterable[Path], *listed: Mapping[str, Iterable[Path]]) -> Ignored:
+    """All that is listed, every file once, without those that are used after all."""
+    ignored, seen = Ignored(), set(map(_place, used))
+    for reason, file in ((reason, file) for one in listed for reason, files in one.items() for file in files):
+        if _place(file) not in seen:
+            seen.add(_place(file))
+            ignored.setdefault(reason, []).append(file)
+    return ignored
 
 
 def _place(file: Path) -> str:

@@ -26,6 +26,7 @@ from PIL import Image
 
 from t2sda_hf.config import DomainConfig
 from t2sda_hf.data import domains, sources
+from t2sda_hf.data.checking import inspect_domain
 from t2sda_hf.data.domains import check_domain, domain_contents, load_domain, read_domain
 from t2sda_hf.errors import RunFailed
 from t2sda_hf.labels import CITYSCAPES_CLASSES, CITYSCAPES_COLORS
@@ -1082,6 +1083,10 @@ def test_every_file_of_a_folder_is_used_or_accounted_for(tmp_path, caplog):
         "label maps without an image": ["c.png"],
     }
     assert f"{root / 'i'} (train): 8 of 21 files used; ignored: 5 hidden" in caplog.text
+    facts = inspect_domain(load_domain(str(root / "i"), CLASSES, labelled=False), CLASSES)
+    told = "\n".join(found.example for found in facts.findings if found.kind == "files not used").encode().decode()
+    assert r"T\xfcr.png" in told
+    assert "IMG_1.HEIC" in told
     (tmp_path / "phone").mkdir()
     (root / "i" / "IMG_1.HEIC").rename(tmp_path / "phone" / "IMG_1.HEIC")
     with pytest.raises(ValueError, match=r"0 of 1 files used; ignored: 1 \.heic \(save them as JPEG or PNG\)"):
@@ -1134,7 +1139,16 @@ def test_a_folder_of_label_maps_among_the_images_is_no_folder_of_photos(tmp_path
     with pytest.raises(ValueError, match=r"3 of 6 files .* look like label maps, first masks/.*Set path: the folder"):
         images_in({"path": str(root)})
     names, ignored = images_in({"path": str(root), "label_path": str(root / "masks" / "sub")})
-    assert (len(names), ignored) == (3, {})
+    assert (len(names), ignored) == (3, {"label maps": ["a one.png", "b.png", "c-ü'.png"]})
+    assert len(images_in({"path": str(root / "images"), "label_path": str(root / "nowhere")})[0]) == 3
+    config = {"path": str(root), "label_path": str(root / "masks"), "label_suffix": "_m", "image_suffix": "_i"}
+    for kind, array in (("images", 0), ("masks", 1)):
+        write(root / kind / "images" / f"x_{kind[0]}.png", png(arrays()[array]))
+    (root / "masks" / "images" / "x_m.png").rename(root / "masks" / "images" / "x_m.npy")
+    shutil.rmtree(root / "masks" / "sub")
+    shutil.rmtree(root / "images" / "sub")
+    (root / "images" / "images" / "x_i.png").rename(root / "images" / "x_i.png")
+    assert images_in(config, labelled=True) == (["images/x_i.png"], {})  # the .npy is used, and so no ignored image
     for seed in range(3):  # both have an ending
         write(tmp_path / "ends" / f"p_{seed}_left8bit.png", png(arrays(seed)[0]))
         write(tmp_path / "ends" / f"p_{seed}_gtFine_labelIds.png", png(arrays(seed)[1]))
