@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from faults.arena import RUN, outcome
+from faults.arena import RUN, digest, outcome, sign
 from filelock import FileLock
+from PIL import Image
 from torch import Tensor
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+from transformers import SegformerConfig, SegformerModel
 
 from t2sda_hf.cli import main
 from t2sda_hf.commands import train as command
@@ -144,16 +146,159 @@ def test_what_changes_the_result_is_refused_and_the_rest_is_noted(
     assert "resuming with another train.save_every: 3 before, 5 now" in caplog.text
 
 
-def test_other_data_is_refused(run, stop_after, domains, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def picture(path: Path, seed: int, size: tuple[int, int] = (64, 96)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def label_map(path: Path, seed: int, size: tuple[int, int] = (64, 96)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ids = np.random.default_rng(seed).choice(np.array([0, 10, 13], np.uint8), (size[0] // 8, size[1] // 8))
+    Image.fromarray(ids.repeat(8, 0).repeat(8, 1)).save(path)
+
+
+@pytest.fixture
+def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A function that trains on folders of pictures in tmp_path/data from a saved encoder; its exit code."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(command, "save_panel", lambda *_: None)
+    data = tmp_path / "data"
+    for place in range(4):
+        picture(data / "source" / f"s{place}.png", place)
+        label_map(data / "labels" / f"s{place}.png", place)
+        picture(data / "target" / f"t{place}.png", 10 + place)
+        picture(data / "translated" / f"s{place}.png", 20 + place)
+    for place in range(2):
+        picture(data / "test" / f"v{place}.png", 30 + place)
+        label_map(data / "truth" / f"v{place}.png", 30 + place)
+    (data / "translated" / "manifest.json").write_text(json.dumps({"files": [f"s{place}.png" for place in range(4)]}))
+    save_encoder(data / "encoder", 0)
+    kept = [line for line in RUN.splitlines() if not line.startswith(("classes:", "source:", "target:", "test:"))]
+    text = "\n".join(kept).replace("pretrained: null", f"pretrained: {data / 'encoder'}")
+    (tmp_path / "own.yaml").write_text(f"{text}\nclasses: [road, sky, car]\n", encoding="utf-8")
+
+    def train(*arguments: str, data: Path = data) -> int:
+        places = {"source.path": "source", "source.label_path": "labels", "target.path": "target", "test.path": "test"}
+        places |= {"test.label_path": "truth", "translate.trained.folder": "translated"}
+        words = [f"--{key}={data / name}" for key, name in places.items()]
+        words += ["--translate.engine=trained", f"--output_dir={tmp_path / 'out'}", "--train.max_steps=3"]
+        return main(["train", "--config", str(tmp_path / "own.yaml"), *words, *arguments])
+
+    return train
+
+
+def save_encoder(folder: Path, seed: int) -> None:
+    sizes = {"depths": [1] * 4, "hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1, 1, 2, 2]}
+    torch.manual_seed(seed)
+    SegformerModel(SegformerConfig(**sizes)).save_pretrained(folder)
+
+
+def test_whatever_was_exchanged_between_two_starts_is_named_and_refused(
+    own_data, stop_after, tmp_path: Path, capsys, caplog: pytest.LogCaptureFixture
+) -> None:
     stop_after(2)
-    assert run("out") == 143
-    fewer = replace(domains.source, table=domains.source.table.select(range(5)))
-    other = replace(domains, source=fewer, source_counts=domains.source_counts[:5])
-    monkeypatch.setattr(command, "open_domains", lambda *_: other)
-    assert run("out", "--resume", "auto") == 2
+    assert own_data() == 143
+    data = tmp_path / "data"
+    shutil.copytree(data, tmp_path / "before")
+    for place in range(1, 4):
+        picture(data / "target" / f"t{place}.png", 100 + place)
+    Image.new("RGB", (96, 64)).save(data / "source" / "s3.png")
+    picture(data / "translated" / "s2.png", 200)
+    save_encoder(data / "encoder", 1)
+    capsys.readouterr()
+    assert own_data("--resume=auto") == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "source_data" in said
-    assert "target_data" not in said
+    assert "target_data: 3 of 4 images and label maps differ from those before, first: t1.png" in said
+    assert "source_data: 1 of 5 images and label maps differ from those before, first: s3.png" in said
+    assert "translated_images: 1 of 4 translated images differ from those before, first: s2.png" in said
+    assert "start_weights: " in said
+    assert "tensors differ from those before, first: " in said
+    names = "[source_data, start_weights, target_data, translated_images]"
+    assert f'--allow_changes "{names}"' in said or all(name in said for name in names.strip("[]").split(", "))
+
+    # The same bytes elsewhere are the same data; other rounding is listed.
+    elsewhere = (f"--model.pretrained={tmp_path / 'before' / 'encoder'}", "--train.num_threads=2")
+    with caplog.at_level(logging.WARNING):
+        assert own_data("--resume=auto", *elsewhere, data=tmp_path / "before") == 0
+    assert "resuming where sums may be rounded otherwise: CPU threads 2 (1 before)" in caplog.text
+    torch.set_num_threads(1)
+
+
+def test_a_checkpoint_of_an_earlier_release_goes_on_and_says_what_was_not_compared(
+    own_data, stop_after, tmp_path: Path, capsys, caplog: pytest.LogCaptureFixture
+) -> None:
+    stop_after(2)
+    assert own_data() == 143
+    (checkpoint,) = checkpoints(tmp_path / "out" / "t2sda")
+    state = json.loads((checkpoint / "state.json").read_text())
+    for name in ("inputs", "scored", "rounding"):
+        del state[name]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    sign(checkpoint)
+    data = tmp_path / "data"
+    (data / "source" / "s0.png").rename(data / "source" / "kept")
+    picture(data / "source" / "s0.png", 99)
+    assert own_data("--resume=auto") == 2
+    assert "source_data: '" in capsys.readouterr().err
+    (data / "source" / "kept").replace(data / "source" / "s0.png")
+    with caplog.at_level(logging.WARNING):
+        assert own_data("--resume=auto") == 0
+    assert "of its data some images are compared, and nothing of start_weights, translated_images" in caplog.text
+
+
+def test_scores_are_made_again_where_they_were_made_of_something_else(own_data, tmp_path: Path, caplog) -> None:
+    """Labels that were edited, another test set, and weights that were exchanged; nothing is trained again."""
+    assert own_data("--baseline=source_only") == 0
+    out, data = tmp_path / "out", tmp_path / "data"
+
+    def again(*arguments: str) -> dict:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert own_data("--baseline=source_only", "--resume=auto", *arguments) == 0
+        return json.loads((out / "summary.json").read_text())
+
+    weights = digest(out / "t2sda" / "student" / "model.safetensors")
+    first = again()
+    assert "scored again" not in caplog.text
+    label_map(data / "truth" / "v1.png", 77)
+    edited = again()
+    assert caplog.text.count("finished before, and scored again: the images or labels of student were others") == 2
+    assert edited["test_data"] != first["test_data"]
+    assert edited["source_only"]["miou"] != first["source_only"]["miou"]
+    assert edited["gain"] == edited["t2sda"]["miou"] - edited["source_only"]["miou"]
+    other = again(f"--test.path={data / 'source'}", f"--test.label_path={data / 'labels'}")
+    assert other["t2sda"]["miou"] != edited["t2sda"]["miou"]
+    assert "source" in json.loads((out / "t2sda" / "metrics.json").read_text())["student"]["domain"]
+    again()
+    shutil.copytree(out / "source_only" / "student", out / "t2sda" / "student", dirs_exist_ok=True)
+    assert again() | {"seconds": 0} == edited | {"seconds": 0}
+    assert "the weights of student were others" in caplog.text
+    assert digest(out / "t2sda" / "student" / "model.safetensors") == weights
+    limited = again("--evaluation.limit=1")
+    assert "the settings of student were others" in caplog.text
+    assert limited["t2sda"]["miou"] != edited["t2sda"]["miou"]
+
+
+def test_labels_that_are_edited_between_baseline_and_method_do_not_make_a_gain(
+    own_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    run_method = command.run_method
+
+    def edited(cfg, *given: object, **named: object):
+        results = run_method(cfg, *given, **named)
+        if cfg.method == "source_only":
+            label_map(tmp_path / "data" / "truth" / "v1.png", 77)
+        return results
+
+    monkeypatch.setattr(command, "run_method", edited)
+    assert own_data("--baseline=source_only") == 0
+    assert "changed in the middle of the run: all models are scored again" in caplog.text
+    data = [
+        json.loads((tmp_path / "out" / method / "metrics.json").read_text())["student"]["inputs"]["data"]
+        for method in ("source_only", "t2sda")
+    ]
+    assert data[0] == data[1] == json.loads((tmp_path / "out" / "summary.json").read_text())["test_data"]
 
 
 def test_another_number_of_processes_is_refused(run, stop_after, capsys, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwargs
 
 from ..config import RunConfig, dump_config
+from ..data.domains import read_domain
 from ..errors import DamagedCheckpoint, Ended, LostContact, LostFolder, RunFailed
 from ..evaluation.gain import gain_interval
 from ..evaluation.page import NARROW_PANEL, write_page
@@ -59,6 +60,7 @@ from ..storage import read_lines, write_json
 from ..training.build import (
     Domains,
     build_student,
+    contents_of_run,
     data_record,
     make_accelerator,
     open_domains,
@@ -66,13 +68,15 @@ from ..training.build import (
     run_method,
     settle,
 )
-from ..training.checkpoint import left_in
+from ..training.checkpoint import checkpoints, left_in
 from ..training.derive import Derived, rate_is_too_low
 from ..training.distributed import decided_by_main, lost_contact, shards
 from ..training.dry_run import rehearse
-from ..training.resume import Claim, Start, check_folder, config_of, lock_run, plan
+from ..training.resume import Claim, Start, check_agreement, check_folder, config_of, lock_run, plan
 from ..training.stopping import StopRequest
 from ..training.store import unasked
+
+logger = logging.getLogger(__name__)
 
 UNSURE = 0.01  # weight of the pseudo-labels below which they count as none
 Results = dict[str, dict[str, dict[str, Any]]]  # method -> "student", "teacher", "selected" -> result of an evaluation
@@ -93,7 +97,9 @@ def run(args: Namespace) -> int:
         logging.info(line)
     for line in derived.warnings if accelerator.is_main_process else ():
         logging.warning("warning: %s.", line)
-    described = records(cfg, domains, accelerator)
+    contents = contents_of_run(cfg, domains, initial)
+    described = records(cfg, domains, contents, accelerator)
+    check_agreement(cfg, described, contents, accelerator)
     if args.dry_run:
         with StopRequest() as stop:
             said = rehearse(cfg, initial, domains, accelerator, described, stop)
@@ -108,7 +114,7 @@ def run(args: Namespace) -> int:
     with ExitStack() as held:
         claims: list[Claim] = []  # of the main process
         decided_by_main(lambda: hold(held, lock_run(cfg), claims), accelerator, ValueError)
-        starts = plan(cfg, described, accelerator)
+        starts = plan(cfg, described, accelerator, contents)
         with explained(accelerator, Path(cfg.output_dir)):
             if accelerator.is_main_process:
                 record_run(Path(cfg.output_dir), command_of(args, accelerator), accelerator.num_processes)
@@ -247,6 +253,24 @@ def train_all(
         results[method] = run_method(
             run_cfg, initial, domains, accelerator, folder / method, start=start, record=record, stop=stop, owned=owned
         )
+    now = decided_by_main(lambda: read_domain(domains.test, cfg.classes).contents.fingerprint, accelerator, ValueError)
+    if now != domains.contents["test_data"].fingerprint:
+        logger.warning("the test images or labels were changed in the middle of the run: all models are scored again.")
+        for method in starts:
+            run_cfg, scored = config_of(cfg, method), described[method]["scored"] | {"test_data": now}
+            start = Start(checkpoints(folder / method)[-1] if accelerator.is_main_process else folder)
+            record = described[method] | {"scored": scored}
+            results[method] = run_method(
+                run_cfg,
+                initial,
+                domains,
+                accelerator,
+                folder / method,
+                start=start,
+                record=record,
+                stop=stop,
+                owned=owned,
+            )
     if accelerator.is_main_process:
         owned()
         summary: dict[str, Any] = {
@@ -255,6 +279,7 @@ def train_all(
             "seconds": round(time.perf_counter() - began, 1),  # of the last start, if some of these were resumed
             "resumed": [method for method, start in starts.items() if start.checkpoint],
             "classes": cfg.classes,
+            "test_data": now,
         }
         write_json(folder / "summary.json", summary | summarise(cfg, results) | judge(cfg, results))
     return results

@@ -48,18 +48,28 @@ class Contents:
 
     def difference(self, before: Mapping[str, Any], others: str = "before") -> str:
         """In words how this differs from what `record` gave elsewhere; "" if it does not."""
-        if before["fingerprint"] == self.fingerprint:
-            return ""
-        theirs = [before["parts"][place : place + _SHORT] for place in range(0, len(before["parts"]), _SHORT)]
-        ours = [one[:_SHORT] for one in self.digests]
-        if len(ours) == 1 == len(theirs):
-            return "another one than before" if others == "before" else f"another one than {others}"
-        if len(ours) == len(theirs):
-            differ = [name for name, one, other in zip(self.names, ours, theirs, strict=True) if one != other]
-            order = " (the same ones in another order)" if sorted(ours) == sorted(theirs) else ""
-            return f"{len(differ)} of {len(ours)} {self.unit} differ from those {others}{order}, first: {differ[0]}"
-        new = [name for name, one in zip(self.names, ours, strict=True) if one not in set(theirs)]
-        return f"{len(ours)} {self.unit} now, {len(theirs)} {others}{f', first new one: {new[0]}' if new else ''}"
+        return difference(self.record(), before, self.unit, self.names, others)
+
+
+def difference(
+    now: Mapping[str, Any], before: Mapping[str, Any], unit: str, names: Sequence[str], others: str = "before"
+) -> str:
+    """In words how one record of contents differs from another; "" if it does not. `names` are of the first one."""
+    if before["fingerprint"] == now["fingerprint"]:
+        return ""
+    ours, theirs = (
+        [record["parts"][place : place + _SHORT] for place in range(0, len(record["parts"]), _SHORT)]
+        for record in (now, before)
+    )
+    known = list(names) if len(names) == len(ours) else [f"number {place}" for place in range(len(ours))]
+    if len(ours) == 1 == len(theirs):
+        return f"not the same as {others}"
+    if len(ours) == len(theirs):
+        differ = [name for name, one, other in zip(known, ours, theirs, strict=True) if one != other]
+        order = ", which are the same in another order" if sorted(ours) == sorted(theirs) else ""
+        return f"{len(differ)} of {len(ours)} {unit} differ from those {others}{order}, first: {differ[0]}"
+    new = [name for name, one in zip(known, ours, strict=True) if one not in set(theirs)]
+    return f"{len(ours)} {unit} now, {len(theirs)} {others}{f', first new one: {new[0]}' if new else ''}"
 
 
 def digest(*parts: bytes | bytearray | memoryview) -> str:

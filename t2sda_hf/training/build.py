@@ -22,15 +22,18 @@ from torch import nn
 
 from ..batch import UdaBatch
 from ..config import RunConfig, TranslateConfig
-from ..data.domains import Domain, check_domain, load_domain, read_domain
+from ..data.contents import Contents, digest, file_contents
+from ..data.domains import Domain, load_domain, read_domain
 from ..data.pairs import PairDataset, batches, bytes_per_batch
 from ..data.rare_class_sampling import rare_classes
 from ..data.translated import TranslatedFolder, open_translated
 from ..evaluation.watch import SELECTED, Watch, read_selected
-from ..listing import refuse_pointers
+from ..listing import IMAGE_SUFFIXES, list_files, refuse_pointers
 from ..methods import METHODS
 from ..models import T2SDAConfig, T2SDAForSemanticSegmentation, T2SDAImageProcessor, load_pretrained_encoder
 from ..translate import TranslationEngine, build_engine
+from ..translate.style_networks import ADAIN_FILES, RANDOMIZATION_FILES, find_weights
+from ..translate.trained import NetworkTranslation
 from .derive import Derived, Facts, derive
 from .distributed import broadcast_from_main, decided_by_main, shards
 from .loop import Run, train
@@ -59,6 +62,7 @@ class Domains:
     facts: Facts
     translate: TranslationEngine
     translated: TranslatedFolder | None
+    contents: Mapping[str, Contents]  # of all that is read, but the weights to start from
 
     @property
     def source_counts(self) -> np.ndarray:
@@ -84,14 +88,19 @@ def open_domains(cfg: RunConfig, accelerator: Accelerator) -> Domains:
             target = load_domain(cfg.target, cfg.classes, labelled=False)
         test = load_domain(cfg.test, cfg.classes)
         read = read_domain(source, cfg.classes)
-        target_sizes = None if target is None else read_domain(target, cfg.classes).sizes
-        check_domain(test, cfg.classes)
+        contents = {"source_data": read.contents}
+        target_sizes = None
+        if target is not None:
+            of_target = read_domain(target, cfg.classes)
+            target_sizes, contents["target_data"] = of_target.sizes, of_target.contents
+        contents["test_data"] = read_domain(test, cfg.classes).contents
     facts = Facts(read.counts, read.sizes, target_sizes)
     cfg = settle(cfg, facts, accelerator).cfg
     engine = build_engine(cfg.translate if cfg.translates else TranslateConfig(engine="none"))
     folder = cfg.translate.trained.folder if cfg.translates and cfg.translate.engine == "trained" else ""
     translated = open_translated(folder, len(source), cfg.source.max_pixels) if folder else None
-    return Domains(source, target, test, facts, engine, translated)
+    contents |= contents_of_translation(cfg.translate, engine, translated) if cfg.translates else {}
+    return Domains(source, target, test, facts, engine, translated, contents)
 
 
 def settle(cfg: RunConfig, facts: Facts, accelerator: Accelerator) -> Derived:
@@ -190,30 +199,80 @@ def compile_networks(networks: Sequence[nn.Module], backend: str | Callable[...,
                 part.compile(backend=backend, dynamic=False)
 
 
-def records(cfg: RunConfig, domains: Domains, accelerator: Accelerator) -> dict[str, dict[str, Any]]:
+def contents_of_translation(
+    cfg: TranslateConfig, engine: TranslationEngine, translated: TranslatedFolder | None
+) -> dict[str, Contents]:
+    """What the translation reads, by its name in the record of a run."""
+    found: dict[str, Contents] = {}
+    if translated is not None:
+        files = [translated.folder / name for name in translated.files]
+        found["translated_images"] = file_contents(files, translated.folder, "translated images")
+    if isinstance(engine, NetworkTranslation):
+        found["translator_weights"] = weights_contents(engine.network)
+    if cfg.engine == "style" and cfg.style.images:
+        files = list_files(Path(cfg.style.images), IMAGE_SUFFIXES).files
+        found["style_images"] = file_contents(files, Path(cfg.style.images), "style images")
+    if cfg.engine == "style":
+        given = ((cfg.style.adain, ADAIN_FILES), (cfg.style.randomization, RANDOMIZATION_FILES))
+        weights = [path for place, names in given if place for path in find_weights(place, names).values()]
+        if weights:
+            found["style_weights"] = file_contents(weights)
+    return found
+
+
+def weights_contents(network: nn.Module) -> Contents:
+    """The contents of a network: its tensors."""
+    tensors = sorted(network.state_dict().items())
+    arrays = (tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy() for _, tensor in tensors)
+    return Contents("tensors", [name for name, _ in tensors], [digest(array.data) for array in arrays])
+
+
+def contents_of_run(cfg: RunConfig, domains: Domains, initial: T2SDAForSemanticSegmentation) -> dict[str, Contents]:
+    """All that a run reads, by its name in the record of a run."""
+    start = {} if cfg.model.pretrained is None else {"start_weights": weights_contents(initial.encoder)}
+    return dict(domains.contents) | start
+
+
+def records(
+    cfg: RunConfig, domains: Domains, contents: Mapping[str, Contents], accelerator: Accelerator
+) -> dict[str, dict[str, Any]]:
     """What each method of the run depends on, in the order they are trained; for `resume.plan`."""
+
+    def read_by(own: RunConfig) -> dict[str, Contents]:
+        kept = {"source_data", "start_weights"} | ({"target_data"} if own.method == "t2sda" else set())
+        if own.translates:
+            kept |= {"translated_images", "translator_weights", "style_images", "style_weights"}
+        return {name: part for name, part in contents.items() if name in kept}
+
     source = fingerprint(domains.source, domains.source_counts)
     target = fingerprint(domains.target) if domains.target is not None else None
     return {
-        method: describe(config_of(cfg, method), source, target if method == "t2sda" else None, accelerator)
+        method: describe(
+            own := config_of(cfg, method),
+            source,
+            target if method == "t2sda" else None,
+            read_by(own),
+            contents["test_data"],
+            accelerator,
+        )
         for method in methods_of(cfg)
     }
 
 
 def data_record(cfg: RunConfig, domains: Domains, described: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What the run reads, for `write_data_record`; `described` is from `records`."""
-    record = described[cfg.method]
-    known = {"source": record["source_data"], "target": record["target_data"], "test": fingerprint(domains.test)}
+    known = {kind: domains.contents.get(f"{kind}_data") for kind in ("source", "target", "test")}
     sampling = None
     if cfg.rcs.enabled:
         sampling = rare_classes(domains.source_counts, cfg.rcs.temperature, cfg.rcs.min_pixels).probabilities.tolist()
-    used = {"source": domains.source, "target": domains.target if known["target"] else None, "test": domains.test}
+    learns_from_target = described[cfg.method]["target_data"] is not None
+    used = {"source": domains.source, "target": domains.target if learns_from_target else None, "test": domains.test}
     return {
         "seed": cfg.seed,
         "domains": {
-            kind: {"name": domain.name, "num_images": len(domain), "fingerprint": known[kind]}
+            kind: {"name": domain.name, "num_images": len(domain), "fingerprint": part.fingerprint}
             for kind, domain in used.items()
-            if domain is not None
+            if domain is not None and (part := known[kind]) is not None
         },
         "classes": cfg.classes,
         "source_pixels": domains.source_counts.sum(axis=0).tolist(),

@@ -6,9 +6,9 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
 from safetensors import SafetensorError, safe_open
 
 from ..config import RunConfig, changes, differences, dump_config, flatten, read_yaml
+from ..data.contents import Contents, difference, digest
 from ..data.domains import Domain
 from ..errors import LostFolder
 from ..evaluation.run_folder import DATA_RECORD, RUN_RECORD
@@ -41,11 +43,23 @@ from .checkpoint import (
 )
 from .distributed import decided_by_main, shards, take_from_main
 from .parts import Parts
+from .store import inputs_of_result
 
 logger = logging.getLogger(__name__)
 
 LOCK, LEASE = ".lock", ".lease"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+# Where something lies that is read: its content is compared, under this name.
+_PLACES: dict[str, str] = {
+    "model.pretrained": "start_weights",
+    "translate.trained.folder": "translated_images",
+    "translate.trained.model": "translator_weights",
+    "translate.style.images": "style_images",
+    "translate.style.adain": "style_weights",
+    "translate.style.randomization": "style_weights",
+} | {f"test.{key}": "test_data" for key in ("path", "label_path", "valid_mask")}
+# What each process of a run may have of its own; places may differ, too.
+_OWN = ("output_dir", "resume", "data.num_workers", "train.num_threads")
 _LEASE_SECONDS = 30.0  # it is renewed three times as often
 # All that a run has written that ended before it began to train.
 _AT_THE_START = {name for file in (RUN_RECORD, DATA_RECORD) for name in (file, f".{file}.partial")} | {LOCK, LEASE}
@@ -192,9 +206,32 @@ def kept_values(cfg: RunConfig) -> dict[str, Any]:
     return next((flatten(read_yaml(path)) for path in written if path.is_file()), {})
 
 
-def describe(cfg: RunConfig, source: str, target: str | None, accelerator: Accelerator) -> dict[str, Any]:
-    """What a method's weights depend on, for JSON. `source` and `target` are fingerprints of the data it reads."""
+def describe(
+    cfg: RunConfig,
+    source: str,
+    target: str | None,
+    inputs: Mapping[str, Contents],
+    test: Contents,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """What a method's weights depend on, and what its scores do, for JSON.
+
+    Args:
+        cfg: of the method.
+        source, target: `fingerprint` of the data it reads, by which older checkpoints are compared.
+        inputs: all that it reads to learn.
+        test: what it is scored on.
+        accelerator: of this process.
+    """
+    scoring = {key: value for key, value in flatten(asdict(cfg)).items() if changes(key) == "scoring"}
     return {
+        "inputs": {name: contents.record() for name, contents in inputs.items()},
+        "scored": {
+            "test_data": test.fingerprint,
+            "source_data": inputs["source_data"].fingerprint,
+            "settings": json.loads(json.dumps({key: value for key, value in scoring.items() if key not in _PLACES})),
+        },
+        "rounding": {"CPU threads": torch.get_num_threads(), "device": accelerator.device.type},
         "config": json.loads(json.dumps(yaml.safe_load(mask_known(dump_config(cfg))))),  # as it will be read
         "source_data": source,
         "target_data": target,
@@ -205,8 +242,8 @@ def describe(cfg: RunConfig, source: str, target: str | None, accelerator: Accel
 
 
 def fingerprint(domain: Domain, counts: np.ndarray | None = None) -> str:
-    """A number for the content of a domain, wherever it lies: how many images, what their ids mean, the pixels per
-    class of every label map (`counts`), and the bytes of some files."""
+    """By what checkpoints of earlier releases know a domain: how many images, what their ids mean, the pixels per class
+    of every label map (`counts`), and the bytes of some files. `Contents` know every byte."""
     digest = hashlib.sha256(str(len(domain)).encode())
     for array in (domain.ids, domain.valid, counts):
         if array is not None:
@@ -225,19 +262,73 @@ def fingerprint(domain: Domain, counts: np.ndarray | None = None) -> str:
     return digest.hexdigest()
 
 
-def plan(cfg: RunConfig, records: dict[str, dict[str, Any]], accelerator: Accelerator) -> dict[str, Start]:
+def check_agreement(
+    cfg: RunConfig, records: Mapping[str, Mapping[str, Any]], contents: Mapping[str, Contents], accelerator: Accelerator
+) -> None:
+    """Whether all processes do the same: their settings, what they read, and their code. Collective.
+
+    Args:
+        cfg: of the run.
+        records: `describe` of each method.
+        contents: by their names in `records`.
+
+    Raises:
+        ValueError: on every process, naming the first one that differs from process 0, and all that differs.
+    """
+    if accelerator.num_processes == 1:
+        return
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    local = lambda key: key in _OWN or key in _PLACES or changes(key) == "placement"  # noqa: E731
+    mine = {
+        "host": platform.node(),
+        "settings": {key: value for key, value in flatten(asdict(cfg)).items() if not local(key)},
+        "inputs": {name: part.record() for name, part in contents.items()},
+        "versions": records[cfg.method]["versions"] | {"python": platform.python_version()},
+        "code": digest(*(file.read_bytes() for file in files)),
+    }
+    first, *others = gather_object([mine])
+    for index, other in enumerate(others, 1):
+        found = []
+        for kind in ("settings", "versions"):
+            pairs = {
+                key: (other[kind].get(key), first[kind].get(key)) for key in first[kind].keys() | other[kind].keys()
+            }
+            found += [f"{key} is {one!r}, and {zero!r} there" for key, (one, zero) in pairs.items() if one != zero]
+        for name in first["inputs"].keys() | other["inputs"].keys():
+            one, zero = other["inputs"].get(name), first["inputs"].get(name)
+            part = contents.get(name)
+            if one is None or zero is None:
+                found.append(f"only one of them reads {name}")
+            elif said := difference(one, zero, part.unit if part else "parts", part.names if part else (), "there"):
+                found.append(f"{name}: {said}")
+        if not found and other["code"] != first["code"]:
+            found.append("the code of t2sda_hf is another one")
+        if found:
+            raise ValueError(
+                f"process {index} on {other['host']} differs from process 0 on {first['host']}: "
+                f"{'; '.join(sorted(found))}. Start all of them with the same config, data and versions."
+            )
+
+
+def plan(
+    cfg: RunConfig,
+    records: dict[str, dict[str, Any]],
+    accelerator: Accelerator,
+    contents: Mapping[str, Contents],
+) -> dict[str, Start]:
     """Where each method of the run starts. Collective; the main process looks, and must hold the lock.
 
     Args:
         cfg: `resume` is None, "auto", or the path of a checkpoint.
         records: `describe` of each method, in the order they are trained.
         accelerator: to tell the others.
+        contents: what is read, by its name in the records, for messages.
 
     Raises:
         ValueError: if a checkpoint is damaged beyond falling back, or was made by a run that differs in what
             influences the result and is not in `allow_changes`. All differences are listed.
     """
-    starts: dict[str, Start] = decided_by_main(lambda: _plan(cfg, records), accelerator, ValueError)
+    starts: dict[str, Start] = decided_by_main(lambda: _plan(cfg, records, contents), accelerator, ValueError)
     return starts
 
 
@@ -274,7 +365,7 @@ def load_run(checkpoint: Path | None, parts: Parts, accelerator: Accelerator) ->
     return Progress(state["step"], state["skipped"], own["log"])
 
 
-def _plan(cfg: RunConfig, records: dict[str, dict[str, Any]]) -> dict[str, Start]:
+def _plan(cfg: RunConfig, records: dict[str, dict[str, Any]], contents: Mapping[str, Contents]) -> dict[str, Start]:
     if cfg.resume is None:
         return {method: Start() for method in records}
     given = None if cfg.resume == "auto" else Path(cfg.resume)
@@ -292,12 +383,13 @@ def _plan(cfg: RunConfig, records: dict[str, dict[str, Any]]) -> dict[str, Start
                 logger.info("%s: no checkpoint yet, starting at the beginning", method)
                 continue
             path, state = found
-        _compare(state, record, path, cfg.allow_changes)
+        _compare(state, record, path, cfg.allow_changes, contents)
         results = read_json(folder / "metrics.json")
         finished = state["step"] >= record["config"]["train"]["max_steps"]
         if finished and results and _loads(folder / "student"):  # else they are made again from the checkpoint
-            starts[method] = Start(path, results)
-            logger.info("%s: finished before", method)
+            stale = stale_scores(folder, results, record)
+            starts[method] = Start(path, None if stale else results)
+            logger.info("%s: finished before%s", method, f", and scored again: {stale}" if stale else "")
         else:
             starts[method] = Start(path)
             logger.info("%s: going on after step %d from %s", method, state["step"], path)
@@ -336,19 +428,44 @@ def _check_given(given: Path, output_dir: Path, methods: Sequence[str]) -> dict[
     return state
 
 
-def _compare(state: dict[str, Any], record: dict[str, Any], path: Path, allowed: Sequence[str]) -> None:
+def _compare(
+    state: dict[str, Any],
+    record: dict[str, Any],
+    path: Path,
+    allowed: Sequence[str],
+    contents: Mapping[str, Contents],
+) -> None:
     """Say what differs from the run that wrote a checkpoint; refuse what would change the result."""
     changed = differences(state["config"], record["config"])
-    for key in ("source_data", "target_data", "num_processes", "sharded"):
+    changed.pop("train.num_threads", None)  # what it makes of it is compared below
+    before, now = state.get("inputs"), record["inputs"]
+    compared = ["num_processes", "sharded"]
+    if before is None:
+        compared += ["source_data", "target_data"]
+        unknown = sorted(now.keys() - {"source_data", "target_data"})
+        logger.warning(
+            "%s is of an earlier release: of its data some images are compared%s.",
+            path,
+            f", and nothing of {', '.join(unknown)}" if unknown else "",
+        )
+    for key in compared:
         if state.get(key, record[key]) != record[key]:
             changed[key] = (state[key], record[key])
-    for name, now_version in record["versions"].items():
-        if state["versions"].get(name) != now_version:
-            logger.warning("resuming with %s %s, %s before", name, now_version, state["versions"].get(name))
+    texts = {key: f"{key}: {old!r} before, {new!r} now" for key, (old, new) in changed.items()}
+    both = {} if before is None else {name: before[name] for name in now if name in before}
+    same = {name for name, told in both.items() if told["fingerprint"] == now[name]["fingerprint"]}
+    texts |= {name: f"{name}: {contents[name].difference(both[name])}" for name in both.keys() - same}
+    rounding = {
+        name: (state.get(kind, {}).get(name), value)
+        for kind in ("rounding", "versions")
+        for name, value in record[kind].items()
+    }
+    other = [f"{name} {new} ({old} before)" for name, (old, new) in rounding.items() if old not in (None, new)]
+    if other:
+        logger.warning("resuming where sums may be rounded otherwise: %s", ", ".join(other))
     refused = []
-    for key, (old, new) in changed.items():
-        text = f"{key}: {old!r} before, {new!r} now"
-        if changes(key) != "learning" or _under(key, allowed):
+    for key, text in texts.items():
+        if changes(key) != "learning" or _under(key, allowed) or _PLACES.get(key) in same:
             logger.warning("resuming with another %s", text)
         else:
             refused.append(text)
@@ -358,6 +475,24 @@ def _compare(state: dict[str, Any], record: dict[str, Any], path: Path, allowed:
             f"{path} was written by another run, which would have another result: {'; '.join(refused)}. "
             f'Go back to what it was, or allow it by name: --allow_changes "[{names}]".'
         )
+
+
+def stale_scores(folder: Path, results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """In words why the results of a method are not those of its weights, its test images and settings; "" if they are.
+
+    Args:
+        folder: of the method.
+        results: its metrics.json.
+        record: `describe` of it, as it is now.
+    """
+    for which, result in results.items():
+        told, now = result.get("inputs"), inputs_of_result(folder, which, record)
+        if told is None:
+            return "an earlier release did not write down on what"
+        for key, said in (("data", "images or labels"), ("settings", "settings"), ("weights", "weights")):
+            if told.get(key) != now[key]:
+                return f"the {said} of {which} were others"
+    return ""
 
 
 def _under(key: str, names: Sequence[str]) -> bool:

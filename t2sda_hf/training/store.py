@@ -1,5 +1,6 @@
 """What a method leaves in its folder while it trains."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from .checkpoint import (
     CheckpointError,
     Progress,
     checkpoint_folder,
+    checkpoints,
     keep_newest,
     optimizer_tensors,
     write_checkpoint,
@@ -31,6 +33,37 @@ from .parts import Parts
 
 def unasked() -> None:
     """For a folder that nobody else can know of."""
+
+
+def inputs_of_result(folder: Path, which: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """On what one of a method's results depends: scores that were made of something else are made again.
+
+    Args:
+        folder: of the method, with its models.
+        which: "student", "teacher", "selected", or one of the first two with "_source".
+        record: `resume.describe` of the method.
+
+    Returns:
+        "data", a fingerprint of the images and labels; "settings" of the evaluation; "weights", a hash of them.
+    """
+    scored, model = record.get("scored", {}), which.removesuffix("_source")
+    newest = checkpoints(folder)[-1:]
+    places = {"student": folder / "student", "selected": folder / SELECTED}
+    place = newest[0] / "teacher" if model == "teacher" and newest else places.get(model)
+    return {
+        "data": scored.get("test_data" if model == which else "source_data"),
+        "settings": scored.get("settings"),
+        "weights": None if place is None else weights_number(place),
+    }
+
+
+def weights_number(model: Path) -> str:
+    """sha256 of the weights in a `from_pretrained` folder."""
+    whole = hashlib.sha256()
+    for file in sorted(model.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            whole.update(hashlib.file_digest(stream, "sha256").digest())
+    return whole.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -74,7 +107,11 @@ class Store:
         """Write down the results."""
         if self.accelerator.is_main_process:
             self.owned()
-            write_text(self.folder / "metrics.json", json.dumps(results, indent=2))
+            told = {
+                which: result | {"inputs": inputs_of_result(self.folder, which, self.record)}
+                for which, result in results.items()
+            }
+            write_text(self.folder / "metrics.json", json.dumps(told, indent=2))
         self.accelerator.wait_for_everyone()
 
     def save(self, network: nn.Module, target: Path) -> None:
