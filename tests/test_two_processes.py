@@ -36,6 +36,15 @@ def scalars(folder: Path) -> list[dict]:
 def test_statistics_equal_those_of_the_joined_batch(tmp_path: Path) -> None:
     launch(2, "tests/two_process_worker.py", str(tmp_path))
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    # Before that: who has other settings or data is named by both, and where it all lies does not matter.
+    said = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert said[0] == said[1]
+    assert said[0][0] == ""
+    assert re.match(
+        r"process 1 on .* differs from process 0 on .*: optim.lr is 0.002, and 0.001 there; seed is 1, and 0 there\.",
+        said[0][1],
+    )
+    assert "target_data: 1 of 2 images differ from those there, first: b.png. Start all" in said[0][2]
     assert [int(rank["num_processes"]) for rank in ranks] == [2, 2]
 
     cfg, arrays = case()

@@ -1,5 +1,6 @@
 """Run by test_two_processes.py under accelerate: every process writes what it computed from its share of a batch."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,21 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from two_process_case import case, share_of, statistics
+
+from t2sda_hf.config import RunConfig
+from t2sda_hf.data.contents import Contents
+from t2sda_hf.training.resume import check_agreement
+
+
+def refusal(cfg: RunConfig, images: list[str], accelerator: Accelerator) -> str:
+    """What a run says at its start that reads these images; "" if all processes agree."""
+    contents = {"target_data": Contents("images", ["a.png", "b.png"], images)}
+    try:
+        check_agreement(cfg, {cfg.method: {"versions": {"torch": torch.__version__}}}, contents, accelerator)
+    except ValueError as error:
+        return str(error)
+    return ""
+
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -18,4 +34,12 @@ if __name__ == "__main__":
     result["importance_mean"] = statistics(share, other_cfg, accelerator.reduce)["importance"]
     result["num_processes"] = torch.tensor(accelerator.num_processes)
     torch.save(result, Path(sys.argv[1]) / f"rank{accelerator.process_index}.pt")
+    rank, same = accelerator.process_index, ["0" * 64, "1" * 64]
+    own_place = replace(cfg, output_dir=f"out_{rank}", target=replace(cfg.target, path=f"disk_{rank}/photos"))
+    said = [
+        refusal(own_place, same, accelerator),
+        refusal(replace(cfg, seed=rank, optim=replace(cfg.optim, lr=(1 + rank) * 1e-3)), same, accelerator),
+        refusal(cfg, ["0" * 64, f"{1 + rank}" * 64], accelerator),
+    ]
+    (Path(sys.argv[1]) / f"rank{rank}.json").write_text(json.dumps(said))
     accelerator.end_training()

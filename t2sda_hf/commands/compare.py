@@ -3,7 +3,8 @@
     t2sda compare outputs/demo_0 outputs/demo_1 --output outputs/comparison
     t2sda compare --proxies outputs/repeat/*/seed_* --output proxies.csv
 
-The page needs no server and no network. The command first updates the page of each run, its index.html. It also writes
+Runs with different test images or classes stand in different tables, and are not averaged. The page needs no server and
+no network. The command first updates the page of each run, its index.html. It also writes
 this page for a run that is still going.
 
 With --proxies the command answers another question. A proxy is a number that needs no labels of the target and may
@@ -34,8 +35,8 @@ import numpy as np
 
 from ..analysis.statistics import ProxyScore, evaluations, rank_proxies
 from ..evaluation.page import write_comparison, write_page
-from ..evaluation.run_folder import read_run
-from ..evaluation.table import markdown
+from ..evaluation.run_folder import RunFolder, read_run
+from ..evaluation.table import kinds_of_test, markdown
 from ..storage import outputs, refuse_foreign
 
 
@@ -59,7 +60,9 @@ def compare_proxies(folders: Sequence[Path], output: Path | None) -> None:
     """Print the table, and save every evaluation as CSV."""
     if output:
         refuse_foreign("compare", [output])
-    runs = [evaluations(read_run(folder).main) for folder in folders]
+    read = [read_run(folder) for folder in folders]
+    refuse_different_tests(read)
+    runs = [evaluations(run.main) for run in read]
     empty = [str(folder) for folder, points in zip(folders, runs, strict=True) if len(points) < 2]
     used = [points for points in runs if len(points) >= 2]
     scores = rank_proxies(used)
@@ -75,6 +78,20 @@ def compare_proxies(folders: Sequence[Path], output: Path | None) -> None:
             writer.writerow(["run", *(names := ["step", "miou", *(n for n in scores if n != "step")])])
             for folder, points in zip(folders, runs, strict=True):
                 writer.writerows([folder, *(point.get(name, "") for name in names)] for point in points)
+
+
+def refuse_different_tests(runs: Sequence[RunFolder]) -> None:
+    """ValueError if finished runs were scored on other images or classes: a figure over all of them means nothing."""
+    finished = [run for run in runs if run.main.results]
+    kinds = kinds_of_test([run.main.results["student"] for run in finished])
+    other = next((run for run, kind in zip(finished, kinds, strict=True) if kind != kinds[0]), None)
+    if other is not None:
+        one, two = (run.main.results["student"] for run in (finished[0], other))
+        raise ValueError(
+            f"{finished[0].path} and {other.path} were not scored on the same: {one['domain']}, {one['num_images']} "
+            f"images, {len(one['iou'])} classes, and {two['domain']}, {two['num_images']} images, {len(two['iou'])} "
+            "classes. Give runs with the same test images and classes."
+        )
 
 
 def _title(name: str) -> str:

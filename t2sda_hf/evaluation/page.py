@@ -14,7 +14,7 @@ from ..config import changes, domain_names, flatten
 from ..storage import write_text
 from .figures import hex_colors, save_class_shares, save_confusion, save_curves, save_losses
 from .run_folder import BASELINE, MethodFolder, RunFolder, read_run
-from .table import CLASS_SETS, class_sets_of, difference, spread, subset_miou
+from .table import CLASS_SETS, class_sets_of, difference, kinds_of_test, spread, subset_miou
 
 CURVES = {
     "student": "student, target",
@@ -84,7 +84,8 @@ def write_comparison(folders: Sequence[str | Path], output: Path) -> Path:
     """Put several runs on one page: `output`/index.html, with charts beside it.
 
     Args:
-        folders: output_dirs of runs. Runs may have different classes; a class that a run lacks is shown as "-".
+        folders: output_dirs of runs. Runs with other test images or classes stand in tables of their own: a mean over
+            them would mean nothing.
         output: folder of the page.
 
     Returns:
@@ -102,28 +103,42 @@ def write_comparison(folders: Sequence[str | Path], output: Path) -> Path:
     ]
     if not rows:
         raise ValueError(f"none of {', '.join(map(str, folders))} has results yet: no metrics.json.")
-    classes = list(dict.fromkeys(name for row in rows for name in row["result"]["iou"]))
     output.mkdir(parents=True, exist_ok=True)
     charts = output / "figures"
     charts.mkdir(exist_ok=True)
     curves = {name: run.main.miou["student"] for name, run in runs.items() if "student" in run.main.miou}
     save_curves(charts / "miou.png", curves, "mIoU of the student on the target, %")
-    groups: dict[str, list[float]] = {}
-    for row in rows:
-        groups.setdefault(row["method"], []).append(row["result"]["miou"])
+    kinds = kinds_of_test([row["result"] for row in rows])
+    alike: dict[Any, list[dict[str, Any]]] = {}
+    for row, kind in zip(rows, kinds, strict=True):
+        alike.setdefault(kind, []).append(row)
+    tables = [_comparison_table(several) for several in alike.values()]
     _write(
         output / "index.html",
         "comparison.html.jinja",
         title=f"{len(runs)} runs",
         panels={name: panel for name, run in runs.items() if (panel := _panel(run, output))},
         runs={name: relpath(run.path / "index.html", output) for name, run in runs.items()},
-        rows=rows,
-        groups={method: spread(values) for method, values in groups.items()},
-        classes=classes,
-        best={name: max((row["result"]["iou"].get(name) or 0) for row in rows) for name in classes},
+        tables=tables,
         differences=_differences({name: run.main.config for name, run in runs.items()}),
     )
     return output / "index.html"
+
+
+def _comparison_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Results on the same test images, of the same classes: one by one, and their means by method."""
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        groups.setdefault(row["method"], []).append(row["result"]["miou"])
+    first = rows[0]["result"]
+    classes = list(first["iou"])
+    return {
+        "title": f"{first['domain']}, {first['num_images']} images, {len(classes)} classes",
+        "rows": rows,
+        "groups": {method: spread(values) for method, values in groups.items()},
+        "classes": classes,
+        "best": {name: max((row["result"]["iou"].get(name) or 0) for row in rows) for name in classes},
+    }
 
 
 def command_to_repeat(folder: Path, command: str) -> str:

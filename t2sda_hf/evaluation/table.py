@@ -43,6 +43,20 @@ def class_sets_of(classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return {title: names for title, names in CLASS_SETS.items() if set(names) < known}
 
 
+def kinds_of_test(results: Sequence[Result]) -> list[tuple[Any, ...]]:
+    """For each result on what it was scored: equal if two may stand in one table, and be averaged.
+
+    These are the classes, the number of images, and the content of the test set. Results of earlier releases do not
+    tell the content; if there is one of these, the name of the test set decides.
+    """
+    told = [(result.get("inputs") or {}).get("data") for result in results]
+    names = [result["domain"] for result in results]
+    return [
+        (tuple(result["iou"]), result["num_images"], which)
+        for result, which in zip(results, names if None in told else told, strict=True)
+    ]
+
+
 def summarise(
     results: Sequence[Result], subsets: Mapping[str, Sequence[str]] | None = None
 ) -> dict[str, dict[str, float | int | None]]:

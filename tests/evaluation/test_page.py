@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from t2sda_hf.commands.compare import compare_proxies
 from t2sda_hf.evaluation.confusion import scores
 from t2sda_hf.evaluation.page import command_to_repeat, write_comparison, write_page
 from t2sda_hf.evaluation.run_folder import read_run, write_data_record
@@ -275,9 +276,32 @@ def test_runs_of_equal_name_and_different_classes_on_one_page(tmp_path: Path) ->
     assert is_whole(page)
     assert all(str(folder) in page.text for folder in runs)
     values = [read_run(folder).main.results["student"]["miou"] for folder in runs]
-    mean, sd = np.mean(values), np.std(values, ddof=1)
-    assert f"t2sda (student) {mean:.2f} {sd:.2f} 2" in page.text
+    assert "2 different test sets, or have different classes" in page.text
+    for value, number in zip(values, (4, 5), strict=True):
+        table = page.text[page.text.index(f"Means: city (validation), 7 images, {number} classes") :]
+        assert f"t2sda (student) {value:.2f} – 1" in table[: table.index("Scores")]
     assert "seed 0 1" in page.text[page.text.index("In what the runs differ") :]
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_runs_with_other_test_images_are_not_averaged(recorded: bool, tmp_path: Path) -> None:
+    """What was scored decides; where an earlier release did not write it down, the name of the test set does."""
+    runs = [write_run(tmp_path / f"run_{seed}", seed) for seed in range(3)]
+    for folder, test in zip(runs, ("a", "a", "b"), strict=True):
+        write_page(folder)
+        for method in ("source_only", "t2sda"):
+            path = folder / method / "metrics.json"
+            results = json.loads(path.read_text())
+            for result in results.values():
+                result |= {"inputs": {"data": test}} if recorded else {"domain": test}
+            path.write_text(json.dumps(results))
+    page = Page(write_comparison(runs, tmp_path / "comparison"))
+    values = [read_run(folder).main.results["student"]["miou"] for folder in runs]
+    mean, sd = np.mean(values[:2]), np.std(values[:2], ddof=1)
+    assert f"t2sda (student) {mean:.2f} {sd:.2f} 2" in page.text
+    assert f"t2sda (student) {values[2]:.2f} – 1" in page.text
+    with pytest.raises(ValueError, match=r"run_0 and .*run_2 were not scored on the same"):
+        compare_proxies(runs, None)
 
 
 def test_a_comparison_without_results_is_refused(tmp_path: Path) -> None:
