@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from ..labels import IGNORE_INDEX
-from ..listing import refuse_pointer
+from ..listing import FORMATS, refuse_pointer
 from .transforms import Size
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,6 @@ Color = tuple[int, int, int]
 
 HUB = "hf://datasets/"  # how paths on the Hub begin
 _PIXELS = 2**22  # files up to 64 MiB are read whatever max_pixels says
-# The bytes of a file choose among these decoders only. Others that Pillow knows start programs (EPS: Ghostscript).
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "JPEG2000", "PPM", "AVIF")
 TRANSPARENT: Color = (256, 0, 0)  # stands for pixels of no opacity, whatever their colour
 _LOSSY = ("jpeg", "tiff_jpeg", "webp", "jxl", "jpegxl", "jp2k", "lerc")  # compressions inside of a TIFF
 

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..config import DomainConfig
+from ..listing import FORMATS
 from ..storage import read_json, write_json
 from .files import read_image
 
@@ -86,7 +87,7 @@ def _check_size(path: Path, max_pixels: int) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as picture:
+            with Image.open(path, formats=FORMATS) as picture:
                 width, height = picture.size
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"translated image {path} cannot be read: {error}. Translate the source again.") from error

@@ -220,8 +220,14 @@ def keep_ratio_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int
 
 
 def to_channels_first(image: Image.Image | np.ndarray | Tensor) -> Tensor:
-    """One RGB image of any accepted kind -> (3,H,W), dtype kept. ValueError if it has no three channels."""
+    """One RGB image of any accepted kind -> (3,H,W), dtype kept.
+
+    Raises:
+        ValueError: if it has more than 8 bits per channel, or no three channels.
+    """
     if isinstance(image, Image.Image):
+        if image.mode.startswith(("I", "F")):  # a conversion would cut everything above 255 to white
+            raise ValueError(f"an image has more than 8 bits per channel ({image.mode}): bring it to 8 first.")
         # Channels first already here: a picture of 3 rows would be taken for one.
         image = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
     # A copy where it is needed: arrays of PIL images cannot be written to, and torch warns of that.

@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 
 from ..augment.color import hsv_to_rgb, rgb_to_hsv
 from ..config import TranslateConfig
-from ..listing import IMAGE_SUFFIXES, Listing, account, list_files
+from ..listing import FORMATS, IMAGE_SUFFIXES, Listing, account, list_files
 from .fda import low_amplitude, with_low_amplitude
 from .style_networks import ADAIN_FILES, RANDOMIZATION_FILES, AdaIN, StyleRandomizer, find_weights
 
@@ -89,7 +89,7 @@ class StyleImages:
 
     def image(self, index: int, size: tuple[int, int]) -> Tensor:
         """(1,3,h,w) in [0,1], bilinear."""
-        with Image.open(self.files[index]) as picture:
+        with Image.open(self.files[index], formats=FORMATS) as picture:
             pixels = np.array(picture.convert("RGB"))
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
         return F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)

@@ -438,3 +438,8 @@ def test_target_sizes_for_another_number_of_images():
 
     with pytest.raises(ValueError, match="one per image: got 1 for 2 images"):
         T2SDAImageProcessor().post_process_semantic_segmentation(outputs, target_sizes=[(24, 32)])
+
+
+def test_a_picture_of_16_bits_is_not_cut_to_white():
+    with pytest.raises(ValueError, match="more than 8 bits per channel"):
+        T2SDAImageProcessor()(Image.fromarray(np.full((32, 32), 4000, np.uint16)), return_tensors="pt")

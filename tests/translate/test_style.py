@@ -68,6 +68,13 @@ def test_fda_takes_its_amplitude_from_one_of_the_pictures(paintings):
     assert set(used) == {0, 1}
 
 
+def test_bytes_of_a_painting_start_no_program(tmp_path):
+    """Pillow would hand an EPS to Ghostscript, whatever its file is called."""
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    with pytest.raises(OSError, match="cannot identify image file"):
+        build("fda", images=str(tmp_path))(images(1), None, random())
+
+
 def test_pictures_are_read_once(paintings):
     """What FDA needs of a picture is kept, so it works on when the picture is gone."""
     engine = build("fda", images=str(paintings))
