@@ -4,6 +4,7 @@
 `metrics.json` the rest. A fact that is missing is an error: a card with holes reads like a result.
 """
 
+import html
 import json
 import os
 import platform
@@ -24,7 +25,6 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from safetensors import safe_open
 
 from ..config import DomainConfig, RunConfig, domain_names, hub_id, load_config
-from ..evaluation.table import escape_cell
 from ..masking import mask
 from ..storage import read_json, write_json
 
@@ -277,10 +277,22 @@ def render_card(facts: CardFacts) -> ModelCard:
         template_path=str(_template()),
         facts=facts,
         method=METHODS[facts.method],
-        escape_cell=escape_cell,
+        as_text=as_text,
+        as_name=as_name,
+        classes=", ".join(map(as_name, facts.classes)),
         cell=lambda value: "-" if value is None else f"{value:.2f}",
         gain=lambda new, old: "-" if new is None or old is None else f"{new - old:+.2f}",
     )
+
+
+def as_text(text: str) -> str:
+    """A text of the user's in a card: one line that is no heading, no list and no raw HTML. Inline code stays."""
+    return re.sub(r"^([#=+~-])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
+def as_name(text: str) -> str:
+    """A name in a card: it means nothing to Markdown, also in a cell of a table."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def render_results(facts: CardFacts) -> str:

@@ -4,7 +4,9 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -335,3 +337,23 @@ def test_cards_of_shipped_models_are_renderings_of_their_facts() -> None:
         assert facts.num_images == scores["num_images"]
         for name in ("panel.png", "curve.png", "resolved_config.yaml"):
             assert (folder / name).is_file()
+
+
+def test_names_and_notes_are_text_in_a_card_and_no_markup(finished_run: Path) -> None:
+    facts = gather_facts(finished_run, "me/x")
+    names = ("<script>alert(1)</script>", "# big", "a|b", "*bold* [x](javascript:y)", *facts.classes[4:])
+    renamed = dict(zip(facts.classes, names, strict=True))
+
+    def scores(given: dict[str, Any]) -> dict[str, Any]:
+        return given | {"iou": {renamed[name]: value for name, value in given["iou"].items()}}
+
+    domains = {role: domain | {"name": "<b>mine</b>", "terms": "a\n## b | c"} for role, domain in facts.domains.items()}
+    given = {"classes": names, "student": scores(facts.student), "source_only": scores(facts.source_only)}
+    given |= {"domains": domains, "note": "# Heading\n\n<img src=x onerror=y>\n## Another, with `code`"}
+    text = str(render_card(replace(facts, **given)).text)
+    assert not re.search(r"<(script|img|b)\b", text)
+    assert "\n\\# Heading &lt;img src=x onerror=y&gt; ## Another, with `code`\n" in text
+    assert r"| a\|b |" in text
+    assert r"\*bold\* \[x\](javascript:y)" in text
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    assert headings == [line for line in str(render_card(facts).text).splitlines() if line.startswith("#")]
