@@ -67,7 +67,7 @@ class Arena:
         self.config = folder / "run.yaml"
         self.config.write_text(RUN, encoding="utf-8")
         cfg = load_config(self.config)
-        domains = command.open_domains(cfg, SimpleNamespace(num_processes=1))
+        domains = command.open_domains(cfg, SimpleNamespace(num_processes=1, is_main_process=True))
         command.open_domains = lambda *_: domains  # read once for all
         student = command.build_student(cfg)  # what saving and loading import and compile, every child has then
         student.save_pretrained(folder / "warm")

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import logging
 import os
 import shutil
 import signal
@@ -11,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from arena import STEPS, Plant, finish, log_of, outcome, signal_self, spread, states, wait_for, when_training
@@ -19,7 +22,7 @@ from rows import RESUME, Row, Yard, at_update
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from t2sda_hf.config import DomainConfig
-from t2sda_hf.data.domains import load_domain
+from t2sda_hf.data.domains import check_domain, load_domain
 from t2sda_hf.data.pairs import PairDataset
 from t2sda_hf.evaluation.run_folder import read_method
 from t2sda_hf.masking import _MaskedStream
@@ -306,6 +309,42 @@ def cells_outside(yard: Yard, trials: int) -> Row:
             row.count("survived" if "row 1" in str(error) else "lost", f"{place}: {error}")
         else:
             row.count("silent", f"{place}: not refused")
+    return row
+
+
+def damaged_caches(yard: Yard, trials: int) -> Row:
+    """What is remembered of a data set is cut, emptied or has a wrong bit: said, set aside, and made again."""
+    row, data, said = Row("damaged caches"), yard.folder / "cached", list[str]()
+    random = np.random.default_rng(0)
+    for name, size in (("images", (32, 32, 3)), ("labels", (32, 32))):
+        (data / name).mkdir(parents=True)
+        for index in range(4):
+            Image.fromarray(random.integers(0, 2, size, dtype=np.uint8)).save(data / name / f"{index}.png")
+    classes = ("road", "sky")
+    config = DomainConfig(path=str(data / "images"), label_path=str(data / "labels"), class_names=classes)
+    domain, usual = load_domain(config, classes), datasets.config.HF_DATASETS_CACHE
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("t2sda_hf").addHandler(handler)
+    datasets.config.HF_DATASETS_CACHE = yard.folder / "cache"
+    try:
+        expected = check_domain(domain, classes)
+        for index in range(trials):
+            (file,) = (yard.folder / "cache" / "t2sda_hf").glob("*.json")
+            whole = file.read_bytes()
+            at = yard.random.randrange(len(whole))
+            flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+            kind, damage = (("cut", whole[:at]), ("emptied", b""), ("bit flipped", flipped))[index % 3]
+            file.write_bytes(damage)
+            said.clear()
+            again = check_domain(domain, classes)
+            if not any("damaged" in text for text in said):
+                row.count("silent", f"{kind} at {at}")
+            else:
+                row.count("survived" if (again == expected).all() else "lost", f"{kind} at {at}")
+    finally:
+        datasets.config.HF_DATASETS_CACHE = usual
+        logging.getLogger("t2sda_hf").removeHandler(handler)
     return row
 
 
