@@ -49,11 +49,17 @@ def run(args: Namespace) -> int:
     accelerator = Accelerator()
     models = [(title, *entry) for given in args.models for title, entry in models_of(given).items()]
     shown: dict[str, Any] = {}
+    titled_alike: dict[str, tuple[str, ...]] = {}
     for config in domains:
         columns: dict[str, list[dict[str, Any]]] = {}
         subsets: dict[str, tuple[str, ...]] = {}
         for title, name, load in models:
             model, classes = load()
+            if titled_alike.setdefault(title, classes) != classes:
+                raise ValueError(
+                    f"two models are called {title!r} and have different classes: {', '.join(titled_alike[title])}; "
+                    f"{', '.join(classes)}. Only seeds of one method share a title: give them different ones."
+                )
             subsets = subsets_of(args.subset, classes)
             advice = "Without labels there is no score; `t2sda analyze --no_labels` says what can be said."
             domain = open_labelled(config, classes, advice)

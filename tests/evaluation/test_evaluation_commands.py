@@ -602,3 +602,14 @@ def test_what_ids_mean_is_asked_for_or_taken_from_the_run(model_folder, mapped, 
     assert "are read as in the run" in capsys.readouterr().err
     assert main(["evaluate", str(student), "--config", str(config), "--output", str(config_only)]) == 0
     assert scores == [json.loads(config_only.read_text())["confusion"]] * 4
+
+
+def test_models_of_one_title_are_seeds_of_one_method(model_folder, tmp_path, capsys):
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["id2label"]["0"] = "lane"
+    config["label2id"] = {name: int(class_id) for class_id, name in config["id2label"].items()}
+    (other / "config.json").write_text(json.dumps(config))
+    words = ["evaluate", f"a={model_folder}", f"a={other}", "--domain", "streets-target", "--num_images", "1"]
+    assert main(words) == 2
+    assert "two models are called 'a' and have different classes" in capsys.readouterr().err
