@@ -152,7 +152,7 @@ def test_odd_names_and_scores_of_nothing_end_no_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "stra\\xdfe" in done.stdout
     assert re.search(r"\| mIoU +\| +- \|", done.stdout)
-    assert "gains - mIoU over source_only" in done.stdout
+    assert "differs by - mIoU from source_only" in done.stdout
     assert json.loads((out / "summary.json").read_text(encoding="utf-8"))["gain"] is None
     page = (out / "index.html").read_text(encoding="utf-8")
     assert "straße" in page
