@@ -649,6 +649,9 @@ def main(words: Sequence[str] | None = None, door: str = "t2sda") -> int:
                 load_config(path, args.overrides) for path in vars(args).get("configs", [vars(args).get("config")])
             ]
             args.cfg = args.cfgs[0]
+        for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # of a launcher
+            if not (value := os.environ.get(variable, "0")).isdecimal():
+                raise ValueError(f"the environment has {variable}={value!r}, which must be a whole number: unset it.")
         if COMMANDS[name].launched(args):
             code = launch(name, args)
             if code is not None:

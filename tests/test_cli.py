@@ -523,3 +523,15 @@ def test_the_home_folder_may_be_written_as_a_tilde(monkeypatch, tmp_path):
     assert (str(args.output), args.domain) == (f"{tmp_path}/scores.json", [f"{tmp_path}/test"])
     config = load_config(None, args.overrides)
     assert (config.test.path, config.source.path) == (f"{tmp_path}/x", f"{tmp_path}/y")
+
+
+@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
+def test_a_variable_of_a_launcher_that_is_no_number_is_named(variable, monkeypatch, capsys):
+    monkeypatch.setenv(variable, "x")
+    assert main(["env"]) == 2
+    assert f"the environment has {variable}='x', which must be a whole number" in capsys.readouterr().err
+
+
+def test_a_training_of_nothing_says_so(capsys):
+    assert main(["train", "--seed", "1"]) == 2
+    assert "there is nothing to train: give --config" in capsys.readouterr().err

@@ -65,7 +65,7 @@ def run(args: Namespace) -> int:
             domain = open_labelled(config, classes, advice)
             scored: LabelledDomain = domain
             if args.every > 1:
-                scored = Part(domain, range(0, len(domain), args.every), f"{domain.name}, every {args.every}th image")
+                scored = Part(domain, range(0, len(domain), args.every), f"{domain.name}, one image of {args.every}")
             image_size = tuple(args.image_size) if args.image_size else saved_image_size(name)
             result = evaluate_model(
                 # Not wrapped: this is the device, and autocast in forward if the launcher asked for it.

@@ -72,6 +72,7 @@ from ..training.checkpoint import checkpoints, left_in
 from ..training.derive import Derived, rate_is_too_low
 from ..training.distributed import decided_by_main, lost_contact, shards
 from ..training.dry_run import rehearse
+from ..training.estimate import refuse_too_large
 from ..training.resume import Claim, Start, check_agreement, check_folder, config_of, lock_run, plan
 from ..training.stopping import StopRequest
 from ..training.store import unasked
@@ -84,7 +85,7 @@ Results = dict[str, dict[str, dict[str, Any]]]  # method -> "student", "teacher"
 
 def run(args: Namespace) -> int:
     """Build what the config names, then rehearse or train. Faults of the input show before anything is written."""
-    if args.cfg == RunConfig():
+    if not args.config and not args.cfg.source.path:
         raise ValueError("there is nothing to train: give --config with a file or a recipe; --list names the recipes.")
     if args.cfg.train.num_threads is not None:
         torch.set_num_threads(args.cfg.train.num_threads)
@@ -216,6 +217,7 @@ def prepare(
     if not rehearsal:
         check_folder(cfg)
     accelerator.wait_for_everyone()  # nobody creates it before everybody looked
+    refuse_too_large(cfg, accelerator.device)
     student = build_student(cfg)  # before the data: it is looked at faster
     domains = open_domains(cfg, accelerator)
     derived = settle(cfg, domains.facts, accelerator)

@@ -231,6 +231,40 @@ def count_update(cfg: RunConfig) -> Cost:
     return cost
 
 
+def least_memory(cfg: RunConfig) -> dict[str, float]:
+    """Bytes that a run of `cfg` needs in any case, by the keys that decide; far less than `count_update` finds.
+
+    Networks with gradients and the optimiser's two moments; queries, negatives and their similarities; images and
+    logits of a batch, where the size of the crop is given.
+    """
+    with torch.device("meta"):
+        numbers = sum(parameter.numel() for parameter in _student(cfg).parameters())
+    adapts = cfg.method != "source_only"
+    needed = {"model.depths, model.hidden_sizes and the other sizes": 4.0 * numbers * (5 if adapts else 4)}
+    if adapts and cfg.loss_weights.pull:
+        queries, negatives = cfg.pull.num_queries, cfg.pull.num_negatives
+        cells = queries * negatives + (queries + negatives) * cfg.projector.dim
+        needed["pull.num_queries and pull.num_negatives"] = 4.0 * cells
+    if cfg.data.crop_size:
+        pixels = cfg.train.batch_size * prod(cfg.data.crop_size)
+        needed["train.batch_size and data.crop_size"] = 4.0 * pixels * (3 * (1 + adapts) + 2 * len(cfg.classes))
+    return needed
+
+
+def refuse_too_large(cfg: RunConfig, device: torch.device) -> None:
+    """ValueError if a run needs more memory in any case than there is, before anything is built."""
+    on_gpu = device.type == "cuda"
+    has = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
+    needed = least_memory(cfg)
+    if sum(needed.values()) > has:
+        largest = max(needed, key=lambda name: needed[name])
+        raise ValueError(
+            f"this run needs at least {sum(needed.values()) / 1e9:,.0f} GB of memory, and "
+            f"{'the GPU' if on_gpu else 'this machine'} has {has / 1e9:,.0f} GB. Most of it is decided by {largest}: "
+            "make them smaller. `t2sda estimate` says what a run needs."
+        )
+
+
 def random_batch(cfg: RunConfig, seed: int = 0) -> UdaBatch:
     """A micro-batch as the loader makes it for `cfg`, of noise and of blocks of 16 pixels of one class each."""
     random, num = Generator().manual_seed(seed), cfg.train.batch_size

@@ -10,11 +10,19 @@ from torch import nn
 
 from t2sda_hf.cli import main
 from t2sda_hf.commands import estimate
-from t2sda_hf.config import RunConfig
+from t2sda_hf.config import RunConfig, load_config
 from t2sda_hf.methods import METHODS, ClassMemory, Step
 from t2sda_hf.models import T2SDAConfig, T2SDAForSemanticSegmentation
 from t2sda_hf.training.checkpoint import allocate_state
-from t2sda_hf.training.estimate import Cost, Counting, Device, count_update, random_batch
+from t2sda_hf.training.estimate import (
+    Cost,
+    Counting,
+    Device,
+    count_update,
+    least_memory,
+    random_batch,
+    refuse_too_large,
+)
 from t2sda_hf.training.loop import weighted_sum
 from t2sda_hf.training.optim import make_optimizer
 from t2sda_hf.training.seeding import seed_step
@@ -202,3 +210,22 @@ def test_bad_input_is_one_line_and_exit_2(
 ) -> None:
     assert main(["estimate", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("--pull.num_queries=1000000000", "pull.num_queries and pull.num_negatives"),
+        ("--train.batch_size=100000000", "train.batch_size and data.crop_size"),
+        ("--model={depths: [256, 256, 256, 256], hidden_sizes: [4096, 4096, 4000, 4096]}", "model.depths"),
+    ],
+)
+def test_what_no_machine_holds_is_refused_before_it_is_built(override: str, named: str) -> None:
+    cfg = load_config("demo", [override])
+    with pytest.raises(ValueError, match=rf"needs at least [\d,]+ GB of memory, and .* has .* decided by {named}"):
+        refuse_too_large(cfg, torch.device("cpu"))
+
+
+def test_the_least_memory_is_below_what_is_counted() -> None:
+    cfg = load_config("demo", ["--data.crop_size=[64, 64]", "--data.outer_crop_size=[64, 64]"])
+    assert 0 < sum(least_memory(cfg).values()) < count_update(cfg).peak
