@@ -182,6 +182,7 @@ def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         places = {"source.path": "source", "source.label_path": "labels", "target.path": "target", "test.path": "test"}
         places |= {"test.label_path": "truth", "translate.trained.folder": "translated"}
         words = [f"--{key}={data / name}" for key, name in places.items()]
+        words += ["--source.label_space=cityscapes", "--test.label_space=cityscapes"]
         words += ["--translate.engine=trained", f"--output_dir={tmp_path / 'out'}", "--train.max_steps=3"]
         return main(["train", "--config", str(tmp_path / "own.yaml"), *words, *arguments])
 

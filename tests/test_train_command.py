@@ -61,6 +61,7 @@ def good(tmp_path: Path) -> list[str]:
     target = write_domain(tmp_path / "target.parquet", images, None)
     test = write_domain(tmp_path / "test.parquet", images, labels)
     where = ["--source.path", source, "--target.path", target, "--test.path", test, "--test.split", "train"]
+    where += ["--source.label_space", "cityscapes", "--test.label_space", "cityscapes"]
     return ["--config", str(config), "--output_dir", str(tmp_path / "out"), *where]
 
 

@@ -70,7 +70,7 @@ def a_test_set(spoil=lambda images, labels: None, ids=(0, 2, 6)):
     spoil(images, labels)
     table = {"image": images, "label": labels}
     Dataset.from_dict(table, Features(dict.fromkeys(table, ImageFeature()))).to_parquet("test.parquet")
-    return ["--test.path=test.parquet", "--test.split=train", "--test.num_images=null"]
+    return ["--test.path=test.parquet", "--test.split=train", "--test.num_images=null", "--test.label_space=cityscapes"]
 
 
 def last_label(pixels):
