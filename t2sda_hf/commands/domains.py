@@ -35,7 +35,21 @@ def test_domains(args: Namespace) -> list[DomainConfig]:
         print(f"The ids of label maps are read as in the run, see {run}.", file=sys.stderr)
     if not args.domain and not test.path:
         raise ValueError("no labelled domain was named: give --config with a file or a recipe, or --domain PATH.")
-    return [replace(test, path=path) for path in args.domain] or [test]
+    if run is None or test.crop_box is not None:
+        return [replace(test, path=path) for path in args.domain] or [test]
+    of_run = load_config(run, record=True).test
+    return [_cut_as(of_run, replace(test, path=path)) for path in args.domain or [test.path]]
+
+
+def _cut_as(of_run: DomainConfig, test: DomainConfig) -> DomainConfig:
+    """The part of the images that the run looked at, if they are the same; otherwise that part is named."""
+    if of_run.crop_box is None:
+        return test
+    if Path(test.path).absolute() == Path(of_run.path).absolute():
+        return replace(test, crop_box=of_run.crop_box)
+    box = " ".join(map(str, of_run.crop_box))
+    print(f"The run cut its test images to --crop_box {box}; {test.path} is read whole.", file=sys.stderr)
+    return test
 
 
 def _run_of(models: Sequence[str]) -> Path | None:

@@ -595,13 +595,16 @@ def test_what_ids_mean_is_asked_for_or_taken_from_the_run(model_folder, mapped, 
     (student.parent / "resolved_config.yaml").write_text(resolved, encoding="utf-8")
     scores = []
     for model in (student, tmp_path / "run"):
-        for words in (data, []):
+        for words in (data, data[:4], []):  # the same images are cut as in the run
             within.unlink(missing_ok=True)
             assert main(["evaluate", str(model), *words, "--output", str(within)]) == 0
             scores.append(json.loads(within.read_text())["confusion"])
     assert "are read as in the run" in capsys.readouterr().err
     assert main(["evaluate", str(student), "--config", str(config), "--output", str(config_only)]) == 0
-    assert scores == [json.loads(config_only.read_text())["confusion"]] * 4
+    assert scores == [json.loads(config_only.read_text())["confusion"]] * 6
+    elsewhere = shutil.copytree(domain["path"], tmp_path / "elsewhere")
+    assert main(["evaluate", str(student), "--domain", str(elsewhere), *data[2:4]]) == 0
+    assert f"The run cut its test images to --crop_box 8 0 40 64; {elsewhere} is read whole." in capsys.readouterr().err
 
 
 def test_models_of_one_title_are_seeds_of_one_method(model_folder, tmp_path, capsys):
