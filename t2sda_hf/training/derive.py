@@ -15,6 +15,7 @@ import numpy as np
 from ..config import DomainConfig, RunConfig
 from ..data.rare_class_sampling import RareClasses, rare_classes
 from ..data.transforms import Size, resized_size
+from ..translate.fda import beta_for
 from .optim import peak_factor
 
 # Keys that may be null until `derive` has seen the data.
@@ -34,7 +35,6 @@ DERIVED = (
 )
 _TEMPERATURES = [float(f"{temperature:.2g}") for temperature in np.geomspace(0.01, 10, 61)]  # 0.01 is DAFormer's
 _SHARE_OF_IMAGE = 0.0015  # 3,000 pixels of GTA5's 1914x1052, the floor of DAFormer
-_FREQUENCIES = 5  # that FDA swaps with β 0.01 in the paper's window of 512x1024
 _SMALL = 10  # per cent of the images that may be smaller than a derived crop, in either side
 _REACHED = 0.5  # share of its base that the learning rate must reach
 
@@ -111,7 +111,7 @@ def derive(cfg: RunConfig, facts: Facts, num_processes: int = 1, kept: Mapping[s
     grid = max(2 * cfg.model.logits_stride, 32)
     put("hrda.crop_size", tuple(max(side // 2 // grid * grid, grid) for side in cfg.data.crop_size))
     put("patch_mask.block_size", max(min(cfg.data.crop_size) // 16, 4))
-    put("translate.fda.beta", max(0.01, math.ceil(1e4 * _FREQUENCIES / _fda_side(cfg)) / 1e4))
+    put("translate.fda.beta", beta_for(_fda_side(cfg)))
     updates = cfg.train.max_steps
     put("optim.warmup_steps", min(updates // 20, 1500))
     put("uda.ema_momentum", round(1 - 1 / min(max(updates // 10, 10), 1000), 4))

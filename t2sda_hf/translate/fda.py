@@ -7,10 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+_FREQUENCIES = 5
+
 
 @torch.no_grad()
 def fda_translate(
-    source_images: Tensor, target_images: Tensor, beta: float, window: Literal["square", "rect"] = "square"
+    source_images: Tensor, target_images: Tensor, beta: float | None, window: Literal["square", "rect"] = "square"
 ) -> Tensor:
     """Give source images the low-frequency amplitude of target images and keep their phase.
 
@@ -21,7 +23,7 @@ def fda_translate(
     Args:
         source_images: (B,3,H,W) float, any scale.
         target_images: (B,3,H,W) float, the same scale and size.
-        beta: β in [0, 0.5]. 0 replaces the channel means alone.
+        beta: β in [0, 0.5]. 0 replaces the channel means alone; None is `beta_for` the size.
         window: "square" or "rect".
 
     Returns:
@@ -39,7 +41,7 @@ def fda_translate(
 
 
 @torch.no_grad()
-def low_amplitude(images: Tensor, beta: float, window: Literal["square", "rect"] = "square") -> Tensor:
+def low_amplitude(images: Tensor, beta: float | None, window: Literal["square", "rect"] = "square") -> Tensor:
     """All that FDA takes from a target image: its amplitude on the swapped frequencies.
 
     A few numbers per image (0.8 KB of float32 at β 0.01 and 512x1024), so it can be kept where the images cannot.
@@ -54,6 +56,8 @@ def low_amplitude(images: Tensor, beta: float, window: Literal["square", "rect"]
     Raises:
         ValueError: if β is out of range.
     """
+    if beta is None:
+        beta = beta_for(min(images.shape[-2:]))
     if not 0 <= beta <= 0.5:
         raise ValueError(f"beta must be in [0, 0.5], got {beta!r}.")
     height, width = images.shape[-2:]
@@ -64,6 +68,14 @@ def low_amplitude(images: Tensor, beta: float, window: Literal["square", "rect"]
     # At half the sampling rate a frequency and its negative are the same; a side never swaps beyond it.
     rows, columns = min(rows, (height - 1) // 2), min(columns, (width - 1) // 2)
     return _low_block(images, _rows_and_columns(images, rows, columns)).abs().permute(1, 2, 3, 0)
+
+
+def beta_for(side: int) -> float:
+    """β with which images of this shorter side in pixels swap as many frequencies as the paper's window of 512x1024.
+
+    That is 0.01, and 5 frequencies in each direction: in 64 pixels, 0.01 would swap none.
+    """
+    return max(0.01, math.ceil(1e4 * _FREQUENCIES / side) / 1e4)
 
 
 @torch.no_grad()
