@@ -71,6 +71,13 @@ def test_two_configs_are_compared_seed_by_seed_and_nothing_runs_twice(runs, tmp_
 
     assert main(command) == 0
     assert len(runs.started) == 4
+    of_other_labels = out / "b" / "seed_3" / "summary.json"
+    whole = of_other_labels.read_text()
+    of_other_labels.write_text(json.dumps(json.loads(whole) | {"test_data": "edited"}))
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "different test images or label maps: b, seed 0 and b, seed 3" in capsys.readouterr().err
+    of_other_labels.write_text(whole)
     assert main([*command[:3], "--seeds", "0", *command[5:], "--optim.lr", "2e-3"]) == 2
     assert "holds a finished run of another config" in capsys.readouterr().err
 

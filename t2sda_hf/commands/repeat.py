@@ -123,6 +123,14 @@ def report(output: Path, planned: Sequence[Planned]) -> None:
     for one in planned:
         if (summary := finished(one)) is not None:
             summaries[one.name][one.seed] = summary
+    scored_on: dict[str, str] = {}
+    for name, runs in summaries.items():
+        scored_on |= {run["test_data"]: f"{name}, seed {seed}" for seed, run in runs.items() if run.get("test_data")}
+    if len(scored_on) > 1:
+        raise ValueError(
+            f"runs were scored on different test images or label maps: {' and '.join(scored_on.values())}. Their "
+            "scores say nothing about each other. `t2sda train` with --resume auto scores a finished run again."
+        )
     scores = {name: scores_of(found) for name, found in summaries.items()}
     rows = []
     for name, models in scores.items():

@@ -106,13 +106,16 @@ def write_comparison(folders: Sequence[str | Path], output: Path) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     charts = output / "figures"
     charts.mkdir(exist_ok=True)
-    curves = {name: run.main.miou["student"] for name, run in runs.items() if "student" in run.main.miou}
-    save_curves(charts / "miou.png", curves, "mIoU of the student on the target, %")
     kinds = kinds_of_test([row["result"] for row in rows])
     alike: dict[Any, list[dict[str, Any]]] = {}
     for row, kind in zip(rows, kinds, strict=True):
         alike.setdefault(kind, []).append(row)
     tables = [_comparison_table(several) for several in alike.values()]
+    for number, table in enumerate(tables):
+        names = dict.fromkeys(row["run"] for row in table["rows"])
+        curves = {name: runs[name].main.miou["student"] for name in names if "student" in runs[name].main.miou}
+        table["chart"] = f"figures/miou{number or ''}.png"
+        save_curves(output / table["chart"], curves, "mIoU of the student on the target, %")
     _write(
         output / "index.html",
         "comparison.html.jinja",

@@ -367,6 +367,12 @@ def _baseline(folder: Path, cfg: RunConfig, metrics: dict[str, Any], given: str)
     for key in ("domain", "num_images"):
         if ours[key] != theirs[key]:
             raise ValueError(f"{other} was scored on another test: {key} {theirs[key]!r}, this run has {ours[key]!r}.")
+    tests = [result.get("inputs", {}).get("data") for result in (ours, theirs)]
+    if None not in tests and tests[0] != tests[1]:
+        raise ValueError(
+            f"{other} was scored on other images or label maps of {ours['domain']} than this run. Score it again: "
+            "`t2sda train` of its config with --resume auto."
+        )
     if list(ours["iou"]) != list(theirs["iou"]):
         raise ValueError(f"{other} has other classes: {', '.join(theirs['iou'])}; this run {', '.join(ours['iou'])}.")
     return other, baseline

@@ -277,6 +277,7 @@ def test_runs_of_equal_name_and_different_classes_on_one_page(tmp_path: Path) ->
     assert all(str(folder) in page.text for folder in runs)
     values = [read_run(folder).main.results["student"]["miou"] for folder in runs]
     assert "2 different test sets, or have different classes" in page.text
+    assert {"figures/miou.png", "figures/miou1.png"} <= set(page.links)  # a chart for each
     for value, number in zip(values, (4, 5), strict=True):
         table = page.text[page.text.index(f"Means: city (validation), 7 images, {number} classes") :]
         assert f"t2sda (student) {value:.2f} – 1" in table[: table.index("Scores")]

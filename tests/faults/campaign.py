@@ -53,6 +53,7 @@ TABLE: list[tuple[Callable[[Yard, int], Row], int, int]] = [
     (ends.foreign_runs, 6, 1),
     (ends.cluster_disks, 9, 1),
     (ends.full_at_the_start, 8, 0),
+    (ends.exchanged_data, 6, 0),
     (ends.cells_outside, 12, 12),
     (ends.damaged_caches, 30, 6),
     (attacks.payloads, 12, 4),

@@ -21,11 +21,13 @@ from PIL import Image
 from rows import RESUME, Row, Yard, at_update
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from t2sda_hf.commands import train
 from t2sda_hf.config import DomainConfig
 from t2sda_hf.data.domains import check_domain, load_domain
 from t2sda_hf.data.pairs import PairDataset
 from t2sda_hf.evaluation.run_folder import read_method
 from t2sda_hf.masking import _MaskedStream
+from t2sda_hf.training import build
 
 
 def workers_killed(yard: Yard, trials: int) -> Row:
@@ -287,6 +289,47 @@ def full_at_the_start(yard: Yard, trials: int) -> Row:
                 row.count("survived" if again == 0 and outcome(out) == expected else "lost", note)
         finally:
             subprocess.run(["umount", place], check=True)
+    return row
+
+
+def exchanged_data(yard: Yard, trials: int) -> Row:
+    """Target images are exchanged under a stopped run: refused with their number, and with the old ones it goes on."""
+    row, out, data = Row("data exchanged"), yard.folder / "exchanged", yard.folder / "photos"
+    data.mkdir()
+    random = np.random.default_rng(0)
+    pictures = [Image.fromarray(random.integers(0, 256, (64, 96, 3), dtype=np.uint8)) for _ in range(9)]
+    for index in range(6):
+        pictures[index].save(data / f"{index}.png")
+    mine = ("--target", f"{{path: {data}, num_images: 6}}")
+
+    def reads() -> None:
+        train.open_domains = build.open_domains
+
+    assert yard.run(out, *mine, plant=reads) == 0
+    expected = outcome(out)
+    yard.clear(out)
+    for index, stop in enumerate(spread(trials, 1, STEPS - 1, yard.random)):
+
+        def plant(stop: int = int(stop)) -> None:
+            reads()
+            at_update(stop, signal_self(signal.SIGTERM))()
+
+        stopped = yard.run(out, *mine, plant=plant)
+        before, number = states(out), 1 + index % 3
+        for other in range(number):
+            pictures[6 + other].save(data / f"{other}.png")
+        code = yard.run(out, *mine, *RESUME, plant=reads)
+        said = log_of(out).read_text()
+        kept = states(out) == before
+        for other in range(number):
+            pictures[other].save(data / f"{other}.png")
+        again = yard.run(out, *mine, *RESUME, plant=reads)
+        note = f"{number} exchanged after {int(stop)}: exits {stopped}, {code}, {again}: {said[-600:]}"
+        if code != 2 or f"{number} of 6" not in said or "Traceback" in said:
+            row.count("silent", note)
+        else:
+            row.count("survived" if kept and again == 0 and outcome(out) == expected else "lost", note)
+        yard.clear(out)
     return row
 
 
