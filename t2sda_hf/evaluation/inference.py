@@ -81,7 +81,7 @@ def load_model(name_or_path: str) -> tuple[T2SDAForSemanticSegmentation, tuple[s
         loaded = T2SDAForSemanticSegmentation.from_pretrained(
             name_or_path, output_loading_info=True, dtype=torch.float32, **cached
         )
-    except (OSError, RuntimeError, SafetensorError, *MEANINGLESS) as error:
+    except (OSError, RuntimeError, SafetensorError, httpx2.TransportError, *MEANINGLESS) as error:
         raise ValueError(_why_not_loaded(name_or_path, error)) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -337,7 +337,7 @@ def _why_not_loaded(name: str, error: Exception) -> str:
         )
     if isinstance(error, MEANINGLESS):
         return f"{where} its config.json holds a value that means nothing ({' '.join(str(error).split())[:200]})."
-    if not isinstance(error, OSError):
+    if not isinstance(error, OSError | httpx2.TransportError):
         return f"{where} its weights do not fit its config.json, or are damaged ({str(error).splitlines()[0]})."
     if Path(name).is_dir():
         return f"{where} {str(error).splitlines()[0]}"

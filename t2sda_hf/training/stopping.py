@@ -36,6 +36,7 @@ class StopRequest:
     number = 0
     _since = 0.0
     _waiting = False
+    _launcher: int | None = None
 
     def __enter__(self) -> "StopRequest":
         heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]

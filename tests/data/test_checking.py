@@ -289,7 +289,7 @@ def test_the_command_checks_a_run_and_writes_one_page(tmp_path, capsys):
     assert re.findall(r'href="([^"]*)"', page) == ["source.png", "target.png"]
     assert page.index("<img") < page.index("<h1>")  # it opens with the pictures
     assert page.count('<div class="scroll"><table>') == page.count("<table") == 2
-    assert page.count("<h2>") == 2
+    assert page.count("<h2>") == 3  # the run, and each domain
     for role in ("source", "target"):
         with Image.open(tmp_path / "out" / f"{role}.png") as sheet:
             assert sheet.width == 888

@@ -414,7 +414,7 @@ def test_255_is_a_class_where_it_is_named(tmp_path, caplog):
     expected = np.where(mask == 255, 1, mask)
     expected[0] = 255
     assert np.array_equal(named.labels(0), expected)
-    assert check_domain(named, CLASSES).counts[0].tolist() == [(expected == 0).sum(), (expected == 1).sum(), 0]
+    assert check_domain(named, CLASSES)[0].tolist() == [(expected == 0).sum(), (expected == 1).sum(), 0]
     assert "shows no pixel of car: nothing is learned or scored of it there." in caplog.text
     assert "if 255 stands for a class" not in caplog.text
     with pytest.raises(ValueError, match=r"contains the ids 9 \(20 pixels\), but its label space has the ids 0, 255\."):

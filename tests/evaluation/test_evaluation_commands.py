@@ -403,7 +403,7 @@ def test_path_without_images_is_named(model_folder, photos, tmp_path, capsys, pa
 
     assert predict(model_folder, tmp_path / path, tmp_path / "out") == 2
 
-    assert last_error_line(capsys).startswith(f"ValueError: {tmp_path / path} ")
+    assert str(tmp_path / path) in last_error_line(capsys)
 
 
 # ------------------------------------------------------------------------ labelled domains that need more than a path

@@ -371,7 +371,7 @@ def test_side_margins_are_columns_of_the_image_wherever_the_crop_lies():
     [
         (["--hrda.crop_size=[36, 32]"], r"hrda\.crop_size must be multiples of 8, twice the stride"),
         (["--hrda.crop_size=[128, 128]"], r"hrda\.crop_size must be at most data\.crop_size \(64, 128\)"),
-        (["--hrda.crop_size=[16, 32]"], r"hrda\.crop_size must be at least 32 x 32"),
+        (["--hrda.crop_size=[16, 32]"], r"hrda\.crop_size must be at least 32 in every place"),
         (["--data.crop_size=[96, 128]"], r"data\.crop_size must be multiples of 64 with hrda\.enabled"),
         (["--data.outer_crop_size=[97, 192]"], r"data\.outer_crop_size must be even with hrda\.enabled"),
         (["--mix.source=pseudo_target"], r"mix\.source must be 'source' with hrda\.enabled"),

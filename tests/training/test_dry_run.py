@@ -132,10 +132,10 @@ FAULTS = {  # what is planted: (how, what is said)
     "a checkpoint that cannot be written": (failing_write, "could not be written.*No space left"),
     "windows that leave gaps": (
         lambda _: [*SLIDE, "--evaluation.stride=[64, 64]"],
-        "stride must be positive and at most the window",
+        "stride must be at most evaluation.window",
     ),
     "a learning rate that ends in NaN": (lambda _: ["--optim.lr=1e38"], "not finite|is nan|is inf"),
-    "no token": (lambda _: ["--push_to_hub.repo_id=me/model"], "there is no token"),
+    "no token": (lambda _: ["--push_to_hub.repo_id=me/model"], "no token of the Hub was found"),
     "no licence": (
         lambda m: with_token(m, "--baseline=source_only", "--test.path=test.parquet", *a_test_set()),
         "terms|licen",

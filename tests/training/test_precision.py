@@ -88,8 +88,10 @@ def test_bf16_is_inside_the_networks_alone(fresh: None) -> None:
     for terms, others in zip(found, expected, strict=True):
         for name, value in terms.items():
             assert math.isfinite(value)
-            if name != "trust":  # a share of pixels above a threshold may jump
-                assert value.item() == pytest.approx(others[name].item(), rel=0.05)
+            if (
+                name != "trust"
+            ):  # a share of pixels above a threshold may jump, and the pull draws among pixels below one
+                assert value.item() == pytest.approx(others[name].item(), rel=0.1 if name == "pull" else 0.05)
 
 
 def test_checkpointed_activations_change_no_loss() -> None:

@@ -59,8 +59,8 @@ def test_a_wide_kernel_fits_a_narrow_image():
     ("values", "message"),
     [
         ({"probability": 1.5}, "gaussian_blur.probability must be in"),
-        ({"sigma": (2.0, 1.0)}, "gaussian_blur.sigma must be 0 < low <= high"),
-        ({"sigma": (0.0, 1.0)}, "gaussian_blur.sigma must be 0 < low <= high"),
+        ({"sigma": (2.0, 1.0)}, "gaussian_blur.sigma must be the lower one and then the higher"),
+        ({"sigma": (0.0, 1.0)}, "gaussian_blur.sigma must be positive in every place"),
     ],
 )
 def test_bad_values_are_refused(values, message):
