@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..config import DomainConfig, load_config
 from ..data.domains import Domain, load_domain
+from ..data.sources import DRAWN
 from ..evaluation.evaluator import LabelledDomain, Part, readable_part
 from ..evaluation.models import titled
 
@@ -17,6 +18,9 @@ MEANING = ("label_space", "class_names", "label_ids", "label_colors")
 
 def test_domains(args: Namespace) -> list[DomainConfig]:
     """The test domain of the config and of the flags; one for each path of --domain.
+
+    Without a config and a path it is that of the run that the first model comes from. Then `args.cfg` gets the
+    evaluation of the run, too: with other windows the same images would have another score.
 
     Args:
         args: of a parser that `takes_a_test_domain`.
@@ -28,22 +32,34 @@ def test_domains(args: Namespace) -> list[DomainConfig]:
     models = args.models if "models" in args else [args.model]
     run = None if args.config else _run_of([titled(given)[1] for given in models])
     if run is not None and not args.domain and not test.path:
-        test = load_config(run, args.overrides, record=True).test
-    elif run is not None and not any(getattr(test, name) for name in MEANING):
-        of_run = load_config(run, record=True).test
-        test = replace(test, **{name: getattr(of_run, name) for name in (*MEANING, "label_map", "ignore_id")})
-        print(f"The ids of label maps are read as in the run, see {run}.", file=sys.stderr)
+        of_run = load_config(run, args.overrides, record=True)
+        test, args.cfg = of_run.test, replace(args.cfg, evaluation=of_run.evaluation)
+        run = None
     if not args.domain and not test.path:
         raise ValueError("no labelled domain was named: give --config with a file or a recipe, or --domain PATH.")
-    if run is None or test.crop_box is not None:
-        return [replace(test, path=path) for path in args.domain] or [test]
-    of_run = load_config(run, record=True).test
-    return [_cut_as(of_run, replace(test, path=path)) for path in args.domain or [test.path]]
+    named = [replace(test, path=path) for path in args.domain] or [test]
+    if run is None:
+        return named
+    as_in_run = load_config(run, record=True).test
+    explained = [_explained_by(as_in_run, one) for one in named]
+    if explained != named:
+        print(f"The ids of label maps are read as in the run, see {run}.", file=sys.stderr)
+    return [_cut_as(as_in_run, one) for one in explained]
+
+
+def _explained_by(of_run: DomainConfig, test: DomainConfig) -> DomainConfig:
+    """A domain whose ids mean what they mean in the run, where neither a flag nor the domain itself says it."""
+    if test.layout or test.path in DRAWN or any(getattr(test, name) for name in MEANING):
+        return test
+    default = DomainConfig()
+    taken = (*MEANING, "label_map", "ignore_id")
+    left_out = [name for name in taken if getattr(test, name) == getattr(default, name)]
+    return replace(test, **{name: getattr(of_run, name) for name in left_out})
 
 
 def _cut_as(of_run: DomainConfig, test: DomainConfig) -> DomainConfig:
     """The part of the images that the run looked at, if they are the same; otherwise that part is named."""
-    if of_run.crop_box is None:
+    if of_run.crop_box is None or test.crop_box is not None:
         return test
     if Path(test.path).absolute() == Path(of_run.path).absolute():
         return replace(test, crop_box=of_run.crop_box)

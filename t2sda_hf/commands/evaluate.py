@@ -40,7 +40,8 @@ Loaded = tuple[nn.Module, tuple[str, ...]]
 def run(args: Namespace) -> int:
     if args.every < 1:
         raise ValueError(f"--every must be at least 1, got {args.every}.")
-    domains, how = test_domains(args), args.cfg.evaluation
+    domains = test_domains(args)
+    how = args.cfg.evaluation  # not before: it may be that of the run
     files = () if args.output is None else (args.output, args.output.with_suffix(".csv"))
     if len(set(files)) < len(files):
         raise ValueError(f"--output {args.output} is the name of the table that is written beside it: end it in .json.")

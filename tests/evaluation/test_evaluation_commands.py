@@ -607,6 +607,40 @@ def test_what_ids_mean_is_asked_for_or_taken_from_the_run(model_folder, mapped, 
     assert f"The run cut its test images to --crop_box 8 0 40 64; {elsewhere} is read whole." in capsys.readouterr().err
 
 
+def test_flags_are_stronger_than_the_run_that_explains_ids(model_folder, mapped, tmp_path, capsys):
+    """A run may explain other data's ids, but not against a flag, nor those that a layout or drawn streets explain."""
+    config, domain, _ = mapped
+    student = tmp_path / "run" / "t2sda" / "student"
+    shutil.copytree(model_folder, student)
+    slide = ["--evaluation.mode=slide", "--evaluation.window=[32, 32]", "--evaluation.stride=[16, 16]"]
+    resolved = dump_config(load_config(config, ["--source={}", "--rcs.min_pixels=5", *slide]))
+    (student.parent / "resolved_config.yaml").write_text(resolved, encoding="utf-8")
+
+    def scored(*words):
+        (tmp_path / "scores.json").unlink(missing_ok=True)
+        assert main(["evaluate", str(student), *words, "--output", str(tmp_path / "scores.json")]) == 0
+        return json.loads((tmp_path / "scores.json").read_text())
+
+    data = ["--domain", domain["path"], "--label_path", domain["label_path"]]
+    pixels = np.sum(scored(*data)["confusion"], axis=1)
+    assert pixels[0] > 0
+    assert not np.sum(scored(*data, "--ignore_id", "1")["confusion"], axis=1)[0]  # street
+    only = np.sum(scored(*data, "--label_map", "{vehicle: road}")["confusion"], axis=1)
+    assert only.tolist() == [pixels[3], 0, 0, 0]
+
+    capsys.readouterr()
+    drawn = scored("--domain", "streets-target", "--limit", "1")
+    assert "read as in the run" not in capsys.readouterr().err
+    assert drawn["mode"] == "whole"
+    alone = ["evaluate", str(model_folder), "--domain", "streets-target", "--limit", "1"]
+    assert main([*alone, "--output", str(tmp_path / "alone.json")]) == 0
+    assert drawn["confusion"] == json.loads((tmp_path / "alone.json").read_text())["confusion"]
+
+    of_run = scored()  # its images, its windows
+    assert (of_run["mode"], of_run["window"], of_run["stride"]) == ("slide", [32, 32], [16, 16])
+    assert scored("--mode", "whole")["mode"] == "whole"
+
+
 def test_models_of_one_title_are_seeds_of_one_method(model_folder, tmp_path, capsys):
     other = shutil.copytree(model_folder, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
