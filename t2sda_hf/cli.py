@@ -23,7 +23,7 @@ from typing import Any
 
 from .config import keys, load_config, recipe_names, unknown_key
 from .data.layouts import LAYOUTS
-from .errors import SIGNALS, Ended, Stopped
+from .errors import Ended, Stopped, heard
 from .launching import FLAGS as LAUNCH_FLAGS
 from .launching import launch
 from .listing import from_home
@@ -686,7 +686,6 @@ def entry() -> None:
     # cores; large pages make large tensors in half the time on Linux.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    for number in set(SIGNALS) - {signal.SIGINT}:
-        if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
-            signal.signal(number, _told_to_stop)
+    for number in set(heard()) - {signal.SIGINT}:
+        signal.signal(number, _told_to_stop)
     sys.exit(run_masked(main))

@@ -10,6 +10,11 @@ from collections.abc import Iterator
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
+def heard() -> list[signal.Signals]:
+    """Those of `SIGNALS` that this process does not ignore: `nohup` and a shell's `&` leave some of them out."""
+    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+
+
 class Ended(Exception):
     """A command ends here. `exit_code` is the one of the process; the text is for its user.
 

@@ -17,7 +17,7 @@ import psutil
 import yaml
 
 from .config import RECIPES, find_recipe
-from .errors import SIGNALS, Stopped
+from .errors import SIGNALS, Stopped, heard
 from .training.stopping import LAUNCHED
 
 # The flags of commands that several processes may run.
@@ -133,7 +133,7 @@ def _start(name: str, args: Namespace, file: Path | None) -> int:
         flags = [f"--config_file={file}", *(word for word in words_of(args) if word[2:].startswith(_OF_ACCELERATE))]
     os.environ["T2SDA_COMMAND"] = shlex.join(["t2sda", name, *args.words])  # for the record of the run
     # torch's launcher passes these on, and waits: a step and a save may take longer than its half minute.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(signal.Signals(number).name for number in SIGNALS)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(number.name for number in heard())
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     try:
         launch_command(launch_command_parser().parse_args([*flags, "--module", "t2sda_hf", name, *_own(args.words)]))
@@ -183,7 +183,7 @@ class Runner:
         self.stopped_by = 0
 
     def __enter__(self) -> "Runner":
-        self.before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
+        self.before = {number: signal.signal(number, self._pass_on) for number in heard()}
         return self
 
     def __exit__(self, *exception: object) -> None:

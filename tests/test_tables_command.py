@@ -12,6 +12,7 @@ from running import TINY_RUN
 
 from t2sda_hf.cli import main
 from t2sda_hf.commands import tables
+from t2sda_hf.errors import heard
 from t2sda_hf.launching import Runner
 
 ROWS = """
@@ -254,6 +255,19 @@ subprocess.Popen([sys.executable, "-c", behind]).wait()
         assert written.read_text() == "saved"
         assert runner.run([sys.executable, "-c", "raise SystemExit(0)"]) == 128 + number  # nothing is started any more
     assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Runner() as runner:
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            signal.raise_signal(signal.SIGHUP)
+            assert runner.run([sys.executable, "-S", "-c", "raise SystemExit(7)"]) == 7
+        assert signal.SIGHUP not in heard()
+        assert signal.SIGTERM in heard()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_one_cell_for_real(table, tmp_path, capsys):

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from ..errors import SIGNALS, Stopped
+from ..errors import SIGNALS, Stopped, heard
 
 # Set in the processes that a launcher starts: by those of several, by accelerate's of one, by `launching`.
 LAUNCHED = ("LOCAL_RANK", "ACCELERATE_DYNAMO_BACKEND", "T2SDA_COMMAND")
@@ -39,8 +39,7 @@ class StopRequest:
     _launcher: int | None = None
 
     def __enter__(self) -> "StopRequest":
-        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        self._before: dict[int, Any] = {number: signal.signal(number, self._note) for number in heard}
+        self._before: dict[int, Any] = {number: signal.signal(number, self._note) for number in heard()}
         self._launcher = launcher()
         return self
 
