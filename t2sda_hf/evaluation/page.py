@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from os.path import relpath
+from os.path import abspath, relpath
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,8 @@ def command_to_repeat(folder: Path, command: str) -> str:
             words = words if equals else words[1:]
         else:
             kept.append(word)
+    if folder.name in ("", ".."):  # "." has no name of its own
+        folder = Path(abspath(folder))
     number = 1
     while (again := folder.with_name(f"{folder.name}_again{number if number > 1 else ''}")).exists():
         number += 1

@@ -193,6 +193,14 @@ def test_the_command_of_a_run_repeats_it_beside_it(tmp_path: Path, command: str,
     assert command_to_repeat(tmp_path / "run", command) == f"{again} --output_dir {tmp_path / 'run_again2'}"
 
 
+@pytest.mark.parametrize("place", [".", "..", "../t2sda"])
+def test_a_page_can_be_made_from_inside_of_its_folder(tmp_path: Path, monkeypatch, place: str) -> None:
+    (tmp_path / "run" / "t2sda").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run" / ("" if place == "." else "t2sda"))
+    beside = "../t2sda_again" if place == "../t2sda" else tmp_path / "run_again"
+    assert command_to_repeat(Path(place), "t2sda train") == f"t2sda train --output_dir {beside}"
+
+
 def test_which_classes_got_worse(tmp_path: Path) -> None:
     """IoU of road 70/130 and not 105/165, of building 90/150 and not 40/100, the others as before."""
     page = Page(write_page(write_run(tmp_path / "run")))
