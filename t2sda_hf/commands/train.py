@@ -170,7 +170,7 @@ def explained(accelerator: Accelerator, folder: Path) -> Iterator[None]:
         error.args = (f"{error} {left_in(folder)}",)
         raise
     except ValueError as error:
-        raise RuntimeError(f"in the middle of the run: {error} {left_in(folder)}") from error
+        raise RunFailed(f"in the middle of the run: {error} {left_in(folder)}") from error
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:
         text = str(error).rstrip(".")
         raise RunFailed(f"{type(error).__name__}: {text}. {left_in(folder)}") from error
