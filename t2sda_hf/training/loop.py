@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -73,11 +73,14 @@ def train(
         for step in range(start.step, limit.max_steps):
             # At the start of the next step, so that a checkpoint is never younger than the evaluation of its weights.
             if step and step % limit.evaluate_every == 0:
-                observe(run, step, tracker, store, evaluation.results(networks))
+                results = evaluation.results(networks)
+                at.before_look = [] if run.parts.watch is None else [_state(run.parts.watch)]
+                observe(run, step, tracker, store, results)
             began = time.perf_counter()
             seen = update(run, step, tracker)
             _say_compiled(took, time.perf_counter() - began, limit.compile, tracker)
             done = at.done = step + 1  # the number of finished updates is the only counter there is
+            at.before_look = []
             if _due(done, limit.log_every, limit.max_steps):
                 tracker.flush(done, run.cfg.optim.lr * learning_rate_factor(step, run.cfg.optim, limit.max_steps))
             number = largest(stop.number, run.accelerator)
@@ -102,6 +105,8 @@ def train(
 class _Position:
     done: int  # finished updates
     saved: int  # of these, how many the newest checkpoint holds
+    # The watch before the evaluation after `done` updates took its sums: a run that goes on there evaluates again.
+    before_look: list[tuple[nn.Module, dict[str, Tensor]]] = field(default_factory=list)
 
 
 @contextmanager
@@ -116,6 +121,7 @@ def _saved_first(run: Run, store: Store, tracker: Tracker, at: _Position) -> Ite
         doubtful = tracker.torn or isinstance(error, NotFinite | CheckpointError | LostFolder)
         known = run.accelerator.num_processes == 1 or isinstance(error, Stopped | DataFailed)
         if known and not doubtful and at.done > at.saved:
+            _as_before(at.before_look)
             store.save_checkpoint(run.parts, tracker.progress(at.done))
         raise
 
@@ -138,7 +144,7 @@ def update(run: Run, step: int, tracker: Tracker) -> Mapping[str, Any]:
     cfg, accelerator, parts = run.cfg, run.accelerator, run.parts
     student, teacher = parts.networks.student, parts.networks.teacher
     set_learning_rate(parts.optimizer, learning_rate_factor(step, cfg.optim, cfg.train.max_steps))
-    before = [(m, {name: b.clone() for name, b in m.named_buffers()}) for m in (student, teacher, *parts.own.values())]
+    before = [_state(module) for module in (student, teacher, *parts.own.values())]
     logged: list[dict[str, Tensor]] = []
     seen: Mapping[str, Any] = {}
     try:
@@ -273,6 +279,11 @@ def _skip_or_stop(step: int, guilty: str | None, run: Run, tracker: Tracker) -> 
             "train.max_skipped_steps allows. Nothing was updated."
         )
     tracker.step_skipped(step, reason)
+
+
+def _state(module: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A module and a copy of its buffers, for `_as_before`."""
+    return module, {name: buffer.clone() for name, buffer in module.named_buffers()}
 
 
 def _as_before(before: list[tuple[nn.Module, dict[str, Tensor]]]) -> None:
