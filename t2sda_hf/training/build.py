@@ -4,8 +4,8 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from multiprocessing import active_children
@@ -76,12 +76,7 @@ def open_domains(cfg: RunConfig, accelerator: Accelerator) -> Domains:
     Raises:
         ValueError: see `load_domain`, `check_domain`, `settle`, `build_engine` and `open_translated`.
     """
-    # One after the other, so that all but the first read the cache. A lock, because the first may take longer than
-    # processes wait for each other in a collective.
-    cache = Path(datasets.config.HF_DATASETS_CACHE)
-    with ExitStack() as held:
-        if accelerator.num_processes > 1:
-            held.callback(locked(cache / "t2sda_hf.lock").release)
+    with _one_by_one(accelerator):
         source = load_domain(cfg.source, cfg.classes)
         target = None
         if cfg.method != "generalization":
@@ -99,8 +94,22 @@ def open_domains(cfg: RunConfig, accelerator: Accelerator) -> Domains:
     engine = build_engine(cfg.translate if cfg.translates else TranslateConfig(engine="none"))
     folder = cfg.translate.trained.folder if cfg.translates and cfg.translate.engine == "trained" else ""
     translated = open_translated(folder, len(source), cfg.source.max_pixels) if folder else None
-    contents |= contents_of_translation(cfg.translate, engine, translated) if cfg.translates else {}
+    if cfg.translates:
+        with _one_by_one(accelerator):  # once more: nobody may hold it in `settle`, where all wait for each other
+            contents |= contents_of_translation(cfg.translate, engine, translated)
     return Domains(source, target, test, facts, engine, translated, contents)
+
+
+@contextmanager
+def _one_by_one(accelerator: Accelerator) -> Iterator[None]:
+    """The processes do this one after the other, so that all but the first read the cache.
+
+    A lock, because the first may take longer than processes wait for each other in a collective.
+    """
+    with ExitStack() as held:
+        if accelerator.num_processes > 1:
+            held.callback(locked(Path(datasets.config.HF_DATASETS_CACHE) / "t2sda_hf.lock").release)
+        yield
 
 
 def settle(cfg: RunConfig, facts: Facts, accelerator: Accelerator) -> Derived:
@@ -356,7 +365,8 @@ def read_batches(
     Raises:
         RuntimeError: where a batch is asked for and a worker that would read it is gone.
     """
-    cfg = replace(cfg, data=replace(cfg.data, num_workers=workers_that_fit(cfg, accelerator.num_processes)))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))  # of a launcher: those of this machine
+    cfg = replace(cfg, data=replace(cfg.data, num_workers=workers_that_fit(cfg, here)))
     rare = None
     if cfg.rcs.enabled:
         rare = rare_classes(domains.source_counts, cfg.rcs.temperature, cfg.rcs.min_pixels)
@@ -389,6 +399,10 @@ def workers_that_fit(cfg: RunConfig, num_processes: int) -> int:
     """How many of `data.num_workers` may work: all that they hand over lies in /dev/shm until it was taken.
 
     Where that is full, batches get lost, and the run would wait for ever. Containers have 64 MB by default.
+
+    Args:
+        cfg: of the run.
+        num_processes: of this machine, which share /dev/shm.
     """
     asked, memory = cfg.data.num_workers, Path("/dev/shm")
     if not asked or not memory.is_dir():
