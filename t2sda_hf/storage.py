@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from hashlib import file_digest
 from pathlib import Path
@@ -28,7 +28,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: the old one stays.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # two processes may write the same file
     try:
         partial.write_text(text, encoding="utf-8")
         sync(partial)
@@ -103,7 +103,8 @@ def share_weights(folder: Path) -> None:
     probe = folder / ".rights"
     probe.touch()
     for path in folder.rglob("*.safetensors"):
-        shutil.copymode(probe, path)
+        with suppress(OSError):  # some file systems have no rights, or let nobody change them
+            shutil.copymode(probe, path)
     probe.unlink()
 
 

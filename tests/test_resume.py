@@ -38,7 +38,7 @@ from t2sda_hf.methods import METHODS
 from t2sda_hf.storage import read_lines
 from t2sda_hf.training import loop, stopping, tracking
 from t2sda_hf.training.checkpoint import Progress, checkpoints
-from t2sda_hf.training.resume import lock_run
+from t2sda_hf.training.resume import kept_values, lock_run
 from t2sda_hf.training.scores import Interruptible
 from t2sda_hf.training.stopping import Stopped, StopRequest
 from t2sda_hf.training.tracking import Tracker
@@ -373,13 +373,27 @@ def test_a_finished_model_that_does_not_load_is_made_again(run, tmp_path: Path, 
     assert weights.read_bytes() == whole
 
 
-@pytest.mark.parametrize("left", [("run.json",), (".run.json.partial", ".lock"), ("run.json", "data.json")])
+@pytest.mark.parametrize(
+    "left", [("run.json",), (".run.json.partial", ".lock"), (".run.json.77.partial",), ("run.json", "data.json")]
+)
 def test_a_start_that_the_disk_ended_is_started_again(run, tmp_path: Path, left: tuple[str, ...]) -> None:
     (tmp_path / "out").mkdir()
     for name in left:
         (tmp_path / "out" / name).touch()
     assert run("out", "--resume", "auto", "--train.max_steps", "1") == 0
     assert json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["command"]
+    assert not list((tmp_path / "out").glob(".*.partial"))
+
+
+def test_only_what_has_learned_keeps_its_derived_values(tmp_path: Path) -> None:
+    """A run that ended before its first checkpoint starts anew, and so do the values that it derived."""
+    cfg = load_config(None, [f"--output_dir={tmp_path}", "--resume=auto", "--baseline=source_only"])
+    for method, steps in (("source_only", 7), ("t2sda", 9)):
+        (tmp_path / method).mkdir()
+        (tmp_path / method / "resolved_config.yaml").write_text(f"optim: {{warmup_steps: {steps}}}", encoding="utf-8")
+    assert kept_values(cfg) == {}
+    (tmp_path / "t2sda" / "checkpoint-000005").mkdir()
+    assert kept_values(cfg) == {"optim.warmup_steps": 9}
 
 
 def test_a_run_never_writes_into_a_folder_that_took_the_place_of_its_own(
@@ -651,6 +665,32 @@ def test_a_signal_in_the_evaluation_saves_the_step_before_it(run, tmp_path: Path
     assert run("out", "--resume", "auto") == 0
     lines = [json.loads(line) for line in (tmp_path / "out" / "t2sda" / "scalars.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "student/miou" in line] == [5, 10, 12]
+
+
+@pytest.mark.parametrize("late", ["evaluation", "observation"])
+def test_a_signal_around_an_evaluation_loses_no_proxy(run, tmp_path: Path, monkeypatch, late: str) -> None:
+    """Step 5 is evaluated and not saved by the clock: the run that goes on evaluates it again, with all it has seen."""
+
+    def proxies(name: str) -> list[dict]:
+        lines = read_lines(tmp_path / name / "t2sda" / "scalars.jsonl")
+        found = [{key: line[key] for key in line if key.startswith("proxy/")} for line in lines]
+        return [line for line in found if line]
+
+    assert run("whole") == 0
+    place, name = (Interruptible, "labels") if late == "evaluation" else (loop, "observe")
+    made = getattr(place, name)
+
+    def planted(*arguments: object) -> object:
+        result = made(*arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, planted)
+        assert run("out") == 130
+    assert checkpoints(tmp_path / "out" / "t2sda")[-1].name == "checkpoint-000005"
+    assert run("out", "--resume", "auto") == 0
+    assert proxies("out")[-3:] == proxies("whole")
 
 
 def test_the_sampler_starts_late_without_replaying() -> None:

@@ -9,6 +9,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ _PLACES: dict[str, str] = {
 _OWN = ("output_dir", "resume", "data.num_workers", "train.num_threads")
 _LEASE_SECONDS = 30.0  # it is renewed three times as often
 # All that a run has written that ended before it began to train.
-_AT_THE_START = {name for file in (RUN_RECORD, DATA_RECORD) for name in (file, f".{file}.partial")} | {LOCK, LEASE}
+_AT_THE_START = (LOCK, LEASE, *(name for file in (RUN_RECORD, DATA_RECORD) for name in (file, f".{file}*.partial")))
 _LOOKED_AT = 16  # images of a domain that are read for its fingerprint
 
 
@@ -177,7 +178,7 @@ def check_folder(cfg: RunConfig) -> None:
 
 def _only_begun(folder: Path) -> bool:
     """Whether all in a folder is what a run of ours has written that ended before it trained: on a full disk, say."""
-    return all(path.name in _AT_THE_START for path in folder.iterdir())
+    return all(any(fnmatch(path.name, pattern) for pattern in _AT_THE_START) for path in folder.iterdir())
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -196,10 +197,11 @@ def config_of(cfg: RunConfig, method: Any) -> RunConfig:
 
 
 def kept_values(cfg: RunConfig) -> dict[str, Any]:
-    """Dotted keys of the run that is to go on, as it resolved them; {} if there is none."""
+    """Dotted keys of the run that is to go on, as it resolved them; {} if there is none, or if it has learned nothing
+    that could go on."""
     if cfg.resume is None:
         return {}
-    folders = [Path(cfg.output_dir) / method for method in methods_of(cfg)]
+    folders = [folder for method in methods_of(cfg) if checkpoints(folder := Path(cfg.output_dir) / method)]
     if cfg.resume != "auto":
         folders.insert(0, Path(cfg.resume).parent)
     written = (folder / "resolved_config.yaml" for folder in folders)
@@ -371,6 +373,7 @@ def _plan(cfg: RunConfig, records: dict[str, dict[str, Any]], contents: Mapping[
     given = None if cfg.resume == "auto" else Path(cfg.resume)
     given_state = None if given is None else _check_given(given, Path(cfg.output_dir), list(records))
     starts: dict[str, Start] = {}
+    sweep(Path(cfg.output_dir))
     for method, record in records.items():
         folder = Path(cfg.output_dir) / method
         sweep(folder)
