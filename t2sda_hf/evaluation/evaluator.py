@@ -197,8 +197,8 @@ def evaluate_model(
 
 def where(domain: LabelledDomain, index: int) -> str:
     """How messages call an image: by its file, where it has one."""
-    while isinstance(domain, Part):
-        index, domain = domain.indices[index], domain.domain
+    while not isinstance(domain, Domain) and hasattr(domain, "domain"):  # a part of one, or one that is watched
+        index, domain = domain.indices[index] if isinstance(domain, Part) else index, domain.domain
     return domain.where(domain.table[index], index) if isinstance(domain, Domain) else f"{domain.name}, image {index}"
 
 

@@ -1,5 +1,6 @@
 """How a run scores its networks while it trains."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from ..methods import Networks
 from ..teacher import with_statistics_of
 from .distributed import whole_network
 from .stopping import StopRequest
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,16 @@ class Evaluation:
         if self.cfg.evaluation.source_images:
             seen_before = evenly_spread(self.source, self.cfg.evaluation.source_images, ", seen in training")
             for name, model in models.items():
-                found[f"{name}_source"] = self._score(model, seen_before, self.source)
+                found[f"{name}_source"] = self._score(model, seen_before, self.source, skip_unreadable=True)
+            lost = found["student_source"]["unreadable"]
+            if lost:  # as in training, which draws another one
+                logger.warning(
+                    "%d of the %d source images that are scored cannot be read any more and are left out. The first: "
+                    "%s",
+                    len(lost),
+                    len(seen_before),
+                    lost[0],
+                )
         return found
 
     def score(self, model: nn.Module) -> dict[str, Any]:
@@ -123,7 +135,9 @@ class Evaluation:
         save_confusion(panels["confusion"], {method: np.array(results["student"]["confusion"])}, classes)
         return panels
 
-    def _score(self, model: nn.Module, shown: LabelledDomain, domain: Domain) -> dict[str, Any]:
+    def _score(
+        self, model: nn.Module, shown: LabelledDomain, domain: Domain, skip_unreadable: bool = False
+    ) -> dict[str, Any]:
         """The result on what is `shown` of a domain."""
         how = self.cfg.evaluation
         with self._as_written():
@@ -137,6 +151,7 @@ class Evaluation:
                 window=how.window,
                 stride=how.stride,
                 limit=how.limit,
+                skip_unreadable=skip_unreadable,
             )
 
     def _whole(self, network: nn.Module) -> nn.Module:
