@@ -79,7 +79,8 @@ class Store:
         processor: goes with every model.
         like: the student before it was sharded, see `whole_network`.
         record: what the weights depend on, from `build.records`; kept in every checkpoint.
-        owned: raises LostFolder if the folder is not this run's any more. It is asked before every write.
+        owned: raises LostFolder if the folder is not this run's any more. It is asked before
+            checkpoints, models and results are written.
     """
 
     folder: Path
