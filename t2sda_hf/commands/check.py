@@ -55,10 +55,12 @@ def check(
     facts = {role: fact for role, (_, fact) in domains.items()}
     findings = [finding for fact in facts.values() for finding in fact.findings] + compare(facts, cfg.classes)
     said: list[str] = []
-    if "source" in facts:
-        sizes = {role: np.repeat(list(fact.sizes), list(fact.sizes.values()), axis=0) for role, fact in facts.items()}
+    # A run cannot start with faults in its data: what it makes of the images is said of those without one.
+    sizes = {role: np.array([fact.shapes[row] for row in fact.readable]) for role, fact in facts.items()}
+    if "source" in facts and all(len(sizes[role]) for role in sizes if role != "test"):
+        counts = facts["source"].counts[facts["source"].readable]
         try:
-            derived = derive(cfg, Facts(facts["source"].counts, sizes["source"], sizes.get("target")))
+            derived = derive(cfg, Facts(counts, sizes["source"], sizes.get("target")))
         except ValueError as error:
             findings.append(Finding("the config", "values that do not fit", "fault", 1, str(error)))
         else:

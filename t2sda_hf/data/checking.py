@@ -4,6 +4,7 @@ A fault stops a run or spoils it without a word; a note is for the user to judge
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ class DomainFacts:
     Attributes:
         counts: (images, K) int64 pixels per class; zeros for unreadable rows and without labels.
         ignored: share of pixels without a class; NaN without labels.
-        sizes: (height, width) -> images.
+        shapes: (height, width) of every image, upright; None where it cannot be read.
         hashes: sha256 of the decoded pixels of every image, "" where it cannot be read.
         readable: indices of rows without a fault, for pictures.
     """
@@ -59,10 +60,15 @@ class DomainFacts:
     labelled: bool
     counts: np.ndarray
     ignored: float
-    sizes: dict[tuple[int, int], int]
+    shapes: list[tuple[int, int] | None]
     hashes: list[str]
     readable: list[int]
     findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def sizes(self) -> dict[tuple[int, int], int]:
+        """(height, width) -> how many images."""
+        return Counter(shape for shape in self.shapes if shape is not None)
 
 
 def inspect_domain(domain: Domain, classes: Sequence[str], num_processes: int = 1) -> DomainFacts:
@@ -87,17 +93,13 @@ def inspect_domain(domain: Domain, classes: Sequence[str], num_processes: int = 
                     bar.update(len(chunk))
     counts = np.array([row["counts"] for row in rows], dtype=np.int64).reshape(len(rows), len(classes))
     pixels = sum(row["pixels"] for row in rows)
-    sizes: dict[tuple[int, int], int] = {}
-    for row in rows:
-        if row["size"]:
-            sizes[row["size"]] = sizes.get(row["size"], 0) + 1
     facts = DomainFacts(
         domain.name,
         len(domain),
         domain.rule is not None,
         counts,
         1 - counts.sum() / pixels if pixels and domain.rule is not None else float("nan"),
-        sizes,
+        [row["size"] for row in rows],
         [row["hash"] for row in rows],
         [index for index, row in enumerate(rows) if not any(severity == "fault" for _, severity, _ in row["faults"])],
     )

@@ -249,6 +249,21 @@ def test_counts_sizes_and_the_curve_of_rare_classes(tmp_path):
     assert not drawn[~present].any()
 
 
+def test_a_broken_image_leaves_the_others_with_their_sizes(tmp_path, capsys):
+    """Sizes and pixels per class belong to the same images, whatever is broken between them."""
+    street_folders(tmp_path)
+    (tmp_path / "images" / "1.png").write_bytes(b"no picture")
+    for name in ("images", "labels"):
+        with Image.open(tmp_path / name / "3.png") as picture:
+            picture.resize((160, 96), Image.Resampling.NEAREST).save(tmp_path / name / "3.png")
+    facts = facts_of(tmp_path)
+    assert facts.shapes == [SIZE, None, SIZE, (96, 160), SIZE, SIZE]
+    assert facts.sizes == {SIZE: 4, (96, 160): 1}
+    words = [f"--source.path={tmp_path / 'images'}", f"--source.label_path={tmp_path / 'labels'}", "--processes=1"]
+    assert main(["check", *words, "--only", "source", "--output", str(tmp_path / "out")]) == 1
+    assert "a run: crops of " in capsys.readouterr().out
+
+
 def test_several_processes_find_what_one_finds(tmp_path):
     domain = load_domain(DomainConfig(path="streets-target", num_images=20))
     one, two = (inspect_domain(domain, CITYSCAPES_CLASSES, num_processes=n) for n in (1, 2))
@@ -281,6 +296,7 @@ def test_the_command_checks_a_run_and_writes_one_page(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "fault: label map unreadable, 1x in" in printed
     assert "1 kinds of faults" in printed
+    assert "a run: crops of 32x64 in windows of 48x80, from source images of 48x80" in printed
     page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
     assert "label map unreadable" in page
     assert "&lt;b&gt;2&amp;.png" in page
@@ -293,6 +309,11 @@ def test_the_command_checks_a_run_and_writes_one_page(tmp_path, capsys):
     for role in ("source", "target"):
         with Image.open(tmp_path / "out" / f"{role}.png") as sheet:
             assert sheet.width == 888
+    for index in range(COUNT):
+        (tmp_path / "s" / "images" / f"{index}.png").write_bytes(b"no picture") if index != 2 else None
+    (tmp_path / "s" / "images" / "<b>2&.png").write_bytes(b"no picture")
+    assert main(["check", *arguments]) == 1  # nothing is left of the source, and nothing is said of a run
+    assert "a run:" not in capsys.readouterr().out
     clean = ["--source.path", "streets-source", "--source.num_images", "8", "--output", str(tmp_path / "clean")]
     assert main(["check", *clean, "--processes", "1"]) == 0
     assert main(["check", "--output", str(tmp_path / "none")]) == 2
