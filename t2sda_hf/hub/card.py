@@ -12,7 +12,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import metadata
 from pathlib import Path
@@ -116,6 +116,8 @@ class CardFacts:
         return gaps
 
 
+_TEXTS = {"note", "start", "terms", "remarks"}  # keys of what a person or the run says in words
+_CLASSES = {"classes", "class_names", "label_map", "label_ids", "label_colors"}  # keys of names that may hold a /
 # A path from the root, from a home or from the folder above: not the end of a relative one, nor of a URL.
 _PLACE = re.compile(r"(?<![\w:/.~-])(?:~[\w-]*|\.\.)?(?:/[^\s/'\"{}\[\],;:=]+)+/?")
 
@@ -175,8 +177,8 @@ def gather_facts(run_folder: Path, repo_id: str, given: Mapping[str, Any] | None
     cfg = load_config(_existing(folder / "resolved_config.yaml"), record=True)
     metrics = _read_json(folder / "metrics.json")
     push, slides = cfg.push_to_hub, cfg.evaluation.mode == "slide"
-    start = placeless(str(given.get("start") or push.start))
-    terms = placeless(push.terms | dict(given.get("terms") or {}))
+    start = placeless(str(given.get("start") or push.start), "start")
+    terms = placeless(push.terms | dict(given.get("terms") or {}), "terms")
     lacks: list[str] = []  # all are told at once
     run = ask(lacks, _run_facts, folder, given)
     ask(lacks, check_start, cfg, start)
@@ -209,8 +211,8 @@ def gather_facts(run_folder: Path, repo_id: str, given: Mapping[str, Any] | None
         teacher=_scores(metrics["teacher"]) if "teacher" in metrics else None,
         source_only=_scores(baseline[1]["student"]),
         source_only_seed=load_config(_existing(baseline[0] / "resolved_config.yaml"), record=True).seed,
-        note=placeless(str(given.get("note") or push.note)),
-        remarks=tuple(placeless(str(one)) for one in summary.get("notes") or ()),
+        note=placeless(str(given.get("note") or push.note), "note"),
+        remarks=tuple(placeless(str(one), "remarks") for one in summary.get("notes") or ()),
         code=str(given.get("code") or _repository()),
         **run,
     )
@@ -308,15 +310,20 @@ def render_results(facts: CardFacts) -> str:
     return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
 
 
-def placeless(value: Any) -> Any:
-    """A tree of settings, in which every path of this machine is its last part: where it lies is nobody's business."""
+def placeless(value: Any, key: str = "") -> Any:
+    """A tree of settings, in which every path of this machine is its last part: where it lies is nobody's business.
+
+    Args:
+        key: of the setting. Names of classes stay as they are; in `_TEXTS`, which may hold several paths, each is cut.
+    """
     if isinstance(value, Mapping):
-        return {key: placeless(one) for key, one in value.items()}
+        return {name: placeless(one, key if key in _TEXTS | _CLASSES else name) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [placeless(one) for one in value]
-    if not isinstance(value, str) or not value:
+        return [placeless(one, key) for one in value]
+    if not isinstance(value, str) or not value or key in _CLASSES:
         return value
-    if value[0] in "/~" or value.startswith("..") or ("/" in value and Path(value).exists()):
+    is_path = key not in _TEXTS and re.match(r"/|(~[\w.-]*|\.\.)(/|$)", value)
+    if is_path or ("/" in value and os.path.exists(value)):
         return Path(value).name
     return _PLACE.sub(lambda found: Path(found[0]).name, value)
 
@@ -348,7 +355,20 @@ def _run_facts(folder: Path, given: Mapping[str, Any]) -> dict[str, str]:
             + "."
         )
     facts = {name: str(known[name]) for name in RUN_FACTS}
-    return facts | {"command": shlex.join(placeless(word) for word in shlex.split(facts["command"]))}
+    return facts | {"command": shlex.join(_placeless_words(shlex.split(facts["command"])))}
+
+
+def _placeless_words(words: Sequence[str]) -> Iterator[str]:
+    """The words of a command after `placeless`, each by its key: --KEY=VALUE or --KEY VALUE."""
+    key = ""
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if not word.startswith("--"):
+            yield placeless(word, key)
+            key = ""
+            continue
+        key = flag.rpartition(".")[2].removeprefix("--")
+        yield f"{flag}{equals}{placeless(value, key)}"
 
 
 def _baseline(folder: Path, cfg: RunConfig, metrics: dict[str, Any], given: str) -> tuple[Path, dict[str, Any]]:

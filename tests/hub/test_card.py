@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from PIL import Image
 
 from t2sda_hf.config import dump_config, load_config
-from t2sda_hf.hub.card import gather_facts, load_facts, record_run, render_card, save_facts
+from t2sda_hf.hub.card import gather_facts, load_facts, placeless, record_run, render_card, save_facts
 from t2sda_hf.hub.push import push_run, stage_run
 
 SHIPPED = sorted(path.parent for path in (Path(__file__).parents[2] / "model_cards").glob("*/facts.json"))
@@ -325,6 +325,24 @@ def test_places_on_a_disk_do_not_reach_the_card(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", f"--target.path={tmp_path}/secret/photos.parquet")
     given = {"terms": {"target": "own photographs"}}
     assert gather_facts(folder, "me/streets", given).domains["target"]["name"] == "photos"
+
+
+def test_only_places_are_cut() -> None:
+    long = "a/b " * 2000
+    told = {"note": f"~5 % better than A/B, see /data/me/x.txt. {long}", "terms": {"source": "~2/3 of them are CC0"}}
+    tree = {"classes": ["car /truck", "~other/thing"], "source": {"label_map": {"x": "/car"}, "path": "/data/a b/c"}}
+    kept = {"classes": ["car /truck", "~other/thing"], "source": {"label_map": {"x": "/car"}, "path": "c"}}
+    assert placeless({**tree, "note": told["note"]}) == {**kept, "note": told["note"].replace("/data/me/", "")}
+    assert placeless(long) == long
+    assert placeless(["~/a b/c", "../a b/c", "~5 % of A/B"]) == ["c", "c", "~5 % of A/B"]
+
+
+def test_a_path_with_blanks_is_cut_in_the_command(run: Path) -> None:
+    words = "t2sda train '--source.path=/data/a b/c' --target.path '/data/d e/f' '--push_to_hub.note=~5 % of A/B'"
+    (run / "run.json").write_text(json.dumps(json.loads((run / "run.json").read_text()) | {"command": words}))
+    given = {"terms": dict.fromkeys(("source", "target", "test"), "own"), "start": "an encoder"}
+    expected = "t2sda train --source.path=c --target.path f '--push_to_hub.note=~5 % of A/B'"
+    assert gather_facts(run / "t2sda", "me/streets", given).command == expected
 
 
 def test_cards_of_shipped_models_are_renderings_of_their_facts() -> None:
