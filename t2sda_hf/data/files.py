@@ -10,6 +10,7 @@ import re
 import stat
 import struct
 import warnings
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ Cell = Mapping[str, Any]
 Color = tuple[int, int, int]
 
 HUB = "hf://datasets/"  # how paths on the Hub begin
+ZIP = "zip://"  # how `datasets` names a file of an archive: zip://NAME::ARCHIVE
 _PIXELS = 2**22  # files up to 64 MiB are read whatever max_pixels says
 TRANSPARENT: Color = (256, 0, 0)  # stands for pixels of no opacity, whatever their colour
 _LOSSY = ("jpeg", "tiff_jpeg", "webp", "jxl", "jpegxl", "jp2k", "lerc")  # compressions inside of a TIFF
@@ -42,6 +44,8 @@ _DAMAGE = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
+# What `zipfile` raises for an archive that is damaged, has no such file, or is encrypted or packed in another way.
+_BAD_ARCHIVE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError)
 _ORIENTATION = 0x0112  # EXIF
 _PNG_MAY_TURN = (
     b"eXIf",
@@ -302,16 +306,21 @@ def file_bytes(cell: Cell | None, where: str, max_pixels: int = _PIXELS) -> byte
 def _read(path: str, where: str, most: int) -> bytes:
     """What lies at `path`, which is one that `sources` allows."""
     try:
-        if path.startswith(HUB):
+        if path.startswith(ZIP):
+            name, _, archive = path.removeprefix(ZIP).partition("::")
+            with fsspec.open(archive) as stream, zipfile.ZipFile(stream) as opened:
+                size = opened.getinfo(name).file_size  # no more is read, whatever the archive holds
+                data: bytes | None = opened.read(name) if size <= most else None
+        elif path.startswith(HUB):
             with fsspec.open(path) as stream:
                 size = stream.size
-                data: bytes | None = stream.read() if size <= most else None
+                data = stream.read() if size <= most else None
         elif "://" in path or not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError(f"{where}: {path} is no file. Only regular files are read.")
         else:
             size = os.path.getsize(path)
             data = Path(path).read_bytes() if size <= most else None
-    except OSError as error:
+    except (*_BAD_ARCHIVE, OSError) as error:
         raise ValueError(f"{where}: {path} cannot be read: {error}. Check that the file is still there.") from error
     if data is None:
         raise ValueError(

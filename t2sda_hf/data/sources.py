@@ -41,7 +41,7 @@ from ..config import DomainConfig
 from ..errors import RunFailed, causes
 from ..listing import IMAGE_SUFFIXES, LABEL_SUFFIXES, VIDEO_SUFFIXES, Listing, account, list_files, refuse_pointers
 from .contents import digest, set_aside
-from .files import HUB, Cell, VideoFrames, read_image
+from .files import HUB, ZIP, Cell, VideoFrames, read_image
 from .layouts import find_files
 from .streets import streets
 
@@ -550,7 +550,8 @@ def at_home(cell: Cell | None, where: str, config: DomainConfig) -> Cell | None:
     """A cell of a data set that somebody else may have made: with bytes, or the absolute path of one of its files.
 
     What a cell says is not trusted. A path must lead to a place inside the folder of the data set, after all links;
-    `datasets` itself gives paths in the cache for what it downloaded, and hf:// for what it streams.
+    `datasets` itself gives paths in the cache for what it downloaded, hf:// for what it streams, and
+    zip://NAME::ARCHIVE for a file of an archive, which must be one of the data set's files itself.
 
     Raises:
         ValueError: for any other path, before anything is opened.
@@ -558,6 +559,11 @@ def at_home(cell: Cell | None, where: str, config: DomainConfig) -> Cell | None:
     path = None if cell is None or cell["bytes"] is not None else cell["path"]
     if cell is None or path is None:
         return cell
+    if path.startswith(ZIP) and path.count("::") == 1:
+        name, _, archive = path.removeprefix(ZIP).partition("::")
+        if ".." not in name and "::" not in archive and not archive.startswith(ZIP):
+            held = at_home({"bytes": None, "path": archive}, where, config)
+            return {"bytes": None, "path": f"{ZIP}{name}::{held['path']}"} if held is not None else None
     own = Path(config.path)
     if own.exists():
         folder = Path(os.path.abspath(own if own.is_dir() else own.parent))

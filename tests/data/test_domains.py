@@ -10,6 +10,7 @@ import shutil
 import struct
 import threading
 import unicodedata
+import zipfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -971,8 +972,10 @@ def test_a_cell_points_into_its_data_set_or_is_refused(streaming, tmp_path, beac
     (tmp_path / "data" / "link.png").symlink_to(tmp_path / "secret.png")
     secret = str(tmp_path / "secret.png")
     places = [secret, "../secret.png", "link.png", url, f"file://{secret}", f"local://{secret}", "memory://x.png",
-              "reference://x.png", f"zip://x.png::{url}", f"simplecache::{url}", "hf://datasets/somebody/else/x.png",
-              "/dev/zero", "/etc/passwd", "x\0.png"]  # fmt: skip
+              "reference://x.png", f"zip://x.png::{url}", f"zip://x.png::{secret}", f"zip://../x.png::{tmp_path}/data/z",
+              f"zip://x.png::zip://y.zip::{tmp_path}/data/z", f"zip://x::{tmp_path}/data/z::{url}",
+              f"simplecache::{url}", "hf://datasets/somebody/else/x.png", "/dev/zero", "/etc/passwd",
+              "x\0.png"]  # fmt: skip
     options = {"streaming": True, "num_images": 2} if streaming else {}
     for place in places:
         folder = pointing(tmp_path / "data", (IMAGE, "kept.png"), (None, place))
@@ -998,6 +1001,25 @@ def test_a_cell_may_name_a_file_beside_the_parquet(streaming, tmp_path, monkeypa
         domain.image(0)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_in_a_zip_are_read(streaming, tmp_path):
+    """`datasets` names them zip://NAME::ARCHIVE, on the disk and on the Hub."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        for index in range(2):
+            archive.writestr(f"sub/{index}.png", png(arrays(index)[0]))
+        archive.writestr("sub/2.png", bytes(2**26 + 1), zipfile.ZIP_DEFLATED)
+    options = {"streaming": True, "num_images": 3} if streaming else {}
+    domain = load_domain(DomainConfig(path=str(folder), max_pixels=2**22, **options), CLASSES, labelled=False)
+    assert all(np.array_equal(domain.image(index), arrays(index)[0]) for index in range(2))
+    with pytest.raises(ValueError, match="far too large for an image"):
+        domain.image(2)
+    (folder / "images.zip").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match=r"images.zip cannot be read: .*zip file"):
+        domain.image(0)
+
+
 def test_files_that_datasets_found_itself_are_read(tmp_path, monkeypatch):
     """A snapshot in the cache of the Hub links to files above it; a stream of the Hub names them by their address."""
     repository = tmp_path / "datasets--me--city"
@@ -1011,12 +1033,19 @@ def test_files_that_datasets_found_itself_are_read(tmp_path, monkeypatch):
     assert np.array_equal(load_domain(str(snapshot), CLASSES, labelled=False).image(0), arrays(1)[0])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     config = DomainConfig(path="me/city")
-    for path in (f"{image}", "hf://datasets/me/city@main/a.png", "hf://datasets/me/city/a.png"):
+    inside = "hf://datasets/me/city@main/images.zip"
+    for path in (
+        f"{image}",
+        "hf://datasets/me/city@main/a.png",
+        "hf://datasets/me/city/a.png",
+        f"zip://a.png::{inside}",
+    ):
         assert sources.at_home({"bytes": None, "path": path}, "row 0", config) == {"bytes": None, "path": path}
     for path in (
         "hf://datasets/me/city2/a.png",
         "hf://datasets/me/city/../other/a.png",
         "a.png::hf://datasets/me/city",
+        "zip://a.png::hf://datasets/me/city2/images.zip",
     ):
         with pytest.raises(ValueError, match=r"row 0 points to .*, which is no file of this data set"):
             sources.at_home({"bytes": None, "path": path}, "row 0", config)
