@@ -16,14 +16,15 @@ photo_confidence.png   with --confidence: how sure the model is (the grey value 
 For drive.mp4 it writes drive_overlay.mp4 and a folder drive_ids/ with one PNG for each frame. With --confidence it also
 writes a folder drive_confidence/.
 
-legend.png shows the colour of every class. A file that cannot be read is left out and named at the end. The exit code
-is 1 then.
+legend.png shows the colour of every class. A file that cannot be read is left out and named at the end, as is a video
+that is cut, of which the frames that are there are segmented. The exit code is 1 then.
 
 With --compare the command reads a labelled domain, as `t2sda evaluate` does, instead of images. For the image with
 index 7 it writes 000007_NAME_ids.png and so on. It also writes 000007_NAME_compare.png, which shows the image, the
 true labels, the prediction and the errors side by side.
 """
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -74,7 +75,8 @@ def run(args: Namespace) -> int:
 
 
 def predict_files(args: Namespace) -> int:
-    refuse_inside(args.output, [str(args.images)])
+    if os.path.realpath(args.output) == os.path.realpath(args.images):  # folders in it are not read
+        raise ValueError(f"{args.output} is read as data: pass another --output.")
     images = find_images(args.images)
     files = files_for(images, args.output, args.confidence)
     refuse_existing(files, args.overwrite, images)
@@ -82,20 +84,23 @@ def predict_files(args: Namespace) -> int:
     legend = legend_for(args, classes, images)
     see, colors = seeing(model, args), palette(classes)
     unread: list[str] = []
+    in_part: list[str] = []
     for path, own in zip(tqdm(images, desc="predict"), files, strict=True):
         kind = predict_video if path.suffix.lower() in VIDEO_SUFFIXES else predict_image
         try:
             with naming(str(path)):
-                kind(path, own, see, colors, args.cfg.test.max_pixels)
+                cut = kind(path, own, see, colors, args.cfg.test.max_pixels)
+            in_part += [cut] if cut else []
         except Unreadable as error:
             unread.append(str(error))
     if len(unread) == len(images):
         raise ValueError(f"{unread[0]}{f' So are all {len(unread)} files.' if len(unread) > 1 else ''}")
-    return report(f"{len(images) - len(unread)} of {len(images)} files", unread, args.output, legend)
+    return report(f"{len(images) - len(unread)} of {len(images)} files", unread, args.output, legend, in_part)
 
 
 def predict_domain(args: Namespace) -> int:
     config = test_domain(args)
+    refuse_inside(args.output, [config.path, config.label_path])
     model, classes = load_model(args.model)
     domain = open_labelled(config, classes, "To segment images without labels, give them instead of --compare.")
     asked = range(len(domain))[: args.cfg.evaluation.limit]
@@ -127,14 +132,17 @@ def legend_for(args: Namespace, classes: Sequence[str], originals: Sequence[Path
     return legend
 
 
-def report(done: str, unread: Sequence[str], folder: Path, legend: bytes) -> int:
+def report(done: str, unread: Sequence[str], folder: Path, legend: bytes, in_part: Sequence[str] = ()) -> int:
     """Write the legend, and say where everything is; the exit code."""
     (folder / LEGEND).write_bytes(legend)
     print(f"{done} in {folder}. The colours of the classes: {folder / LEGEND}")
     if unread:
         print(f"{len(unread)} could not be read and {'is' if len(unread) == 1 else 'are'} left out:", file=sys.stderr)
         print("\n".join(unread), file=sys.stderr)
-    return int(bool(unread))
+    if in_part:
+        print(f"{len(in_part)} could be read in part, which was segmented:", file=sys.stderr)
+        print("\n".join(in_part), file=sys.stderr)
+    return int(bool(unread or in_part))
 
 
 def seeing(model: T2SDAForSemanticSegmentation, args: Namespace) -> Predict:
@@ -227,10 +235,12 @@ def save_grey(confidence: np.ndarray | None, path: Path | None) -> None:
         Image.fromarray((255 * confidence).round().astype(np.uint8)).save(path)
 
 
-def predict_image(path: Path, files: Mapping[str, Path], see: Predict, colors: np.ndarray, max_pixels: int) -> None:
+def predict_image(path: Path, files: Mapping[str, Path], see: Predict, colors: np.ndarray, max_pixels: int) -> str:
+    """As `predict_video`; an image is never segmented in part."""
     image = read_picture(path, max_pixels)
     files["ids"].parent.mkdir(parents=True, exist_ok=True)
     save_pictures(image, *see(image), files, colors)
+    return ""
 
 
 def save_pictures(
@@ -245,8 +255,8 @@ def save_pictures(
     save_grey(confidence, files.get("confidence"))
 
 
-def predict_video(path: Path, files: Mapping[str, Path], see: Predict, colors: np.ndarray, max_pixels: int) -> None:
-    """Frame by frame, so memory does not grow with the length."""
+def predict_video(path: Path, files: Mapping[str, Path], see: Predict, colors: np.ndarray, max_pixels: int) -> str:
+    """Frame by frame, so memory does not grow with the length; a sentence if the video is cut, "" if it is whole."""
     try:
         import av
     except ImportError as error:
@@ -271,5 +281,4 @@ def predict_video(path: Path, files: Mapping[str, Path], see: Predict, colors: n
             target.mux(out.encode(av.VideoFrame.from_ndarray(np.pad(pixels, sides, "edge"), format="rgb24")))
             number += 1
         target.mux(out.encode(None))
-    if told := frames.cut(number):
-        raise Unreadable(f"{told} What could be read of it was segmented.")
+    return frames.cut(number)

@@ -333,6 +333,15 @@ def test_predictions_never_replace_the_images_themselves(model_folder, photos, c
     assert (photos / "a_ids.png").read_bytes() == before
 
 
+def test_predictions_may_lie_in_a_folder_beside_the_images(model_folder, photos, monkeypatch):
+    """As in `t2sda predict RUN . --output out`: folders of the folder are not read."""
+    monkeypatch.chdir(photos)
+    for _ in range(2):
+        assert predict(model_folder, ".", "out", "--overwrite") == 0
+    assert (photos / "out" / "wide_ids.png").is_file()
+    assert not list((photos / "out").glob("*_ids_ids.png"))
+
+
 def test_images_that_share_a_stem_are_refused(model_folder, photos, tmp_path, capsys):
     Image.new("RGB", (40, 40)).save(photos / "wide.bmp")
 
@@ -575,7 +584,7 @@ def test_a_command_replaces_what_it_wrote_until_somebody_changed_it(model_folder
 def test_nothing_is_written_into_a_folder_of_data(model_folder, mapped, tmp_path, capsys, command):
     images = tmp_path / "city" / "images"
     output = images / ("scores.json" if command == "evaluate" else "out")
-    read = [str(images)] if command == "predict" else ["--domain", str(images)]
+    read = [*(["--compare"] if command == "predict" else []), "--domain", str(images)]
     assert main([command, str(model_folder), *read, "--output", str(output)]) == 2
     assert re.search(rf"{output} lies in {images}, which is read as data", last_error_line(capsys))
     assert not output.exists()
