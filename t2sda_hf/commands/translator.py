@@ -41,7 +41,7 @@ from ..data.domains import Domain, load_domain
 from ..data.transforms import resize_image
 from ..data.translated import open_translated, write_manifest
 from ..launching import words_of
-from ..storage import outputs
+from ..storage import outputs, refuse_inside
 from ..training.translator import TranslatorSettings, train_translator
 from ..translate import TranslationEngine, build_engine
 
@@ -69,7 +69,7 @@ def train(args: Namespace) -> None:
     if args.lr <= 0:
         raise ValueError(f"--lr must be positive, got {args.lr}.")
     cfg: RunConfig = args.cfg
-    folder = empty(args.output)
+    folder = empty(args.output, cfg)
     source, target = (load_domain(domain, cfg.classes, labelled=False) for domain in (cfg.source, cfg.target))
     settings = TranslatorSettings(
         args.steps, args.batch_size, tuple(args.crop), args.lr, args.width, args.blocks, cfg.seed, cfg.data.num_workers
@@ -92,19 +92,20 @@ def preview(args: Namespace) -> None:
 
 
 def apply(args: Namespace) -> None:
-    folder = empty(args.output)
+    folder = empty(args.output, args.cfg)
     configs, source, target = asked(args)
     if len(configs) > 1:
         raise ValueError(f"apply takes one --engine, got {' '.join(args.engine)}.")
     print(f"{translate_all(configs[0], source, target, folder)} images and manifest.json in {folder}")
 
 
-def empty(folder: Path | None) -> Path:
-    """--output, which must be given, and be empty or not exist."""
+def empty(folder: Path | None, cfg: RunConfig) -> Path:
+    """--output, which must be given, be empty or not exist, and be no place in the data."""
     if folder is None:
         raise ValueError("--output must name a folder to write.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--output {str(folder)!r} is not empty. Nothing is overwritten: give another.")
+    refuse_inside(folder, [path for one in (cfg.source, cfg.target) for path in (one.path, one.label_path)])
     return folder
 
 

@@ -260,6 +260,9 @@ def test_train_preview_and_apply_fit_together(tmp_path, capsys):
     expected = load_translator(str(out), OURS)(whole).clamp(0, 1)[0].permute(1, 2, 0) * 255
     assert np.abs(translated.image(1) - expected.numpy()).max() <= 0.51
     assert main(apply) == 2
+    inside = folder / "more"
+    assert main([*apply[:-1], str(inside), "--target.path", str(folder)]) == 2
+    assert f"{inside} lies in {folder}, which is read as data" in capsys.readouterr().err
 
 
 class Blocks:
@@ -305,9 +308,11 @@ def test_a_trained_translator_gives_the_source_the_tint_of_the_target(tmp_path):
         (["--crop", "8", "64"], "--crop must be at least 32 32"),
         (["--lr", "0"], "--lr must be positive"),
         (["--source", "nowhere.parquet"], "nowhere.parquet"),
+        (["--target", "."], "out lies in "),
     ],
 )
-def test_training_refuses_in_one_line(tmp_path, capsys, changed, message):
+def test_training_refuses_in_one_line(tmp_path, capsys, monkeypatch, changed, message):
+    monkeypatch.chdir(tmp_path)
     arguments = ["translator", "train", "--source", "streets-source", "--target", "streets-target"]
     assert main([*arguments, "--output", str(tmp_path / "out"), *changed]) == 2
     error = capsys.readouterr().err.strip()
