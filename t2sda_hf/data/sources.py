@@ -453,10 +453,11 @@ def _given(config: DomainConfig) -> tuple[str, dict[str, Any]]:
     path = Path(config.path)
     files = [path] if path.is_file() and path.suffix.lower() == ".parquet" else []
     if path.is_dir():
-        for file in (file for kind in list_files(path, ()).ignored.values() for file in kind if file.is_file()):
-            refuse_pointers(file)
-        # The other splits are left alone: they may have other columns.
+        # The other splits are left alone: they may have other columns, or not be there.
         files = sorted(file for file in path.glob(f"{config.split}-*.parquet") if not file.name.startswith("."))
+        others = () if files else list_files(path, ()).ignored.values()
+        for file in files or [file for kind in others for file in kind if file.is_file()]:
+            refuse_pointers(file)
     if files:
         return "parquet", {"data_files": {config.split: [glob.escape(str(file)) for file in files]}}
     if path.is_dir():

@@ -1228,6 +1228,9 @@ def test_git_lfs_pointers_are_told_from_files(tmp_path):
     for path in ("p", "one.parquet", "drive.mp4", "pairs.csv"):
         with pytest.raises(ValueError, match="is a Git LFS pointer"):
             load_domain(DomainConfig(path=str(tmp_path / path)), CLASSES, labelled=False)
+    write(tmp_path / "other" / "test-00000-of-00001.parquet", pointer)  # of a split that is not read
+    pointing(tmp_path / "other", (IMAGE, None))
+    assert len(load_domain(DomainConfig(path=str(tmp_path / "other")), CLASSES, labelled=False)) == 1
 
 
 def test_a_mistyped_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
