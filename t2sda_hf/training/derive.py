@@ -122,9 +122,10 @@ def derive(cfg: RunConfig, facts: Facts, num_processes: int = 1, kept: Mapping[s
     put("rcs.min_pixels", _floors(facts.counts, round(_SHARE_OF_IMAGE * pixels)))
     put("rcs.min_crop_ratio", float(f"{0.5 * min(np.median(source.prod(axis=1)) / pixels, 1):.3g}"))
     put("rcs.temperature", _temperature(facts.counts, cfg.rcs.min_pixels))
-    said, warnings = [_said_of_crops(cfg, domains), _said_of_schedule(cfg)], _warnings(cfg, domains)
+    said, warnings = [_said_of_crops(cfg, domains), _said_of_schedule(cfg)], _warnings(cfg, domains, kept)
     if cfg.rcs.enabled and facts.counts.any():
-        text, spoils = _said_of_draws(cfg, facts.counts, num_processes)
+        derived = {"rcs.temperature", "rcs.min_pixels"} <= values.keys()
+        text, spoils = _said_of_draws(cfg, facts.counts, num_processes, derived)
         (warnings if spoils else said).append(text)
     return Derived(cfg, values, said, warnings)
 
@@ -260,11 +261,12 @@ def _frequencies(cfg: RunConfig) -> int:
     return math.floor(_fda_side(cfg) * cfg.translate.fda.beta)
 
 
-def _warnings(cfg: RunConfig, domains: Mapping[str, np.ndarray]) -> list[str]:
+def _warnings(cfg: RunConfig, domains: Mapping[str, np.ndarray], kept: Mapping[str, Any]) -> list[str]:
     """What given values do to these images.
 
     Raises:
-        ValueError: if a crop is more than twice as large as the images, or its masking hides all of it.
+        ValueError: if a crop is more than twice as large as the images, unless the run that goes on has `kept` it
+            since its start, or if its masking hides all of it.
     """
     found = []
     for role, sizes in domains.items():
@@ -277,14 +279,15 @@ def _warnings(cfg: RunConfig, domains: Mapping[str, np.ndarray]) -> list[str]:
         usual = np.median(sizes[small], axis=0).astype(int)
         empty = 1 - np.minimum(usual, crop).prod() / crop.prod()
         text = f"{small.sum():,} of {len(sizes):,} {role} images, most of {_sized(usual)}, are smaller than {key}"
-        if (2 * np.median(sizes, axis=0) < crop).any() and min(crop) > 32:
+        goes_on = kept.get(key) is not None and tuple(kept[key]) == tuple(crop)
+        if (2 * np.median(sizes, axis=0) < crop).any() and min(crop) > 32 and not goes_on:
             raise ValueError(
-                f"{text} {_sized(crop)} (height x width): {empty:.0%} of a crop would be padding. Leave {key} out, and "
+                f"{text} {_sized(crop)} (height x width): {empty:.0%} of a crop would be padding. Set {key}: null, and "
                 f"it is made to fit, or set {role}.resize to enlarge the images."
             )
         found.append(
             f"{text} {_sized(crop)} (height x width): {empty:.0%} of such a crop is padding, from which nothing is "
-            f"learned. Leave {key} out, and it is made to fit"
+            f"learned. With {key}: null it is made to fit"
         )
     if (text := rate_is_too_low(cfg)) != "":
         found.append(text)
@@ -310,11 +313,16 @@ def _warnings(cfg: RunConfig, domains: Mapping[str, np.ndarray]) -> list[str]:
     return found
 
 
-def _said_of_draws(cfg: RunConfig, counts: np.ndarray, num_processes: int) -> tuple[str, bool]:
-    """Which images the run will draw, and whether these are less than a third of what even draws would reach."""
+def _said_of_draws(cfg: RunConfig, counts: np.ndarray, num_processes: int, derived: bool) -> tuple[str, bool]:
+    """Which images the run will draw, and whether these are too few: less than a third of what even draws would reach,
+    or draws that are worth less than even ones from a third of the images (1/Σp² < images/3).
+
+    `derived`: nobody has given the temperature or the floors.
+    """
     rare = rare_classes(counts, cfg.rcs.temperature, cfg.rcs.min_pixels)
     draws = cfg.train.max_steps * cfg.train.batch_size * cfg.train.micro_batches * num_processes
-    distinct = expected_distinct(draw_probabilities(rare, len(counts)), draws)
+    shares = draw_probabilities(rare, len(counts))
+    distinct = expected_distinct(shares, draws)
     evenly = expected_distinct(np.full(len(counts), 1 / len(counts)), draws)
     first = int(rare.probabilities.argmax())
     text = (
@@ -322,8 +330,18 @@ def _said_of_draws(cfg: RunConfig, counts: np.ndarray, num_processes: int) -> tu
         f"{len(counts):,} source images in {draws:,} draws, {rare.probabilities[first]:.0%} of them for "
         f"{cfg.classes[first]}"
     )
-    if distinct >= evenly / 3:
+    few = distinct < evenly / 3
+    if not few and 1 / (shares**2).sum() >= len(counts) / 3:
         return text, False
+    if not few:
+        each = [rare.probabilities[c] / len(images) if len(images) else 0 for c, images in enumerate(rare.images)]
+        images = rare.images[int(np.argmax(each))]
+        text += (
+            f"; {shares[images].sum():.0%} of all draws are of the {len(images):,} images that show "
+            f"{cfg.classes[int(np.argmax(each))]}"
+        )
+    if derived:
+        return f"{text}. No temperature does better: add images of that class, or set rcs.enabled: false", True
     return f"{text}. The other images are hardly learned from: leave rcs.temperature and rcs.min_pixels out", True
 
 
