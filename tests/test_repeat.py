@@ -119,6 +119,30 @@ def test_a_finished_run_is_the_same_whatever_does_not_count(runs, tmp_path: Path
     assert len(runs.started) == 1
 
 
+def test_seeds_that_derived_other_values_are_not_one_config(runs, tmp_path: Path, capsys) -> None:
+    (tmp_path / "a.yaml").write_text(
+        (tmp_path / "a.yaml").read_text(encoding="utf-8").replace(", warmup_steps: 4", ""), encoding="utf-8"
+    )
+    command = ["repeat", str(tmp_path / "a.yaml"), "--output", str(tmp_path / "out"), *SHORT[:2], "--seeds"]
+    assert main([*command, "0,1"]) == 0
+    (tmp_path / "out" / "repeat.json").write_text('{"miou": {"a', encoding="utf-8")  # ours, and cut: made again
+    assert main([*command, "0,1"]) == 0
+    assert json.loads((tmp_path / "out" / "repeat.json").read_text(encoding="utf-8"))["miou"]
+    (resolved,) = (tmp_path / "out" / "a" / "seed_1").glob("t2sda/resolved_config.yaml")
+    text = resolved.read_text(encoding="utf-8")
+    assert "ema_momentum: 0.9\n" in text
+    resolved.write_text(text.replace("ema_momentum: 0.9\n", "ema_momentum: 0.99\n"), encoding="utf-8")
+    capsys.readouterr()
+    assert main([*command, "0..2"]) == 2
+    said = capsys.readouterr().err
+    assert "seed_0 and " in said
+    assert "seed_1 have worked out different values of uda.ema_momentum" in said
+    assert len(runs.started) == 2
+    (tmp_path / "out" / "repeat.json").write_text('["mine"]', encoding="utf-8")
+    assert main([*command, "0"]) == 2
+    assert "`t2sda repeat` did not write it" in capsys.readouterr().err
+
+
 def test_launch_flags_are_those_of_the_runs(runs, tmp_path: Path) -> None:
     runs.codes = [0]
     flags = ["--num_processes", "2", "--accelerate-config", "fsdp2", "--cpu"]

@@ -171,6 +171,29 @@ def test_an_interruption_loses_nothing(table, tmp_path, monkeypatch, capsys):
     assert trainer.commands[2] == trainer.commands[1]  # the interrupted one first, by the same command
 
 
+def test_cut_files_are_made_again_and_foreign_ones_refused(table, tmp_path, monkeypatch, capsys):
+    trainer, out = Trainer(monkeypatch), tmp_path / "out" / "demo"
+    assert call(table, tmp_path, "--seeds", "0") == 0
+    summary, figures, text = next(out.rglob("summary.json")), out / "mine.json", out / "mine.md"
+    whole, table_before = summary.read_text(), text.read_text()
+    for cut in ("", whole[:20], "{}"):
+        summary.write_text(cut)
+        figures.write_text(cut if cut != "{}" else "{")
+        assert call(table, tmp_path, "--seeds", "0") == 0
+        assert (summary.read_text(), text.read_text()) == (whole, table_before)
+    assert len(trainer.commands) == 2 + 3
+    figures.unlink()  # an earlier release wrote the Markdown first
+    assert call(table, tmp_path, "--seeds", "0") == 0
+    figures.unlink()
+    text.write_text("my notes")
+    assert call(table, tmp_path, "--seeds", "0") == 2
+    assert "mine.md exists, and `t2sda tables` did not write it" in capsys.readouterr().err
+    text.unlink()
+    figures.write_text('{"table": "of mine"}')
+    assert call(table, tmp_path, "--seeds", "0") == 2
+    assert (text.exists(), figures.read_text()) == (False, '{"table": "of mine"}')
+
+
 def test_a_failed_cell_does_not_keep_the_others_from_running(table, tmp_path, monkeypatch, capsys):
     trainer = Trainer(monkeypatch)
     trainer.codes = {0: 2}

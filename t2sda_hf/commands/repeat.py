@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..analysis.statistics import paired_difference
-from ..config import RunConfig, changes, differences, load_config
+from ..config import RunConfig, changes, differences, flatten, load_config
 from ..evaluation.table import markdown, number, spread
 from ..launching import Runner, refuse_keys, words_of
 from ..storage import read_json, write_json
@@ -44,6 +44,7 @@ class Planned:
 def run(args: Namespace) -> int:
     planned = plan(args)
     missing = [one for one in planned if finished(one) is None]  # every mistake shows before the first run
+    refuse_unlike(planned)
     failed = []
     with Runner() as runner:
         for one in missing:
@@ -62,7 +63,8 @@ def run(args: Namespace) -> int:
 def plan(args: Namespace) -> list[Planned]:
     refuse_keys(args.overrides, seed="use --seeds", output_dir="use --output", resume="a run always goes on")
     figures = args.output / "repeat.json"
-    if figures.exists() and "miou" not in (read_json(figures) or {}):
+    before = read_json(figures)  # None also of one that is damaged: it is made again
+    if before is not None and not (isinstance(before, dict) and "miou" in before):
         raise ValueError(f"{figures} exists, and `t2sda repeat` did not write it: pass another --output.")
     if len(args.configs) > 2:
         raise ValueError(f"two configs are compared at most, got {len(args.configs)}.")
@@ -86,7 +88,7 @@ def finished(run: Planned) -> dict[str, Any] | None:
         ValueError: if it was done with another config.
     """
     found: dict[str, Any] | None = read_json(run.folder / "summary.json")
-    if found is None:
+    if not found:
         return None
     done = load_config(run.folder / run.cfg.method / "resolved_config.yaml", record=True)
     different = differences(asdict(done), asdict(run.cfg))
@@ -105,6 +107,24 @@ def finished(run: Planned) -> dict[str, Any] | None:
     return found
 
 
+def refuse_unlike(planned: Sequence[Planned]) -> None:
+    """ValueError for finished runs of one config that have derived other values for what it leaves open."""
+    first: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for run in planned:
+        if finished(run) is None:
+            continue
+        given = flatten(asdict(run.cfg))
+        done = flatten(asdict(load_config(run.folder / run.cfg.method / "resolved_config.yaml", record=True)))
+        derived = {key: done[key] for key in DERIVED if given[key] is None and done[key] is not None}
+        folder, before = first.setdefault(run.name, (run.folder, derived))
+        if other := [key for key in before.keys() & derived.keys() if before[key] != derived[key]]:
+            raise ValueError(
+                f"{folder} and {run.folder} have worked out different values of {', '.join(sorted(other))}, so they "
+                "are no seeds of one config: remove one of them yourself, or give the values in the config and another "
+                "--output."
+            )
+
+
 def scores_of(summaries: dict[int, dict[str, Any]]) -> Scores:
     found: Scores = {}
     for seed, summary in summaries.items():
@@ -118,6 +138,7 @@ def scores_of(summaries: dict[int, dict[str, Any]]) -> Scores:
 
 def report(output: Path, planned: Sequence[Planned]) -> None:
     """Print the figures of the runs that are done, and write repeat.json."""
+    refuse_unlike(planned)
     main = {one.name: one.cfg.method for one in planned}
     summaries: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in main}
     for one in planned:

@@ -78,11 +78,8 @@ def run(args: Namespace) -> int:
     tables = [read_table(name, args.scale, args.overrides) for name in args.tables]
     folder = args.output.resolve() / args.scale
     for table in tables:
-        figures = folder / f"{table.name}.json"
-        known = (read_json(figures) or {}).get("table") == table.name if figures.exists() else False
-        for file in (figures, figures.with_suffix(".md")):
-            if file.exists() and not known and not args.dry_run:
-                raise ValueError(f"{file} exists, and `t2sda tables` did not write it: pass another --output.")
+        if not args.dry_run:
+            refuse_foreign_table(table, folder)
     failed: list[str] = []
     with Runner() as runner:
         for table in tables:
@@ -136,7 +133,7 @@ class Cell:
 
     @property
     def state(self) -> str:
-        if (self.folder / "summary.json").is_file():
+        if read_json(self.folder / "summary.json"):
             return "done"
         return "interrupted" if self.folder.exists() else "missing"
 
@@ -192,6 +189,17 @@ def read_table(name: str, scale: str, overrides: Sequence[str] = ()) -> Table:
     )
 
 
+def refuse_foreign_table(table: Table, folder: Path) -> None:
+    """ValueError for a TABLE.md or TABLE.json that this command did not write. A damaged JSON file is made again."""
+    figures = folder / f"{table.name}.json"
+    text, content = figures.with_suffix(".md"), read_json(figures)
+    if content is not None and not (isinstance(content, dict) and {"question", "seeds", "rows"} <= content.keys()):
+        raise ValueError(f"{figures} exists, and `t2sda tables` did not write it: pass another --output.")
+    # Earlier releases wrote the Markdown first, and may have been ended after it.
+    if text.exists() and not figures.exists() and not text.read_bytes().startswith(table.question.encode()):
+        raise ValueError(f"{text} exists, and `t2sda tables` did not write it: pass another --output.")
+
+
 def cell_of(row: Row, seed: int, folder: Path) -> Cell:
     """The cell's folder is named by what its config changes, so a new key of the config moves no finished cell."""
     cfg = row.cfg
@@ -214,7 +222,7 @@ def score(cell: Cell, table: Table) -> list[float | None] | None:
     if table.evaluate:
         evaluated = cell.folder / f"{table.name}.json"
         result = read_json(evaluated)
-        if result is None:
+        if not result:
             return None
     else:
         summary = read_json(cell.folder / "summary.json")[cfg.method]
@@ -236,7 +244,9 @@ def make_cell(cell: Cell, table: Table, runner: Runner, launch_words: Sequence[s
         if code:
             return code
     evaluated = cell.folder / f"{table.name}.json"
-    if table.evaluate and not evaluated.is_file():
+    if table.evaluate and not read_json(evaluated):
+        for file in (evaluated, evaluated.with_suffix(".csv")):  # what an interrupted write left
+            file.unlink(missing_ok=True)
         assert cell.row.cfg is not None
         model = cell.folder / cell.row.cfg.method / "student"
         return runner.t2sda("evaluate", str(model), *table.evaluate, "--output", str(evaluated), *launch_words)
@@ -308,7 +318,7 @@ def write(table: Table, seeds: Sequence[int], folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     entries = summary_of(table, seeds, folder)
     text = layout(table, entries)
-    write_text(folder / f"{table.name}.md", f"{table.question}\n\n{text}\n")
     content = {"table": table.name, "question": table.question, "seeds": list(seeds), "rows": entries}
-    write_json(folder / f"{table.name}.json", content)
+    write_json(folder / f"{table.name}.json", content)  # first: by it the other is known as ours
+    write_text(folder / f"{table.name}.md", f"{table.question}\n\n{text}\n")
     return text
