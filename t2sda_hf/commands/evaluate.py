@@ -45,6 +45,8 @@ def run(args: Namespace) -> int:
     files = () if args.output is None else (args.output, args.output.with_suffix(".csv"))
     if len(set(files)) < len(files):
         raise ValueError(f"--output {args.output} is the name of the table that is written beside it: end it in .json.")
+    if folders := [file for file in files if file.is_dir()]:
+        raise ValueError(f"--output {args.output} needs a name of a file, and {folders[0]} is a folder: give another.")
     read = [path for config in domains for path in (config.path, config.label_path)]
     refuse_foreign("evaluate", files, read)
     accelerator = Accelerator()

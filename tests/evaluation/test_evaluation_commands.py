@@ -580,6 +580,14 @@ def test_a_command_replaces_what_it_wrote_until_somebody_changed_it(model_folder
     assert f"{output.with_suffix('.csv')} was changed since `t2sda evaluate` wrote it" in last_error_line(capsys)
 
 
+def test_a_folder_is_no_file_for_scores(model_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("t2sda_hf.commands.evaluate.Accelerator", None)  # before anything is begun
+    (tmp_path / "b.csv").mkdir()
+    for output, folder in ((tmp_path, tmp_path), (tmp_path / "b.json", tmp_path / "b.csv")):
+        assert main(["evaluate", str(model_folder), "--domain", "streets-target", "--output", str(output)]) == 2
+        assert f"{folder} is a folder: give another" in last_error_line(capsys)
+
+
 @pytest.mark.parametrize("command", ["evaluate", "analyze", "predict"])
 def test_nothing_is_written_into_a_folder_of_data(model_folder, mapped, tmp_path, capsys, command):
     images = tmp_path / "city" / "images"
