@@ -131,6 +131,15 @@ def test_a_checkpoint_in_which_the_watch_is_a_part_of_the_memory_is_read(tmp_pat
     assert_equal(everything(parts), everything(stepped(10)))
 
 
+def test_a_file_system_without_rights_ends_no_save(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(shutil, "copymode", denied)
+    storage.share_weights(kept)
+    assert not (kept / ".rights").exists()
+
+
 def test_a_group_may_read_all_of_it_if_the_umask_lets_it(kept: Path) -> None:
     os.umask(forbidden := os.umask(0))
     allowed = 0o666 & ~forbidden
