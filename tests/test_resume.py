@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -31,12 +31,13 @@ from t2sda_hf.data.domains import Domain
 from t2sda_hf.data.pairs import PairDataset, PositionSampler
 from t2sda_hf.errors import LostFolder
 from t2sda_hf.evaluation import watch
+from t2sda_hf.evaluation.evaluator import Part, where
 from t2sda_hf.evaluation.page import write_page
 from t2sda_hf.evaluation.pictures import save_grid
 from t2sda_hf.masking import mask
 from t2sda_hf.methods import METHODS
 from t2sda_hf.storage import read_lines
-from t2sda_hf.training import loop, stopping, tracking
+from t2sda_hf.training import loop, scores, stopping, tracking
 from t2sda_hf.training.checkpoint import Progress, checkpoints
 from t2sda_hf.training.resume import kept_values, lock_run
 from t2sda_hf.training.scores import Interruptible
@@ -665,6 +666,30 @@ def test_a_signal_in_the_evaluation_saves_the_step_before_it(run, tmp_path: Path
     assert run("out", "--resume", "auto") == 0
     lines = [json.loads(line) for line in (tmp_path / "out" / "t2sda" / "scalars.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "student/miou" in line] == [5, 10, 12]
+
+
+def test_a_source_image_that_is_gone_is_left_out_of_the_scores(run, tmp_path: Path, monkeypatch, caplog) -> None:
+    """Training draws another image; an evaluation of the source must not end the run either."""
+
+    @dataclass(frozen=True)
+    class Gone(Interruptible):
+        def image(self, index: int) -> np.ndarray:
+            if index == 0:
+                raise ValueError("street_0.png is gone")
+            return self.domain.image(index)
+
+    monkeypatch.setattr(scores, "evenly_spread", lambda domain, *_: Part(Gone(domain, None), range(2), domain.name))
+    assert run("out", "--train.max_steps", "1") == 0
+    results = json.loads((tmp_path / "out" / "t2sda" / "metrics.json").read_text(encoding="utf-8"))
+    assert results["student_source"]["num_images"] == results["teacher_source"]["num_images"] == 1
+    assert "1 of the 2 source images that are scored cannot be read any more" in caplog.text
+    assert "The first: street_0.png is gone" in caplog.text
+
+
+def test_an_image_is_called_by_its_file_however_it_is_read(domains) -> None:
+    called = where(domains.test, 0)
+    assert "row 0" in called
+    assert where(Part(Interruptible(domains.test, None), [0], "a part"), 0) == called
 
 
 @pytest.mark.parametrize("late", ["evaluation", "observation"])

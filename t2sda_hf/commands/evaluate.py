@@ -6,7 +6,8 @@
     t2sda evaluate mine=outputs/run/t2sda/student --config mine.yaml --num_processes 2
 
 A model is a folder or the Hub id of a T2S-DA model or of a SegFormer. You can also give the folder of a run. Then all
-models that the run trained are scored, and the teacher of its newest checkpoint.
+models that the run trained are scored, and the teacher of its newest checkpoint. If you name neither a config nor a
+domain, the test images and the windows of evaluation.* are those of the run.
 
 TITLE=MODEL sets the title of a model's column in the table. Models with the same title count as seeds of one method.
 They are shown as mean ± sd (sample standard deviation). If a model has the 19 classes of Cityscapes, the table also
