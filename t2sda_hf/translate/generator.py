@@ -27,8 +27,15 @@ class TranslationGenerator(nn.Module):
     """
 
     def __init__(self, width: int = 32, num_blocks: int = 4) -> None:
-        """`width` channels at full resolution, four times as many in the `num_blocks` residual blocks."""
+        """`width` channels at full resolution, four times as many in the `num_blocks` residual blocks.
+
+        Raises:
+            ValueError: for numbers with which no translator was ever made: building it would take hours, or all memory.
+        """
         super().__init__()
+        for name, value, most in (("width", width, 1024), ("num_blocks", num_blocks, 64)):
+            if not 1 <= value <= most:
+                raise ValueError(f"{name} must be a whole number from 1 to {most}, got {value}")
         self.into = nn.Sequential(
             *_block(3, width, 7), *_block(width, 2 * width, 3, stride=2), *_block(2 * width, 4 * width, 3, stride=2)
         )

@@ -93,6 +93,13 @@ def test_what_is_in_no_installed_package_is_not_even_imported(folder, tmp_path, 
     assert not (tmp_path / "imported").exists()
 
 
+@pytest.mark.parametrize("arguments", [{"num_blocks": 1_000_000}, {"width": 1_000_000}, {"width": 0}])
+def test_a_network_of_any_size_is_not_built_for_a_stranger(folder, arguments):
+    (folder / "config.json").write_text(json.dumps(arguments))
+    with pytest.raises(ValueError, match=rf"config\.json .*{next(iter(arguments))} must be a whole number from 1 to"):
+        load_translator(str(folder), OURS)
+
+
 def test_arguments_that_do_not_fit_the_class_are_named(folder):
     (folder / "config.json").write_text(json.dumps({"wdith": 4}))
     with pytest.raises(ValueError, match=r"config\.json does not hold the arguments of .*'wdith'"):
