@@ -24,9 +24,8 @@ import fsspec
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
-from ..labels import IGNORE_INDEX
-from ..listing import FORMATS, refuse_pointer
-from .transforms import Size
+from .labels import IGNORE_INDEX
+from .listing import FORMATS, refuse_pointer
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +211,7 @@ def _array(data: bytes, where: str, max_pixels: int) -> np.ndarray:
         raise _damaged(where, error) from error
 
 
-def read_header(cell: Cell | None, where: str, max_pixels: int) -> tuple[Size, int]:
+def read_header(cell: Cell | None, where: str, max_pixels: int) -> tuple[tuple[int, int], int]:
     """Upright (height, width) of an image and its EXIF orientation, almost without decoding it.
 
     Raises:
@@ -258,7 +257,7 @@ class VideoFrames(Iterator[np.ndarray]):
         self._next: np.ndarray | None = self._following()
         if self._next is None:
             raise ValueError(f"{path} is not a video that can be read. Convert it, for instance to MP4 with H.264.")
-        self.size: Size = self._next.shape[:2]
+        self.size: tuple[int, int] = self._next.shape[:2]
         rate = self._video.get(cv2.CAP_PROP_FPS)
         self.rate = Fraction(rate).limit_denominator(1001) if 0 < rate < 1000 else Fraction(25)
         self.expected = max(int(self._video.get(cv2.CAP_PROP_FRAME_COUNT)), 0)

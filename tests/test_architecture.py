@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "t2sda_hf"
 # Parts in the order of the table: a part may import those of lower rows, and of its own row only what EQUALS allows.
 LAYERS = [
-    {"labels", "batch", "config", "errors", "listing", "masking", "storage"},
+    {"labels", "batch", "config", "errors", "files", "listing", "masking", "storage"},
     {"models", "translate", "augment", "losses"},
     {"data", "teacher"},
     {"methods"},
@@ -25,6 +25,8 @@ WITHIN_ROW = {
     ("config", "labels"),
     ("config", "listing"),
     ("batch", "labels"),
+    ("files", "labels"),
+    ("files", "listing"),
     ("translate", "augment"),
     ("training", "evaluation"),
     ("hub", "evaluation"),

@@ -36,11 +36,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data.domains import Domain
-from ..data.files import VideoFrames, read_image
 from ..evaluation.evaluator import Part
 from ..evaluation.inference import load_model, naming, predict, saved_image_size, to_pixel_values
 from ..evaluation.models import model_of
 from ..evaluation.pictures import Column, draw_legend, errors, save_grid
+from ..files import VideoFrames, read_image
 from ..labels import IGNORE_INDEX, palette
 from ..listing import IMAGE_SUFFIXES, VIDEO_SUFFIXES, account, list_files
 from ..models import T2SDAForSemanticSegmentation

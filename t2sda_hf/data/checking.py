@@ -15,10 +15,10 @@ import numpy as np
 from datasets import disable_progress_bars
 from tqdm import tqdm
 
+from ..files import read_header, read_image, read_labels
 from ..labels import IGNORE_INDEX
 from ..listing import spelled
 from .domains import NOT_NAMED, Domain
-from .files import read_header, read_image, read_labels
 from .rare_class_sampling import class_probabilities
 
 _MANY_CLASSES = 40  # a photograph in grey values below this would be black to the eye

@@ -17,10 +17,10 @@ from datasets.distributed import split_dataset_by_node
 from PIL import ImageColor
 
 from ..config import DomainConfig
+from ..files import TRANSPARENT, Color, LabelRule, file_bytes, read_header, read_image, read_labels
 from ..labels import CITYSCAPES_CLASSES, IGNORE_INDEX, LABEL_SPACES, SPACE_COLORS, id_map
 from ..listing import account
 from .contents import Contents, digest, remembered, settings_of, stamp
-from .files import TRANSPARENT, Color, LabelRule, file_bytes, read_header, read_image, read_labels
 from .sources import at_home, load_rows, open_stream
 from .transforms import Size, resize_image, resize_labels, resized_size
 

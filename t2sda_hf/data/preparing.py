@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from ..config import DomainConfig
 from ..errors import SIGNALS
+from ..files import file_bytes, read_header
 from ..labels import IGNORE_INDEX, LABEL_SPACES, VOID
 from ..storage import write_text
 from .domains import COUNTS, Domain, load_domain
-from .files import file_bytes, read_header
 from .layouts import LAYOUTS
 from .transforms import resize_labels
 

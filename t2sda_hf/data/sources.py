@@ -39,9 +39,9 @@ from PIL import Image as PILImage
 
 from ..config import DomainConfig
 from ..errors import RunFailed, causes
+from ..files import HUB, ZIP, Cell, VideoFrames, read_image
 from ..listing import IMAGE_SUFFIXES, LABEL_SUFFIXES, VIDEO_SUFFIXES, Listing, account, list_files, refuse_pointers
 from .contents import digest, set_aside
-from .files import HUB, ZIP, Cell, VideoFrames, read_image
 from .layouts import find_files
 from .streets import streets
 

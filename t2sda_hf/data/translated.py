@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from ..config import DomainConfig
+from ..files import read_image
 from ..listing import FORMATS
 from ..storage import read_json, write_json
-from .files import read_image
 
 MANIFEST_FILE = "manifest.json"
 

@@ -8,19 +8,19 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Generator, Tensor
 
 from ..augment.color import hsv_to_rgb, rgb_to_hsv
 from ..config import TranslateConfig
-from ..listing import FORMATS, IMAGE_SUFFIXES, Listing, account, list_files
+from ..files import read_header, read_image
+from ..listing import IMAGE_SUFFIXES, Listing, account, list_files
 from .fda import low_amplitude, with_low_amplitude
 from .style_networks import ADAIN_FILES, RANDOMIZATION_FILES, AdaIN, StyleRandomizer, find_weights
 
@@ -30,6 +30,7 @@ Style = Callable[[Tensor, Generator], Tensor]  # (1,3,H,W) in [0,1] -> the same
 SEVERITIES = 5
 LARGEST_SEED = 2**31 - 1
 RANDOM_SHARE = 0.5  # of a drawn style; the rest is the image's own (DG code)
+MAX_PIXELS = 2**27  # of a style image: paintings are photographed larger than a camera sees a street
 KEPT_AMPLITUDES = 4096  # 3 MB at β 0.01 and 512 x 512
 
 
@@ -59,7 +60,14 @@ def build_style(config: TranslateConfig) -> StyleTranslation:
     Raises:
         ValueError: if none is, or if files that were given do not fit.
     """
-    makers = {"fda": _fda, "randomization": _randomization, "adain": _adain, "weather": _weather, "cartoon": _cartoon}
+    pictures = cache(partial(_style_images, config))  # looked at once, for both styles that take them
+    makers: dict[str, Callable[[TranslateConfig], Style]] = {
+        "fda": lambda config: _fda(config, pictures()),
+        "randomization": _randomization,
+        "adain": lambda config: _adain(config, pictures()),
+        "weather": _weather,
+        "cartoon": _cartoon,
+    }
     styles: dict[str, Style] = {}
     reasons = []
     for name in config.style.styles:
@@ -89,8 +97,8 @@ class StyleImages:
 
     def image(self, index: int, size: tuple[int, int]) -> Tensor:
         """(1,3,h,w) in [0,1], bilinear."""
-        with Image.open(self.files[index], formats=FORMATS) as picture:
-            pixels = np.array(picture.convert("RGB"))
+        file = self.files[index]
+        pixels = read_image({"bytes": None, "path": str(file)}, str(file), MAX_PIXELS)
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
         return F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
 
@@ -115,11 +123,16 @@ def _style_images(config: TranslateConfig) -> StyleImages:
             f"translate.style.images: no image ({', '.join(IMAGE_SUFFIXES)}) in {config.style.images!r}. "
             "Give a folder of pictures whose style is to be taken, or leave it empty."
         )
+    for file in found.files:  # what cannot be read would end the training whenever it is drawn
+        try:
+            read_header({"bytes": None, "path": str(file)}, str(file), MAX_PIXELS)
+        except ValueError as error:
+            raise ValueError(f"translate.style.images: {error} Or take it out of the folder.") from error
     return StyleImages(found.files)
 
 
-def _fda(config: TranslateConfig) -> Style:
-    pictures, beta, window = _style_images(config), config.fda.beta, config.fda.window
+def _fda(config: TranslateConfig, pictures: StyleImages) -> Style:
+    beta, window = config.fda.beta, config.fda.window
 
     def style(image: Tensor, generator: Generator) -> Tensor:
         size = (image.shape[-2], image.shape[-1])
@@ -129,8 +142,7 @@ def _fda(config: TranslateConfig) -> Style:
     return style
 
 
-def _adain(config: TranslateConfig) -> Style:
-    pictures = _style_images(config)
+def _adain(config: TranslateConfig, pictures: StyleImages) -> Style:
     network = AdaIN.load(_weights("adain", config.style.adain, ADAIN_FILES))
 
     def style(image: Tensor, generator: Generator) -> Tensor:

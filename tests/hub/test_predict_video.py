@@ -11,7 +11,7 @@ from PIL import Image
 from t2sda_hf.cli import main
 from t2sda_hf.config import DomainConfig
 from t2sda_hf.data.domains import load_domain
-from t2sda_hf.data.files import VideoFrames
+from t2sda_hf.files import VideoFrames
 
 av = pytest.importorskip("av", reason="needs the extra `video`")
 

@@ -16,6 +16,7 @@ from torch import Generator, Tensor, nn
 from t2sda_hf.config import FdaConfig, StyleConfig, TranslateConfig
 from t2sda_hf.translate import build_engine
 from t2sda_hf.translate.fda import fda_translate
+from t2sda_hf.translate.style import _style_images
 from t2sda_hf.translate.style_networks import ADAIN_FILES, RANDOMIZATION_FILES, AdaIN, StyleRandomizer
 
 
@@ -71,8 +72,27 @@ def test_fda_takes_its_amplitude_from_one_of_the_pictures(paintings):
 def test_bytes_of_a_painting_start_no_program(tmp_path):
     """Pillow would hand an EPS to Ghostscript, whatever its file is called."""
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-    with pytest.raises(OSError, match="cannot identify image file"):
-        build("fda", images=str(tmp_path))(images(1), None, random())
+    with pytest.raises(
+        ValueError, match=r"translate.style.images: .*a.png cannot be read as an image.*cannot identify"
+    ):
+        build("fda", images=str(tmp_path))
+
+
+def test_pictures_are_read_as_those_of_a_domain(tmp_path):
+    """Upright; one that would end the training in a step is refused before it."""
+    upright = np.random.default_rng(0).integers(0, 255, (30, 50, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(upright).copy()).save(tmp_path / "turned.png", exif=exif)
+    found = _style_images(TranslateConfig(style=StyleConfig(images=str(tmp_path)))).image(0, (30, 50))
+    torch.testing.assert_close(found, torch.from_numpy(upright).permute(2, 0, 1)[None].float() / 255)
+    for data, message in (
+        ((tmp_path / "turned.png").read_bytes()[:3000], "is cut or damaged"),
+        (b"", "is an empty file"),
+    ):
+        (tmp_path / "z.png").write_bytes(data)
+        with pytest.raises(ValueError, match=rf"translate.style.images: .*z.png {message}.*take it out of the folder"):
+            build("fda", images=str(tmp_path))
 
 
 def test_pictures_are_read_once(paintings):
