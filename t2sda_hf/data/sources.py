@@ -153,7 +153,7 @@ def _data_set(config: DomainConfig, path: str, how: dict[str, Any]) -> Dataset:
 
     def folders() -> list[Path]:
         with TemporaryDirectory() as empty:  # a damaged entry would end the look at the usual place
-            made_in = Path(load_dataset_builder(path, cache_dir=empty, **how).cache_dir)
+            made_in = Path(load_dataset_builder(path, cache_dir=empty, **how).cache_dir).resolve()
             return [Path(datasets.config.HF_DATASETS_CACHE) / made_in.relative_to(Path(empty).resolve())]
 
     return _whole(lambda: load_dataset(path, split=config.split, **how), folders)
