@@ -111,8 +111,9 @@ def read_labels(cell: Cell | None, where: str, rule: LabelRule, max_pixels: int)
     """(H,W) uint8 class ids of the run, 255 ignored.
 
     Palette files give their indices: turned to grey they would give brightness. Grey values of 1, 2 or 4 bits are
-    taken as they are stored. A picture of three equal channels is a grey one. Colours are matched exactly. Arrays
-    (.npy) hold ids. -1, and 65535 in 16 bits, are ignored like 255.
+    taken as they are stored. A picture of three equal channels is a grey one, unless all its values are colours of the
+    rule. Colours are matched exactly. A GIF has grey values as a palette, so one whose palette is grey gives these
+    values, and another its indices. Arrays (.npy) hold ids. -1, and 65535 in 16 bits, are ignored like 255.
 
     Raises:
         ValueError: for a file that is no map of ids (JPEG, colours without a table, unknown colours or ids).
@@ -155,7 +156,11 @@ def _label_pixels(data: bytes, where: str, rule: LabelRule, max_pixels: int) -> 
             elif deep or (picture.format == "PPM" and picture.tile[0][0] != "raw"):  # whose values would be scaled
                 pass
             elif colored:
-                raw = np.asarray(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))
+                grey = None if rule.always_colored else _grey(picture)
+                if grey is not None and _are_ids(grey, rule):
+                    raw = grey
+                else:
+                    raw = np.asarray(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))
             elif picture.mode in ("RGB", "RGBA", "LA"):
                 raw = _grey(picture)
             elif picture.format == "GIF" and (grey := _grey(picture)) is not None:
@@ -183,6 +188,14 @@ def _grey(picture: Image.Image) -> np.ndarray | None:
     value = pixels[..., 0]
     equal = (pixels[..., 1] == value) & (pixels[..., 2] == value) & (pixels[..., 3] == 255)
     return value if equal.all() else None
+
+
+def _are_ids(grey: np.ndarray, rule: LabelRule) -> bool:
+    """Whether grey values are all ids of a rule, or 255, and not all of them its colours."""
+    values = np.flatnonzero(np.bincount(grey.ravel(), minlength=256))
+    colors = rule.colors or {}
+    fits = all(rule.known[value] or value == IGNORE_INDEX for value in values)
+    return fits and not all((value, value, value) in colors for value in values.tolist())
 
 
 def _array(data: bytes, where: str, max_pixels: int) -> np.ndarray:

@@ -362,6 +362,19 @@ def test_cityscapes_colours_need_no_table(tmp_path):
     assert domain.labels(0).ravel().tolist() == [*range(19), 255, 255]
 
 
+def test_ids_as_a_grey_picture_of_three_channels_are_ids_where_colours_are_known(tmp_path):
+    """Cityscapes' colours need no table, but 7, 7, 7 is none of them, and 7 is an id."""
+    ids = np.array([[7, 8, 11], [26, 0, 33]], np.uint8).repeat(8, 0).repeat(8, 1)
+    read = [
+        labelled(tmp_path / name, png(pixels), CITYSCAPES_CLASSES, label_space="gta5").labels(0)
+        for name, pixels in (("grey", ids), ("rgb", np.dstack([ids] * 3)))
+    ]
+    assert np.array_equal(*read)
+    assert set(np.unique(read[0])) == {0, 1, 2, 13, 18, 255}
+    buildings = np.full((8, 8, 3), 70, np.uint8)
+    assert labelled(tmp_path / "c", png(buildings), CITYSCAPES_CLASSES, label_space="gta5").labels(0).max() == 2
+
+
 def test_a_palette_without_colour_table_gives_its_indices(tmp_path):
     _, ids = arrays()
     picture = Image.fromarray(ids)
