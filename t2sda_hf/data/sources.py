@@ -128,7 +128,7 @@ def _table(pairs: list[Pair], root: Path, config: DomainConfig) -> Dataset:
         features[config.label_column] = Image()
     rows = []
     for image, label in pairs:
-        row = {config.image_column: _cell(image), "file_name": image.relative_to(root).as_posix()}
+        row = {config.image_column: _cell(image), "file_name": Path(os.path.relpath(image, root)).as_posix()}
         rows.append(row if label is None else row | {config.label_column: _cell(label)})
     return Dataset.from_list(rows, features=features)
 
@@ -374,8 +374,10 @@ def _listed(path: Path, labelled: bool) -> list[Pair]:
         files = [_as_spelled(path.parent, name) for name in names]
         for name, file in zip(names, files, strict=True):
             if not Path(os.path.realpath(file)).is_relative_to(root):  # which a circle of links does not stop
+                linked = Path(_place(file)).is_relative_to(_place(path.parent))
+                what = "is a link out of" if linked else "lies outside"
                 raise ValueError(
-                    f"{path}, line {number}: {name!r} lies outside the list's folder. Names are relative to the list; "
+                    f"{path}, line {number}: {name!r} {what} the list's folder. Names are relative to the list; "
                     "put it into the folder that holds everything."
                 )
             if not file.is_file():
@@ -439,7 +441,7 @@ def _loaded(config: DomainConfig) -> Dataset:
     except (OSError, ValueError) as error:  # missing on the Hub or offline, no such split, no readable file
         hint = "" if path.exists() else " There is no file or folder of this name here either."
         if path.is_dir() and (told := account(0, list_files(path, IMAGE_SUFFIXES).ignored)):
-            hint = f" {told}."
+            hint = f" Of other files than images it has {told.partition('ignored: ')[2]}."
         raise ValueError(f"cannot load the data set {config.path!r}, split {config.split!r}: {error}{hint}") from error
     return _at_home(rows, config)
 
@@ -577,9 +579,11 @@ def at_home(cell: Cell | None, where: str, config: DomainConfig) -> Cell | None:
             return cell
     real = Path(os.path.realpath(folder / path)) if "://" not in path and "\0" not in path else None
     if real is None or not any(real.is_relative_to(os.path.realpath(root)) for root in roots):
+        inside = real is not None and Path(_place(folder / path)).is_relative_to(folder)
+        linked = " but a link out of it" if inside else ""
         raise ValueError(
-            f"{where} points to {path!r}, which is no file of this data set: it is not opened. A cell holds the bytes "
-            "of a file, or a relative path inside the data set's folder."
+            f"{where} points to {path!r}, which is no file of this data set{linked}: it is not opened. A cell "
+            "holds the bytes of a file, or a relative path inside the data set's folder."
         )
     return {"bytes": None, "path": str(folder / path)}
 
