@@ -151,7 +151,7 @@ def rate_is_too_low(cfg: RunConfig) -> str:
         return ""
     return (
         f"the learning rate never reaches its base: at most {peak:.1%} of optim.lr, because optim.warmup_steps is "
-        f"{cfg.optim.warmup_steps:,} and train.max_steps {cfg.train.max_steps:,}. Leave optim.warmup_steps out for 5 %"
+        f"{cfg.optim.warmup_steps:,} and train.max_steps {cfg.train.max_steps:,}. With optim.warmup_steps: null it is 5 %"
     )
 
 
@@ -300,7 +300,7 @@ def _warnings(cfg: RunConfig, domains: Mapping[str, np.ndarray], kept: Mapping[s
     if cfg.translates and cfg.translate.engine == "fda" and not _frequencies(cfg):
         found.append(
             f"translate.fda.beta {cfg.translate.fda.beta:g} swaps no frequency of windows whose shorter side has "
-            f"{_fda_side(cfg)} pixels: the translation changes the mean colour alone. Leave it out, or give at least "
+            f"{_fda_side(cfg)} pixels: the translation changes the mean colour alone. Set it to null, or to at least "
             f"{1 / _fda_side(cfg):.3g}"
         )
     if cfg.method == "t2sda" and cfg.loss_weights.masked_consistency:
@@ -308,7 +308,7 @@ def _warnings(cfg: RunConfig, domains: Mapping[str, np.ndarray], kept: Mapping[s
         if squares < 2:
             raise ValueError(
                 f"patch_mask.block_size must be at most half of data.crop_size {_sized(cfg.data.crop_size)}, or the "
-                f"whole crop is hidden, got {cfg.patch_mask.block_size}. Leave it out for a sixteenth of the crop."
+                f"whole crop is hidden, got {cfg.patch_mask.block_size}. Set it to null for a sixteenth of the crop."
             )
     return found
 
@@ -342,7 +342,7 @@ def _said_of_draws(cfg: RunConfig, counts: np.ndarray, num_processes: int, deriv
         )
     if derived:
         return f"{text}. No temperature does better: add images of that class, or set rcs.enabled: false", True
-    return f"{text}. The other images are hardly learned from: leave rcs.temperature and rcs.min_pixels out", True
+    return f"{text}. The other images are hardly learned from: set rcs.temperature and rcs.min_pixels to null", True
 
 
 def without_data(cfg: RunConfig) -> RunConfig:

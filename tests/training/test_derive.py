@@ -151,7 +151,7 @@ def test_a_few_images_that_get_most_draws_are_named(words):
     (text,) = derived.warnings
     assert "will draw about 120 of the 120" in text
     assert re.search(rf"; (2[5-9]|[3-9]\d)% of all draws are of the {len(rare.images[3])} images that show ball", text)
-    assert ("leave rcs.temperature" if words else "No temperature does better") in text
+    assert ("set rcs.temperature and rcs.min_pixels to null" if words else "No temperature does better") in text
     facts.counts[:60:2, 3] = 1000  # thirty images: none of them is drawn too often
     assert derive(config(long), facts).warnings == []
 
