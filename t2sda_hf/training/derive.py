@@ -151,7 +151,7 @@ def rate_is_too_low(cfg: RunConfig) -> str:
         return ""
     return (
         f"the learning rate never reaches its base: at most {peak:.1%} of optim.lr, because optim.warmup_steps is "
-        f"{cfg.optim.warmup_steps:,} and train.max_steps {cfg.train.max_steps:,}. With optim.warmup_steps: null it is 5 %"
+        f"{cfg.optim.warmup_steps:,} and train.max_steps {cfg.train.max_steps:,}. Set the warm-up to null for 5 %"
     )
 
 
