@@ -58,6 +58,14 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def foreign_json(path: Path, keys: set[str]) -> bool:
+    """Whether a file is there that is not ours: one without these keys. A cut one may be ours if it begins as JSON."""
+    content = read_json(path)
+    if content is None:
+        return path.exists() and path.read_bytes().strip(b"\0\n ")[:1] not in (b"", b"{")
+    return not (isinstance(content, dict) and keys <= content.keys())
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file with one JSON object a line; damaged lines are left out and counted in a warning."""
     try:

@@ -24,7 +24,7 @@ from ..analysis.statistics import paired_difference
 from ..config import RunConfig, changes, differences, flatten, load_config
 from ..evaluation.table import markdown, number, spread
 from ..launching import Runner, refuse_keys, words_of
-from ..storage import read_json, write_json
+from ..storage import foreign_json, read_json, write_json
 from ..training.derive import DERIVED
 
 Scores = dict[str, dict[int, float]]  # model -> seed -> mIoU
@@ -63,8 +63,7 @@ def run(args: Namespace) -> int:
 def plan(args: Namespace) -> list[Planned]:
     refuse_keys(args.overrides, seed="use --seeds", output_dir="use --output", resume="a run always goes on")
     figures = args.output / "repeat.json"
-    before = read_json(figures)  # None also of one that is damaged: it is made again
-    if before is not None and not (isinstance(before, dict) and "miou" in before):
+    if foreign_json(figures, {"miou"}):
         raise ValueError(f"{figures} exists, and `t2sda repeat` did not write it: pass another --output.")
     if len(args.configs) > 2:
         raise ValueError(f"two configs are compared at most, got {len(args.configs)}.")

@@ -39,7 +39,7 @@ from ..config import RECIPES, RunConfig, changes, differences, find_recipe, load
 from ..evaluation.table import CLASS_SETS, markdown, spread, subset_miou
 from ..labels import THING_CLASSES
 from ..launching import Runner, refuse_keys, words_of
-from ..storage import read_json, write_json, write_text
+from ..storage import foreign_json, read_json, write_json, write_text
 
 # One run of the base config, until there are cells to measure: two CPU cores for the first two; a GPU of 2019 for
 # "paper" (DAFormer's 16 hours, times 1.45 for the two more passes of T2S-DA).
@@ -192,8 +192,8 @@ def read_table(name: str, scale: str, overrides: Sequence[str] = ()) -> Table:
 def refuse_foreign_table(table: Table, folder: Path) -> None:
     """ValueError for a TABLE.md or TABLE.json that this command did not write. A damaged JSON file is made again."""
     figures = folder / f"{table.name}.json"
-    text, content = figures.with_suffix(".md"), read_json(figures)
-    if content is not None and not (isinstance(content, dict) and {"question", "seeds", "rows"} <= content.keys()):
+    text = figures.with_suffix(".md")
+    if foreign_json(figures, {"question", "seeds", "rows"}):
         raise ValueError(f"{figures} exists, and `t2sda tables` did not write it: pass another --output.")
     # Earlier releases wrote the Markdown first, and may have been ended after it.
     if text.exists() and not figures.exists() and not text.read_bytes().startswith(table.question.encode()):
