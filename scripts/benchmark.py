@@ -43,7 +43,7 @@ from t2sda_hf.data.streets import streets
 from t2sda_hf.evaluation.confusion import confusion_matrix, scores
 from t2sda_hf.evaluation.inference import predict_labels
 from t2sda_hf.hub.card import cpu_name
-from t2sda_hf.losses.pull import num_queries_per_class, pull_loss, sample_pull
+from t2sda_hf.losses.pull import num_queries_per_class, pull_loss, sample_pull, sort_by_class
 from t2sda_hf.losses.segmentation import segmentation_loss
 from t2sda_hf.masking import run_masked
 from t2sda_hf.methods import METHODS, Graph, Method, Step
@@ -327,12 +327,13 @@ def pull_pass() -> tuple[Callable[[], None], int]:
     unreliable = torch.rand(2, side, side, generator=random) < 0.5
 
     def forward_backward() -> None:
-        samples = sample_pull(labels, labels.flip(0), unreliable, wanted, NEGATIVES, random)
+        pixels = sort_by_class([labels, torch.where(unreliable, labels.flip(0), 255)], num_classes, random)
+        samples = sample_pull(pixels, wanted, (QUERIES + 1) * num_classes, NEGATIVES, random)
         loss = pull_loss(queries, source, target, prototypes, samples, weights, temperature=0.2)
         queries.grad = None
         loss.backward()
 
-    return forward_backward, sum(wanted)
+    return forward_backward, int(wanted.sum())
 
 
 def pull_rows(options: Options) -> Iterator[Row]:
@@ -584,6 +585,32 @@ def measure_step() -> None:
     accelerator.end_training()
 
 
+def launches_rows(options: Options) -> Iterator[Row]:
+    """What an update asks of a GPU, see `t2sda_hf.training.launches`; the counts do not depend on the size of crops."""
+    crops = ["--data={crop_size: [128, 128], outer_crop_size: [128, 192]}", "--hrda.crop_size=[64, 64]"]
+    always = ["--augment={jitter_probability: 1.0, blur_probability: 1.0}", "--uda={ignore_top: 0, ignore_bottom: 0}"]
+    names = ["daformer", "hrda", "mic", "deeplabv2"]
+    runs = [[f"gta_cityscapes/t2sda_{name}", *crops, *always] for name in names]
+    runs += [["generalization/demo", "--translate.engine=gaussian_blur"], ["gta_cityscapes/source_only", *crops]]
+    said = subprocess.run(
+        [sys.executable, "-m", "t2sda_hf.training.launches", "-"],
+        input=json.dumps(runs),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+    for (recipe, *_), line in zip(runs, said.splitlines(), strict=True):
+        found = json.loads(line)
+        supervised = recipe.endswith("source_only")
+        yield Row(f"{recipe}: waits of the host", str(sum(found["waits"].values())), "1" if supervised else "2")
+        yield Row(f"{recipe}: kernels", str(sum(found["parts"].values())), "-")
+        goals = {"pull": "80", "images": "60", "update": "40"}
+        for part, number in sorted(found["parts"].items()):
+            yield Row(f"{recipe}: kernels, {part}", str(number), goals.get(part, "-"))
+        yield Row(f"{recipe}: MB to the device", f"{found['copied']['to device'] / 1e6:.2f}", "-")
+
+
 ROWS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "supervised": supervised_rows,
     "step": step_rows,
@@ -595,6 +622,7 @@ ROWS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "data": data_rows,
     "memory": memory_rows,
     "processes": processes_rows,
+    "launches": launches_rows,
 }
 
 

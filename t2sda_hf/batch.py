@@ -1,12 +1,18 @@
 """What travels from the data to the objective. There is no field for target labels, so none can leak."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .device import constant
+
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
+
+_OF_HOST = ("inner_corner", "shown", "redrawn")  # what the host decides by
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,10 @@ class UdaBatch:
         style_reference: (B,3,Ho,Wo) the target image whose style is taken.
         inner_corner: (B,2) int64, top and left of the crop in the outer window.
         target_valid: (B,H,W) bool, False at target pixels whose pseudo-labels are never trusted; None trusts all.
+        shown: (B,256) bool, the ids that occur in each of `source_labels`, 255 included.
         redrawn: what is wrong with images that could not be read, and in whose place others were drawn.
+
+    The corner and what follows `target_valid` stay on the host, which decides by them.
     """
 
     source_images: Tensor
@@ -34,21 +43,34 @@ class UdaBatch:
     style_reference: Tensor | None = None
     inner_corner: Tensor | None = None
     target_valid: Tensor | None = None
+    shown: Tensor | None = None
     redrawn: tuple[str, ...] = ()
 
     def on(self, device: torch.device) -> "UdaBatch":
         """The batch on `device`: uint8 crosses the bus, floats are made there."""
-        moved: dict[str, Tensor | None] = {}
-        for field in (field for field in fields(self) if field.name != "redrawn"):
-            value: Tensor | None = getattr(self, field.name)
-            if value is not None:
-                value = value.to(device, non_blocking=True)
-                if value.ndim == 4:
-                    value = value.float() / 255
-                elif field.name == "source_labels":
-                    value = value.long()
-            moved[field.name] = value
-        return UdaBatch(**moved)  # type: ignore[arg-type]
+        moved: dict[str, Any] = {}
+        for name, value in self._of_device():
+            value = value.to(device, non_blocking=True)
+            if value.ndim == 4:
+                value = value / 255
+            elif name == "source_labels":
+                value = value.long()
+            moved[name] = value
+        return replace(self, **moved, shown=self.ids_shown())
+
+    def pin_memory(self) -> "UdaBatch":
+        """The same in memory that a GPU reads by itself; for the loader."""
+        pinned: dict[str, Any] = {name: value.pin_memory() for name, value in self._of_device()}
+        return replace(self, **pinned)
+
+    def _of_device(self) -> Iterator[tuple[str, Tensor]]:
+        for name in (field.name for field in fields(self) if field.name not in _OF_HOST):
+            if getattr(self, name) is not None:
+                yield name, getattr(self, name)
+
+    def ids_shown(self) -> Tensor:
+        """`shown`, worked out if nobody has done so."""
+        return shown_ids(self.source_labels).cpu() if self.shown is None else self.shown
 
     def crop_inner(self, outer_images: Tensor, shrunk: int = 1) -> Tensor:
         """Cut the crop of every sample out of images in the outer window.
@@ -72,8 +94,14 @@ class UdaBatch:
         )
 
 
+def shown_ids(labels: Tensor) -> Tensor:
+    """Which ids occur in each label map: (B,H,W) of any integer type -> (B,256) bool, on the device of the labels."""
+    flat = labels.flatten(1).long()
+    return torch.zeros(len(flat), 256, dtype=torch.bool, device=labels.device).scatter_(1, flat, True)
+
+
 def normalize(images: Tensor) -> Tensor:
     """[0,1] RGB (B,3,H,W) -> what the network was pretrained on: minus ImageNet's mean, over its deviation."""
-    mean = torch.tensor(IMAGE_MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGE_STD, device=images.device).view(1, 3, 1, 1)
-    return (images - mean) / std
+    scale = constant(tuple(1 / std for std in IMAGE_STD), images.device).view(1, 3, 1, 1)
+    shift = constant(tuple(-mean / std for mean, std in zip(IMAGE_MEAN, IMAGE_STD, strict=True)), images.device)
+    return torch.addcmul(shift.view(1, 3, 1, 1).to(images.dtype), images, scale.to(images.dtype))

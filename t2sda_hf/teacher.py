@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .device import constant
+
 
 def make_teacher(student: nn.Module) -> nn.Module:
     """A frozen copy of the student, parameters and buffers, in the mode the teacher keeps for ever.
@@ -73,10 +75,13 @@ def pseudo_label_weights(
     """
     sure = (confidence >= threshold).float()
     share = sure.mean() if scope == "batch" else sure.mean(dim=(1, 2), keepdim=True)
-    weights = share.expand_as(confidence).clone()
-    weights[:, :ignore_top] = 0
-    weights[:, weights.shape[1] - ignore_bottom :] = 0
-    return weights
+    return share * trusted_rows(confidence, ignore_top, ignore_bottom)
+
+
+def trusted_rows(maps: Tensor, ignore_top: int, ignore_bottom: int) -> Tensor:
+    """(B,H,W) float32 for maps of this size: 0 in so many rows at the top and at the bottom, 1 between them."""
+    inside = tuple(ignore_top <= row < maps.shape[1] - ignore_bottom for row in range(maps.shape[1]))
+    return constant(inside, maps.device)[:, None].expand_as(maps)
 
 
 def with_statistics_of(teacher: nn.Module, student: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "t2sda_hf"
 # Parts in the order of the table: a part may import those of lower rows, and of its own row only what EQUALS allows.
 LAYERS = [
-    {"labels", "batch", "config", "errors", "files", "listing", "masking", "storage"},
+    {"labels", "batch", "config", "device", "errors", "files", "listing", "masking", "storage"},
     {"models", "translate", "augment", "losses"},
     {"data", "teacher"},
     {"methods"},
@@ -27,6 +27,7 @@ WITHIN_ROW = {
     ("batch", "labels"),
     ("files", "labels"),
     ("files", "listing"),
+    ("batch", "device"),
     ("translate", "augment"),
     ("training", "evaluation"),
     ("hub", "evaluation"),

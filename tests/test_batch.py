@@ -26,6 +26,7 @@ def test_there_is_no_place_for_target_labels():
         "inner_corner",
         "target_valid",
         "redrawn",
+        "shown",
     }
 
 

@@ -131,6 +131,7 @@ def tiny_step(
         cfg,
         memory or ClassMemory(len(cfg.classes), cfg.projector.dim),
         Generator().manual_seed(seed),
+        Generator().manual_seed(seed),
         sum_over_processes or alone,
         index,
     )

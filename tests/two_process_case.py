@@ -41,17 +41,15 @@ def statistics(
     nothing, images = torch.nn.Identity(), torch.zeros(len(arrays["y_s"]), 3, 32, 32)
     networks, memory = Networks(nothing, nothing, None, lambda s, t, g: s), ClassMemory(NUM_CLASSES, DIM)
     random = torch.Generator().manual_seed(0)
-    step = Step(UdaBatch(images, arrays["y_s"]), networks, cfg, memory, random, sum_over_processes, 0)
+    step = Step(UdaBatch(images, arrays["y_s"]), networks, cfg, memory, random, random, sum_over_processes, 0)
     y_t, confidence, everywhere = arrays["y_t"], arrays["confidence"], torch.ones_like(arrays["confidence"])
     weights = dynamic_weights(step, y_t, confidence, everywhere)
     pseudo_labels = PseudoLabels(torch.empty(0), y_t, confidence, everywhere, everywhere, weights)
     samples, prototypes, importance = pull_against(step, arrays["keys_s"], pseudo_labels)
     small = arrays["y_s"][:, ::4, ::4]
-    wanted = torch.zeros(NUM_CLASSES)
-    wanted[samples.classes] = torch.tensor([float(len(rows)) for rows in samples.queries])
     return {
         "prototypes": prototypes,
         "importance": importance,
-        "queries": wanted,
+        "queries": samples.num_queries.float(),
         "shares": sum_over_processes(class_counts(small, NUM_CLASSES)),
     }

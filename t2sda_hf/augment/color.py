@@ -9,15 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from ..device import per_channel, sent
+
 
 def rgb_to_hsv(images: Tensor) -> Tensor:
     """(B,3,H,W) RGB in [0,1] -> (B,3,H,W) hue, saturation, value in [0,1]. Grey has hue 0 and saturation 0."""
     value, largest = images.max(dim=1)
     chroma = value - images.amin(dim=1)
     safe = torch.where(chroma > 0, chroma, 1.0)
-    red, green, blue = images.unbind(dim=1)
-    sector = torch.stack([(green - blue) / safe, (blue - red) / safe + 2, (red - green) / safe + 4])
-    hue = sector.gather(0, largest[None])[0] / 6 % 1.0
+    # Where red is largest: (green - blue)/chroma, where green is: (blue - red)/chroma + 2, where blue is: ... + 4.
+    sector = (images.roll(-1, dims=1) - images.roll(-2, dims=1)) / safe[:, None] + per_channel((0, 2, 4), images)
+    hue = sector.gather(1, largest[:, None])[:, 0] / 6 % 1.0
     saturation = chroma / torch.where(value > 0, value, 1.0)
     return torch.stack([torch.where(chroma > 0, hue, 0.0), saturation, value], dim=1)
 
@@ -26,14 +28,31 @@ def hsv_to_rgb(images: Tensor) -> Tensor:
     """Inverse of `rgb_to_hsv`; the hue may be any real number of turns."""
     hue, saturation, value = images.unbind(dim=1)
     # Distance of each primary's peak on the hexagon: 5, 3 and 1 sixths of a turn for red, green and blue.
-    position = (torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1) + hue[:, None] * 6) % 6
+    position = (per_channel((5, 3, 1), images) + hue[:, None] * 6) % 6
     ramp = torch.minimum(position, 4 - position).clamp(0, 1)
     return value[:, None] * (1 - saturation[:, None] * ramp)
 
 
-def _uniform(num: int, low: float, high: float, generator: Generator, like: Tensor) -> Tensor:
-    """One number per image, as (num,1,1,1) on the device of `like`."""
-    return (torch.rand(num, generator=generator) * (high - low) + low).to(like.device).view(-1, 1, 1, 1)
+def scale_saturation(images: Tensor, factors: Tensor) -> Tensor:
+    """Multiply the saturation of HSV, up to 1: images (B,3,H,W) in [0,1], factors that broadcast with (B,1,H,W).
+
+    Hue and value stay, so every channel only moves towards or away from the largest one: no turn into HSV and back.
+    """
+    value = images.amax(dim=1, keepdim=True)
+    below = value - images
+    chroma = below.amax(dim=1, keepdim=True)
+    full = value / chroma.clamp(min=torch.finfo(images.dtype).tiny)  # the factor that brings the saturation to 1
+    return torch.addcmul(value, below, torch.minimum(full, factors), value=-1)
+
+
+def _uniform(num: int, low: float, high: float, generator: Generator) -> Tensor:
+    """One number per image."""
+    return torch.rand(num, generator=generator) * (high - low) + low
+
+
+def _per_image(images: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
+    """Numbers (B,) that were drawn on the host, each as (B,1,1,1) where the images are; they travel together."""
+    return sent(torch.stack(numbers), images.device).view(len(numbers), -1, 1, 1, 1).unbind()
 
 
 def color_jitter(images: Tensor, strength: float, generator: Generator) -> Tensor:
@@ -52,20 +71,19 @@ def color_jitter(images: Tensor, strength: float, generator: Generator) -> Tenso
         (B,3,H,W) in [0,1].
     """
     num = len(images)
-    brightness = _uniform(num, -strength, strength, generator, images)
-    contrast = _uniform(num, 1 - strength, 1 + strength, generator, images)
-    saturation = _uniform(num, 1 - strength, 1 + strength, generator, images)
-    hue = _uniform(num, -strength, strength, generator, images)
+    ranges = ((-strength, strength), (1 - strength, 1 + strength), (1 - strength, 1 + strength), (-strength, strength))
+    drawn = [_uniform(num, low, high, generator) for low, high in ranges]
+    brightness, contrast, saturation, hue = _per_image(images, *drawn)
     for operation in torch.randperm(4, generator=generator).tolist():
         if operation == 0:
             images = images + brightness
         elif operation == 1:
             images = images * contrast
+        elif operation == 2:
+            images = scale_saturation(images, saturation)
         else:
-            h, s, v = rgb_to_hsv(images).split(1, dim=1)
-            images = hsv_to_rgb(
-                torch.cat([h, (s * saturation).clamp(0, 1), v] if operation == 2 else [h + hue, s, v], 1)
-            )
+            h, rest = rgb_to_hsv(images).split([1, 2], dim=1)
+            images = hsv_to_rgb(torch.cat([h + hue, rest], dim=1))
         images = images.clamp(0, 1)
     return images
 
@@ -81,7 +99,7 @@ def gaussian_blur(images: Tensor, sigmas: Tensor, kernel_size: tuple[int, int]) 
 
     Args:
         images: (B,3,H,W).
-        sigmas: (B,) > 0 in pixels.
+        sigmas: (B,) > 0 in pixels, on the host.
         kernel_size: (height, width), odd; 1 leaves that direction alone.
     """
     num, channels, height, _ = images.shape
@@ -90,11 +108,11 @@ def gaussian_blur(images: Tensor, sigmas: Tensor, kernel_size: tuple[int, int]) 
         1, num * channels, height + 2 * rows, -1
     )
     for dim, radius in ((2, rows), (3, columns)):
-        offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
-        taps = torch.exp(-0.5 * (offsets / sigmas.to(images).view(-1, 1)) ** 2)
+        offsets = torch.arange(-radius, radius + 1, dtype=images.dtype)
+        taps = torch.exp(-0.5 * (offsets / sigmas.to(images.dtype).view(-1, 1)) ** 2)
         taps = (taps / taps.sum(dim=1, keepdim=True)).repeat_interleave(channels, 0)
         shape = (num * channels, 1, -1, 1) if dim == 2 else (num * channels, 1, 1, -1)
-        padded = F.conv2d(padded, taps.view(shape), groups=num * channels)
+        padded = F.conv2d(padded, sent(taps.view(shape), images.device), groups=num * channels)
     return padded.view(images.shape)
 
 
@@ -140,15 +158,16 @@ def photometric_distortion(images: Tensor, generator: Generator) -> Tensor:
     num = len(images)
 
     def coin() -> Tensor:
-        return (torch.rand(num, generator=generator) < 0.5).to(images.device).view(-1, 1, 1, 1)
+        return torch.rand(num, generator=generator) < 0.5
 
-    brightness = _uniform(num, -32 / 255, 32 / 255, generator, images) * coin()
-    contrast = torch.where(coin(), _uniform(num, 0.5, 1.5, generator, images), 1.0)
-    saturation = torch.where(coin(), _uniform(num, 0.5, 1.5, generator, images), 1.0)
-    turn = torch.randint(-18, 18, (num,), generator=generator).to(images.device).view(-1, 1, 1, 1) / 180 * coin()
-    contrast_first = coin()
-    images = (images + brightness).clamp(0, 1)
-    images = (images * torch.where(contrast_first, contrast, 1.0)).clamp(0, 1)
+    brightness = _uniform(num, -32 / 255, 32 / 255, generator) * coin()
+    contrast = torch.where(coin(), _uniform(num, 0.5, 1.5, generator), 1.0)
+    saturation = torch.where(coin(), _uniform(num, 0.5, 1.5, generator), 1.0)
+    turn = torch.randint(-18, 18, (num,), generator=generator) / 180 * coin()
+    first = coin()
+    before, after = torch.where(first, contrast, 1.0), torch.where(first, 1.0, contrast)
+    brightness, before, saturation, turn, after = _per_image(images, brightness, before, saturation, turn, after)
+    images = ((images + brightness).clamp(0, 1) * before).clamp(0, 1)
     h, s, v = rgb_to_hsv(images).split(1, dim=1)
     images = hsv_to_rgb(torch.cat([h + turn, (s * saturation).clamp(0, 1), v], dim=1))
-    return (images * torch.where(contrast_first, 1.0, contrast)).clamp(0, 1)
+    return (images * after).clamp(0, 1)

@@ -3,6 +3,8 @@
 import torch
 from torch import Generator, Tensor
 
+from ..device import sent
+
 
 def mask_patches(images: Tensor, block_size: int, ratio: float, generator: Generator) -> Tensor:
     """Set squares of the images to 0, drawn per image and square.
@@ -21,5 +23,6 @@ def mask_patches(images: Tensor, block_size: int, ratio: float, generator: Gener
     """
     num, _, height, width = images.shape
     rows, columns = (max(round(side / block_size), 1) for side in (height, width))
-    kept = (torch.rand(num, 1, rows, columns, generator=generator) >= ratio).to(images)
+    kept = (torch.rand(num, 1, rows, columns, generator=generator) >= ratio).to(images.dtype)
+    kept = sent(kept, images.device)
     return images * torch.nn.functional.interpolate(kept, size=(height, width), mode="nearest")

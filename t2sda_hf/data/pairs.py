@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..batch import UdaBatch
+from ..batch import UdaBatch, shown_ids
 from ..config import RunConfig
 from .domains import Domain, ImageStream, StreamedDomain
 from .rare_class_sampling import RareClasses
@@ -176,7 +176,7 @@ def collate(samples: list[dict[str, Any]]) -> UdaBatch:
     for name in samples[0]:
         array = torch.from_numpy(np.stack([sample[name] for sample in samples]))
         stacked[name] = array.permute(0, 3, 1, 2).contiguous() if array.ndim == 4 else array
-    return UdaBatch(**stacked)
+    return UdaBatch(**stacked, shown=shown_ids(stacked["source_labels"]))
 
 
 def bytes_per_batch(config: RunConfig) -> int:

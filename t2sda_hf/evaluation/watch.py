@@ -67,26 +67,26 @@ class Watch(nn.Module):
                 from_source (B,H,W) bool; source_logits (B,K,h,w) and source_labels (B,H,W). What is missing is not
                 counted.
         """
-        num_classes = len(self.shares)
+        num_classes, counts = len(self.shares), list[Tensor]()
         if "teacher_logits" in seen:
             log_shares = seen["teacher_logits"].float().log_softmax(dim=1)
-            entropy = -(log_shares.exp() * log_shares).sum(dim=1) / math.log(num_classes)
+            sure = (log_shares.exp() * log_shares).sum(dim=1) / math.log(num_classes) + 1  # 1 - entropy
             confidence, pseudo_labels = log_shares.max(dim=1)
-            self.sums[0] += entropy.numel()
-            self.sums[1] += (1 - entropy).clamp(min=0).double().sum()
-            self.sums[2] += (confidence.exp() >= self.threshold).sum()
-            self.shares += pseudo_labels.flatten().bincount(minlength=num_classes)
+            pixels = sure.new_ones(()).expand_as(sure)
+            counts = [pixels, sure.clamp(min=0), confidence >= math.log(max(self.threshold, 1e-30))]
+            self.shares.index_add_(0, pseudo_labels.flatten(), self.shares.new_ones(()).expand(sure.numel()))
             if "mixed_logits" in seen:
                 logits = seen["mixed_logits"]
                 of_target = ~sample_nearest(seen["from_source"], (logits.shape[-2], logits.shape[-1]))
-                self.sums[3] += of_target.sum()
-                self.sums[4] += ((logits.argmax(dim=1) == pseudo_labels) & of_target).sum()
+                counts += [of_target, (logits.argmax(dim=1) == pseudo_labels) & of_target]
+            self.sums[: len(counts)] += torch.stack(torch.broadcast_tensors(*counts)).double().sum(dim=(1, 2, 3))
         if "source_logits" in seen:
             logits = seen["source_logits"]
             labels = sample_nearest(seen["source_labels"], (logits.shape[-2], logits.shape[-1]))
-            known = labels < num_classes
-            pairs = labels[known] * num_classes + logits.argmax(dim=1)[known]
-            self.confusion += pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes)
+            pairs = (labels * num_classes + logits.argmax(dim=1)).flatten()
+            known = (labels < num_classes).flatten().double()
+            cells = self.confusion.view(-1)
+            cells.index_add_(0, pairs.clamp(max=len(cells) - 1), known)
 
     def read(self, sum_over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The proxies of the updates since the last call; those that nothing was seen for are left out. Collective.

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..device import constant
 from ..labels import IGNORE_INDEX
 
 
@@ -60,7 +61,7 @@ def feature_distance(
     cells = torch.ones_like(difference[:, 0], dtype=torch.bool)
     if classes is not None:
         small = downscale_labels_by_share(labels, (features.shape[-2], features.shape[-1]), num_classes, min_ratio)
-        cells = torch.isin(small, torch.tensor(classes, dtype=small.dtype, device=small.device))
+        cells = torch.isin(small, constant(tuple(classes), small.device, small.dtype))
     # Zeroed before the norm, whose gradient at an exact 0 is defined as 0: no indexing, no empty mean.
     distance = torch.linalg.vector_norm(difference * cells[:, None], dim=1)
     return distance.sum() / cells.sum().clamp(min=1)

@@ -4,7 +4,6 @@ Legend: B batch, K classes of the run, D embedding size, h×w feature map, N = B
 average, m negatives. Maps are (B,D,h,w), best in channels-last memory: their (N,D) view is then free.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,9 +13,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..labels import IGNORE_INDEX
-
-QUERY_CHUNK = 256  # rows at a time when every query has negatives of its own
+from ..device import exact_products, integers
 
 
 def as_pixels(feature_map: Tensor) -> Tensor:
@@ -31,7 +28,9 @@ def _precise(values: Tensor) -> Tensor:
 
 def class_counts(labels: Tensor, num_classes: int) -> Tensor:
     """Pixels per class, 255 left out: int64 labels of any shape -> (K,) float64, exact and summable over processes."""
-    return torch.bincount(labels.flatten(), minlength=IGNORE_INDEX + 1)[:num_classes].double()
+    flat = labels.flatten().clamp(max=num_classes)
+    counts = torch.zeros(num_classes + 1, dtype=torch.float64, device=labels.device)
+    return counts.index_add_(0, flat, counts.new_ones(()).expand(len(flat)))[:num_classes]
 
 
 def prototype_sums(keys: Tensor, labels: Tensor, num_classes: int, prenorm: bool = False) -> Tensor:
@@ -46,9 +45,7 @@ def prototype_sums(keys: Tensor, labels: Tensor, num_classes: int, prenorm: bool
     Returns:
         (K,D) float32; zeros for absent classes. Summable over processes.
     """
-    pixels = as_pixels(keys).float()
-    if prenorm:
-        pixels = F.normalize(pixels, dim=1, eps=1e-6)
+    pixels = unit(as_pixels(keys)) if prenorm else as_pixels(keys).float()
     bins = labels.flatten().clamp(max=num_classes)
     return pixels.new_zeros(num_classes + 1, pixels.shape[1]).index_add_(0, bins, pixels)[:num_classes]
 
@@ -65,14 +62,11 @@ def confidence_sums(pseudo_labels: Tensor, confidence: Tensor, num_classes: int,
     Returns:
         (2,K) float64. Summable over processes.
     """
-    labels, values = pseudo_labels.flatten(), confidence.flatten().double()
-    weights = torch.ones_like(values) if valid is None else valid.flatten().double()
-    return torch.stack(
-        [
-            torch.bincount(labels, values * weights, minlength=num_classes),
-            torch.bincount(labels, weights, minlength=num_classes),
-        ]
-    )
+    values = torch.stack([confidence, torch.ones_like(confidence)], dim=-1).double()
+    if valid is not None:
+        values = values * valid[..., None]
+    sums = values.new_zeros(num_classes, 2)
+    return sums.index_add_(0, pseudo_labels.flatten(), values.view(-1, 2)).T
 
 
 def class_confidences(
@@ -109,15 +103,14 @@ def class_weights(confidences: Tensor, members: Tensor, beta: float) -> Tensor:
         (K,) float32, sum 1. All confidences exactly 1: every member 1/C.
     """
     doubt = (1 - confidences).clamp(min=0) * members
-    raw = torch.where(members & (doubt.max() > 0), doubt / doubt.max().clamp(min=1e-30), members.to(doubt.dtype))
-    weights = torch.where(members, raw**beta, 0.0)
+    weights = (doubt / doubt.amax()).nan_to_num(nan=1.0) ** beta * members
     return (weights / weights.sum()).float()
 
 
 def num_queries_per_class(
     counts: Tensor, num_classes_of_benchmark: int, num_queries: int, sampling: Literal["cbqs", "ceqs"]
-) -> list[int]:
-    """How many queries each class sends.
+) -> Tensor:
+    """How many queries each class sends, (K,) int64.
 
     CBQS (paper eq. 16): ⌈C·p̂(c)·n⌉, in proportion to the class's share p̂ and at least one. CEQS: n each.
 
@@ -127,68 +120,89 @@ def num_queries_per_class(
         num_queries: n.
         sampling: "cbqs" or "ceqs".
     """
-    total = max(float(counts.sum()), 1.0)
-    shares = [count / total for count in counts.tolist()]
     if sampling == "ceqs":
-        return [num_queries if share > 0 else 0 for share in shares]
+        return (counts > 0) * num_queries
     # The ceiling must not turn 73.0000001 into 74.
-    return [math.ceil(num_classes_of_benchmark * share * num_queries - 1e-9) for share in shares]
+    shares = counts.double() / counts.sum().clamp(min=1)
+    return (shares * (num_classes_of_benchmark * num_queries) - 1e-9).ceil().long()
 
 
 @dataclass(frozen=True)
 class SortedPixels:
-    """Pixels grouped by class, shuffled inside a class: class c is order[starts[c] : starts[c] + counts[c]].
+    """Pixels of S maps of one size, map after map, grouped by class, and shuffled inside a class.
 
-    A group K holds pixels without a class if they are admitted as negatives.
+    Attributes:
+        order: (S·N,) rows of the (N,D) views.
+        starts, counts: (S,K+1) int64: pixels of class c of map s are order[starts[s, c] : starts[s, c] + counts[s, c]].
+            The last column is what belongs to no class.
     """
 
     order: Tensor
-    starts: list[int]
-    counts: list[int]
+    starts: Tensor
+    counts: Tensor
 
-    def of_class(self, class_id: int, num: int, generator: Generator) -> Tensor:
-        """`num` pixels of a class without replacement, or with replacement if it has fewer."""
-        start, count = self.starts[class_id], self.counts[class_id]
-        if num <= count:
-            return self.order[start : start + num]  # the order inside a class is random already
-        draws = torch.randint(count, (num,), generator=generator)
-        return self.order[start + draws.to(self.order.device)]
+    def of_other_classes(self, draws: Tensor, admitted: Tensor, classes: Tensor | None) -> Tensor:
+        """Pixels of any other class, uniform with replacement; where a class is alone they mean nothing.
 
-    def of_other_classes(self, class_id: int, shape: tuple[int, ...], generator: Generator) -> Tensor:
-        """Pixels of any other class, uniform with replacement; empty if there are none."""
-        start, count = self.starts[class_id], self.counts[class_id]
-        others = self.order.numel() - count
-        if others == 0:
-            return self.order.new_empty(0)
-        draws = torch.randint(others, shape, generator=generator).to(self.order.device)
-        return self.order[draws + count * (draws >= start)]  # jump over the class's own segment
+        Args:
+            draws: (S,K,...) in [0,1), one for each pixel, of the first S maps.
+            admitted: (S,1), pixels of a map that may be drawn: its first so many.
+            classes: (G,) of whom the draws are, which are then (S,G,...); None: of all classes in their order.
+
+        Returns:
+            Rows, in the shape of `draws`.
+        """
+        maps = len(draws)
+        segments = torch.stack([self.starts[:maps, :-1], self.counts[:maps, :-1], admitted - self.counts[:maps, :-1]])
+        segments = segments if classes is None else segments[..., classes]
+        starts, counts, others = segments.view(*segments.shape, *[1] * (draws.ndim - 2))
+        firsts = self.starts[:maps, 0].view(-1, *[1] * (draws.ndim - 1))
+        picked = (draws * others).long() + firsts
+        jumped = picked + counts * (picked >= starts)  # over the class's own segment
+        return self.order[jumped.clamp(max=len(self.order) - 1)]
 
 
-def sort_by_class(labels: Tensor, admitted: Tensor, num_groups: int, generator: Generator) -> SortedPixels:
-    """Group the admitted pixels by class: labels (N,) int64 in [0, num_groups), admitted (N,) bool."""
-    shuffle = torch.rand(labels.numel(), generator=generator, dtype=torch.float64).to(labels.device)
-    # Left-out pixels sort behind every group; the random part only orders pixels inside a group.
-    order = torch.argsort(torch.where(admitted, labels, num_groups) + shuffle)
-    counts = torch.bincount(labels[admitted], minlength=num_groups)[:num_groups].tolist()
-    starts = [sum(counts[:group]) for group in range(num_groups)]
-    return SortedPixels(order[: sum(counts)], starts, counts)
+def sort_by_class(maps: Sequence[Tensor], num_classes: int, generator: Generator) -> SortedPixels:
+    """Group pixels by class.
+
+    Args:
+        maps: int64 of one shape; classes in [0,K), anything larger belongs to none.
+        num_classes: K.
+        generator: of their device.
+    """
+    groups = num_classes + 1
+    keys = torch.cat([labels.flatten().clamp(max=num_classes) + groups * index for index, labels in enumerate(maps)])
+    shuffled = keys + torch.rand(len(keys), generator=generator, dtype=torch.float64, device=keys.device)
+    ordered, order = shuffled.sort()
+    bounds = torch.searchsorted(ordered, integers(groups * len(maps) + 1, torch.float64, keys.device))
+    return SortedPixels(order % maps[0].numel(), bounds[:-1].view(-1, groups), bounds.diff().view(-1, groups))
 
 
 @dataclass(frozen=True)
 class PullSamples:
-    """What is compared with what, as rows of the (N,D) views. One entry per class that sends queries.
+    """What is compared with what, as rows of the (N,D) views, in shapes that do not depend on any value.
+
+    The queries of a class fill as many blocks of R rows as they need. What remains of a block is not `counted`.
 
     Attributes:
-        classes: class ids.
-        queries: (n_c,) rows of the pseudo-target embeddings.
-        source_negatives, target_negatives: (m_s,) and (m_t,) rows of the teacher's embeddings, shared by the queries
-            of the class, or (n_c,m_s) and (n_c,m_t) if every query has its own. Empty where a set is empty.
+        classes: (G,) int64, the class of every block.
+        queries: (G,R) rows of the pseudo-target embeddings.
+        counted: (G,R) bool.
+        num_queries: (K,) int64, queries of each class.
+        source_negatives, target_negatives: (K,m) rows of the teacher's embeddings, shared by the queries of a class, or
+            (G,R,m) if every query has its own. The target's are None without a target.
+        of_source: bool in the same shape, which of the two is the negative; None without a target.
+        comparable: (K,) bool, classes that have a negative.
     """
 
-    classes: list[int]
-    queries: list[Tensor]
-    source_negatives: list[Tensor]
-    target_negatives: list[Tensor]
+    classes: Tensor
+    queries: Tensor
+    counted: Tensor
+    num_queries: Tensor
+    source_negatives: Tensor
+    target_negatives: Tensor | None
+    of_source: Tensor | None
+    comparable: Tensor
 
 
 def unreliable_pixels(confidence: Tensor, ratio: float, scope: Literal["batch", "image"]) -> Tensor:
@@ -197,89 +211,105 @@ def unreliable_pixels(confidence: Tensor, ratio: float, scope: Literal["batch", 
     γ is interpolated linearly, over the batch or per image; the comparison is strict, so equal confidences give none.
     """
     values = confidence.float().reshape(confidence.shape[0] if scope == "image" else 1, -1)
-    return (values < torch.quantile(values, ratio, dim=1, keepdim=True)).view_as(confidence)
+    place = ratio * (values.shape[1] - 1)
+    around = values.sort(dim=1).values[:, int(place) : int(place) + 2]
+    gamma = torch.lerp(around[:, :1], around[:, -1:], place - int(place))
+    return (values < gamma).view_as(confidence)
 
 
 def sample_pull(
-    labels: Tensor,
-    pseudo_labels: Tensor | None,
-    unreliable: Tensor | None,
-    queries_per_class: Sequence[int],
+    pixels: SortedPixels,
+    queries_per_class: Tensor,
+    max_queries: int,
     num_negatives: int,
     generator: Generator,
     *,
-    uniform_queries: int | None = None,
+    has_target: bool = True,
+    uniform: bool = False,
     negatives: Literal["denps", "pooled"] = "denps",
     share: Literal["class", "query"] = "class",
     ignore_as_negative: bool = False,
-    query_labels: Tensor | None = None,
 ) -> PullSamples:
     """Draw queries and negatives (paper section 3.4, method 5.4 and 5.6).
 
+    How many queries a class sends is known on the device alone, and nothing here asks it.
+
     Args:
-        labels: (B,h,w) int64 source labels at the size of the embeddings, 255 ignored.
-        pseudo_labels: (B,h,w) int64 of the target; None without a target.
-        unreliable: (B,h,w) bool, target pixels admitted as negatives.
-        queries_per_class: K numbers, see `num_queries_per_class`.
+        pixels: of the source's labels; with a target of the pseudo-labels of its unreliable pixels, see
+            `unreliable_pixels`; and of the images that are pulled, if they are not the source's scenes.
+        queries_per_class: (K,) int64, see `num_queries_per_class`.
+        max_queries: what they cannot exceed together: C·n + K with CBQS, K·n with CEQS.
         num_negatives: m per query.
-        generator: of the CPU; equal state gives equal samples on every device.
-        uniform_queries: draw so many valid pixels whatever their class, instead of `queries_per_class`.
+        generator: of the device of the pixels.
+        has_target: whether the second map is that of the target.
+        uniform: draw `max_queries` valid pixels whatever their class, instead of `queries_per_class`; classes that send
+            none by these are left out.
         negatives: "denps" draws half from each domain, "pooled" draws from their union.
         share: one set of negatives for a class, or one for every query.
         ignore_as_negative: admit source pixels labelled 255 as negatives of every class.
-        query_labels: (B,h,w) int64 of the images that are pulled, 255 ignored, if they are not the source's scenes.
 
     Returns:
-        PullSamples. A class without pixels here, or without any negative for its queries, keeps its queries out of
-        nothing: it is listed with empty negatives, and the loss skips it.
+        PullSamples. A class without pixels here sends nothing.
     """
-    num_classes = len(queries_per_class)
-    flat = labels.flatten()
-    known = flat != IGNORE_INDEX
-    source = sort_by_class(
-        flat.clamp(max=num_classes), known | ignore_as_negative, num_classes + ignore_as_negative, generator
-    )
-    target = None
-    if pseudo_labels is not None and unreliable is not None:
-        target = sort_by_class(pseudo_labels.flatten(), unreliable.flatten(), num_classes, generator)
+    num_classes, domains, device = len(queries_per_class), 1 + has_target, pixels.order.device
+    rows = min(max(max_queries // num_classes, 8), 128)  # R
+    blocks = -(-max_queries // rows) + num_classes  # G, even if every class begins one more block for a single query
 
-    asked, asked_labels = source, flat
-    if query_labels is not None:
-        asked_labels = query_labels.flatten()
-        valid = asked_labels != IGNORE_INDEX
-        asked = sort_by_class(asked_labels.clamp(max=num_classes), valid, num_classes, generator)
-    rows: list[Tensor] = [
-        asked.of_class(class_id, wanted if asked.counts[class_id] else 0, generator)
-        for class_id, wanted in enumerate(queries_per_class)
-    ]
-    if uniform_queries is not None:
-        num_known = sum(asked.counts[:num_classes])
-        picked = torch.randint(max(num_known, 1), (uniform_queries if num_known else 0,), generator=generator)
-        pixels = asked.order[picked.to(asked.order.device)]
-        rows = [pixels[asked_labels[pixels] == class_id] for class_id in range(num_classes)]
+    def draw(*size: int) -> Tensor:
+        return torch.rand(size, generator=generator, dtype=torch.float64, device=device)
 
-    samples = PullSamples([], [], [], [])
-    for class_id, queries in enumerate(rows):
-        if not queries.numel():
-            continue
-        others_s = source.order.numel() - source.counts[class_id]
-        others_t = target.order.numel() - target.counts[class_id] if target is not None else 0
-        if negatives == "denps":
-            from_source = num_negatives // 2 if others_s and others_t else num_negatives * (others_s > 0)
-        else:  # a draw from the union falls into the source with the source's share
-            draws = torch.rand(num_negatives, generator=generator, dtype=torch.float64)
-            from_source = int((draws < others_s / max(others_s + others_t, 1)).sum())
-        from_target = (num_negatives - from_source) * (others_t > 0)
-        per_query = (queries.numel(),) if share == "query" else ()
-        samples.classes.append(class_id)
-        samples.queries.append(queries)
-        samples.source_negatives.append(source.of_other_classes(class_id, (*per_query, from_source), generator))
-        samples.target_negatives.append(
-            queries.new_empty(0)
-            if target is None
-            else target.of_other_classes(class_id, (*per_query, from_target), generator)
-        )
-    return samples
+    asked, order = -1 if len(pixels.starts) > domains else 0, pixels.order
+    starts, counts = pixels.starts[asked], pixels.counts[asked, :-1]
+    first, num_queries = starts[:-1], queries_per_class * (counts > 0)
+    if uniform:
+        picked = (starts[0] + draw(max_queries) * (starts[-1] - starts[0])).long().sort().values  # so by class, too
+        order, first = order[picked], torch.searchsorted(picked, first)
+        num_queries = (torch.searchsorted(picked, starts[1:].contiguous()) - first) * (num_queries > 0)
+    classes, ranks = _blocks(num_queries, rows, blocks)
+    wanted, start, count = torch.stack([num_queries, first, counts])[:, classes, None]
+    counted = ranks < wanted
+    if not uniform:
+        ranks = torch.where(wanted <= count, ranks, (draw(*ranks.shape) * count).long())  # with replacement
+    queries = order[(start + ranks).clamp(max=len(order) - 1)]
+
+    whose = classes if share == "query" else None
+    size = (*(ranks.shape if share == "query" else (num_classes,)), num_negatives)
+    admitted = pixels.starts[:domains, -1:] - pixels.starts[:domains, :1]
+    if ignore_as_negative:
+        admitted = torch.cat([admitted[:1] + pixels.counts[:1, -1:], admitted[1:]])
+    drawn = pixels.of_other_classes(draw(domains, *size), admitted, whose)
+    found = admitted - pixels.counts[:domains, :-1]  # (domains,K) negatives of each class
+    if not has_target:
+        return PullSamples(classes, queries, counted, num_queries, drawn[0], None, None, found[0] > 0)
+    found_s, found_t = found
+    if negatives == "denps":
+        of_target = num_negatives - num_negatives // 2
+        of_source = (found_s > 0) * (num_negatives - of_target * (found_t > 0))
+        from_source = integers(num_negatives, torch.int64, device) < of_source[:, None]
+    else:  # a draw from the union falls into the source with the source's share
+        from_source = draw(num_classes, num_negatives) < (found_s / (found_s + found_t).clamp(min=1))[:, None]
+    if whose is not None:
+        from_source = from_source[whose, None].expand(size)
+    comparable = found_s + found_t > 0
+    return PullSamples(classes, queries, counted, num_queries, drawn[0], drawn[1], from_source, comparable)
+
+
+def _blocks(num_queries: Tensor, rows: int, blocks: int) -> tuple[Tensor, Tensor]:
+    """Which queries stand where: (G,) class of every block and (G,R) number of every row among those of its class.
+
+    Args:
+        num_queries: (K,) int64.
+        rows: R.
+        blocks: G. On a CPU, which has nothing to wait for, those behind the last query are left out.
+    """
+    needed = (num_queries + (rows - 1)) // rows
+    ends = needed.cumsum(0)
+    if ends.device.type == "cpu":
+        blocks = max(int(ends[-1]), 1)
+    index = integers(blocks, torch.int64, ends.device)
+    classes = torch.searchsorted(ends, index, right=True).clamp(max=len(ends) - 1)
+    inside = index - (ends - needed)[classes]
+    return classes, inside[:, None] * rows + integers(rows, torch.int64, ends.device)
 
 
 def info_nce(queries: Tensor, prototype: Tensor, negatives: Tensor, temperature: float) -> Tensor:
@@ -302,30 +332,27 @@ def info_nce(queries: Tensor, prototype: Tensor, negatives: Tensor, temperature:
     return torch.logsumexp(torch.cat([positive[:, None], others], dim=1), dim=1) - positive
 
 
-class _InfoNCEOfUnitRows(torch.autograd.Function):
-    """`info_nce` with shared negatives, its gradient worked out on the spot, so that no (Q,M) matrix is kept.
+class _InfoNCE(torch.autograd.Function):
+    """`info_nce` of blocks of queries, its gradient worked out on the spot.
 
-    With shares p of the softmax, dl/dq = (Σ p_j k_j - (1 - p⁺) k⁺)/τ. Prototype and negatives are the teacher's: they
-    get no gradient.
+    With p the softmax over all keys, dl/dq = (Σ p_j k_j - k⁺)/τ. Keys are the teacher's: they get no gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, prototype: Tensor, negatives: Tensor, temperature: float) -> Tensor:
-        queries = queries / temperature
-        positive, others = queries @ prototype, queries @ negatives.T  # (Q,), (Q,M)
-        highest = torch.maximum(positive, others.amax(dim=1))
-        others.sub_(highest[:, None]).exp_()
-        total = others.sum(dim=1).add_((positive - highest).exp_())
-        share = (positive - highest).exp_() / total  # p⁺
-        direction = (others @ negatives).div_(total[:, None]) - (1 - share)[:, None] * prototype
-        ctx.save_for_backward(direction.div_(temperature))
-        return total.log_() + highest - positive
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
+        """(G,R,D) and (G,1+m,D) of unit length, the prototype first -> (G,R)."""
+        empty = queries.new_empty(())
+        shares = torch.baddbmm(empty, queries, keys.mT, beta=0, alpha=1 / temperature).log_softmax(dim=2)
+        loss = -shares[..., 0]
+        shares.exp_()[..., 0] -= 1
+        ctx.save_for_backward(torch.baddbmm(empty, shares, keys, beta=0, alpha=1 / temperature))
+        return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (direction,) = ctx.saved_tensors
-        return grad[:, None] * direction, None, None, None
+        return grad[..., None] * direction, None, None
 
 
 def pull_loss(
@@ -360,64 +387,58 @@ def pull_loss(
         () float32, float64 if embeddings are, >= 0. Nothing to compare: 0 that is connected to `embeddings`, so every
         gradient exists.
     """
-    if not samples.classes:
-        return _precise(embeddings).sum() * 0
-    prototypes = F.normalize(_precise(prototypes), dim=1, eps=1e-6)
     # One gather for all classes: every gather of its own would fill a dense (N,D) gradient. Normalised after it.
-    queries = as_pixels(embeddings).index_select(0, torch.cat(samples.queries))
-    all_queries = F.normalize(_precise(queries), dim=1, eps=1e-6)
-    per_class = all_queries.split([len(rows) for rows in samples.queries])
-    loss = all_queries[0].sum() * 0  # if no class has negatives, the gradient is there and zero
-    for class_id, picked, from_source, from_target in zip(
-        samples.classes, per_class, samples.source_negatives, samples.target_negatives, strict=True
-    ):
-        positive = prototypes[class_id]
-        if objective == "mse":
-            per_query = 2 - 2 * (picked @ positive)
-        elif not from_source.numel() and not from_target.numel():
-            continue
-        else:
-            per_query = _info_nce_rows(
-                picked, positive, source_keys, target_keys, from_source, from_target, temperature
-            )
-        loss = loss + weights[class_id] * (per_query.sum() if reduction == "sum_paper" else per_query.mean())
+    queries, prototypes = unit(_rows(embeddings, samples.queries)), _precise(prototypes)  # (G,R,D)
+    weights = weights.to(queries.dtype)
+    if objective == "mse":
+        per_query = 2 - 2 * (queries @ unit(prototypes)[samples.classes, :, None])[..., 0]
+    else:
+        weights = weights * samples.comparable
+        per_query = _info_nce_of_samples(queries, prototypes, source_keys, target_keys, samples, temperature)
+    if reduction != "sum_paper":
+        weights = weights / samples.num_queries.clamp(min=1)
+    loss = (per_query * (weights[samples.classes, None] * samples.counted)).sum()
     return loss if reduction == "mean_w" else loss / num_classes_of_benchmark
 
 
-def _info_nce_rows(
+def _info_nce_of_samples(
     queries: Tensor,
-    prototype: Tensor,
+    prototypes: Tensor,
     source_keys: Tensor,
     target_keys: Tensor | None,
-    from_source: Tensor,
-    from_target: Tensor,
+    samples: PullSamples,
     temperature: float,
 ) -> Tensor:
-    """info_nce of one class with negatives given as rows; own negatives per query go in chunks, to bound the memory."""
+    """(G,R). Own negatives per query go block by block, to bound the memory."""
+    rows_s, rows_t, of_source = samples.source_negatives, samples.target_negatives, samples.of_source
 
-    keys = [as_pixels(source_keys)] if target_keys is None else [as_pixels(source_keys), as_pixels(target_keys)]
+    def gather(rows_s: Tensor, rows_t: Tensor | None, of_source: Tensor | None) -> Tensor:
+        found = _rows(source_keys, rows_s)
+        if target_keys is None or rows_t is None or of_source is None:
+            return _precise(found)
+        return _precise(torch.where(of_source[..., None], found, _rows(target_keys, rows_t)))
 
-    def gather(*rows: Tensor) -> Tensor:
-        parts = [
-            pixels.index_select(0, picked.flatten()).view(*picked.shape, -1)
-            for pixels, picked in zip(keys, rows, strict=False)
-            if picked.numel()
-        ]
-        return F.normalize(_precise(torch.cat(parts, dim=-2)), dim=-1, eps=1e-6)
-
-    if from_source.ndim == 1 and from_target.ndim == 1:
-        negatives = gather(from_source, from_target)
-        per_query: Tensor = _InfoNCEOfUnitRows.apply(queries, prototype, negatives, temperature)
+    if rows_s.ndim == 2:
+        keys = unit(torch.cat([prototypes[:, None], gather(rows_s, rows_t, of_source)], dim=1))  # (K,1+m,D)
+        with exact_products():
+            per_query: Tensor = _InfoNCE.apply(queries, keys[samples.classes], temperature)
         return per_query
+    positives = unit(prototypes)[samples.classes]
 
-    def chunk(picked: Tensor, rows_s: Tensor, rows_t: Tensor) -> Tensor:
-        return info_nce(picked, prototype, gather(rows_s, rows_t), temperature)
+    def block(index: int, picked: Tensor) -> Tensor:
+        rest = (None, None) if rows_t is None or of_source is None else (rows_t[index], of_source[index])
+        return info_nce(picked, positives[index], unit(gather(rows_s[index], *rest)), temperature)
 
-    parts = []
-    for start in range(0, len(queries), QUERY_CHUNK):
-        rows = slice(start, start + QUERY_CHUNK)
-        # An empty set has no rows to slice; recomputing the gather in backward keeps one chunk in memory.
-        rows_s = from_source[rows] if from_source.ndim == 2 else from_source
-        rows_t = from_target[rows] if from_target.ndim == 2 else from_target
-        parts.append(checkpoint(chunk, queries[rows], rows_s, rows_t, use_reentrant=False))
-    return torch.cat(parts)
+    # Recomputing the gather in backward keeps one block in memory.
+    parts = [checkpoint(block, index, picked, use_reentrant=False) for index, picked in enumerate(queries)]
+    return torch.stack(parts)
+
+
+def _rows(maps: Tensor, rows: Tensor) -> Tensor:
+    """(...,D), the pixels of (B,D,h,w) that are asked for by the rows (...) of their (N,D) view."""
+    return as_pixels(maps).index_select(0, rows.flatten()).view(*rows.shape, -1)
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """(...,D) at unit length, in float32 at least; zeros stay."""
+    return F.normalize(_precise(vectors), dim=-1, eps=1e-6)

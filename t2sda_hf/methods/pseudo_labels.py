@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..batch import normalize
 from ..losses.pull import class_confidences, class_weights, confidence_sums
-from ..teacher import make_pseudo_labels, pseudo_label_weights
+from ..teacher import make_pseudo_labels, pseudo_label_weights, trusted_rows
 from .step import Step
 
 
@@ -63,7 +63,7 @@ def pseudo_labels_of(step: Step, logits: Tensor) -> PseudoLabels:
     labels, confidence = make_pseudo_labels(logits, (height, width))
     margins = (uda.ignore_top, uda.ignore_bottom)
     weights = pseudo_label_weights(confidence, uda.pseudo_threshold, uda.weight_scope, *margins)
-    inside = pseudo_label_weights(confidence, 0.0, "batch", *margins)
+    inside = trusted_rows(confidence, *margins)
     if step.batch.target_valid is not None:
         weights, inside = weights * step.batch.target_valid, inside * step.batch.target_valid
     importance = dynamic_weights(step, labels, confidence, inside)

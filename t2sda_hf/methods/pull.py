@@ -20,11 +20,13 @@ from ..labels import IGNORE_INDEX
 from ..losses.feature_distance import downscale_labels_by_share
 from ..losses.pull import (
     PullSamples,
+    SortedPixels,
     class_counts,
     num_queries_per_class,
     prototype_sums,
     pull_loss,
     sample_pull,
+    sort_by_class,
     unreliable_pixels,
 )
 from ..models.image_processing_t2sda import sample_nearest
@@ -82,7 +84,8 @@ def pull_against(step: Step, keys: Tensor, pseudo_labels: PseudoLabels | None) -
     """
     cfg, pull, num_classes = step.cfg, step.cfg.pull, len(step.cfg.classes)
     labels = small_labels(step, pseudo_labels, (keys.shape[-2], keys.shape[-1]))
-    asked = step.sum_over_processes(class_counts(labels.queries, num_classes))
+    pixels = sort_by_class(labels.maps, num_classes, step.device_generator)
+    asked = step.sum_over_processes(pixels.counts[0 if labels.queries is labels.source else -1, :-1].double())
     same = labels.keys is labels.queries
     counts = asked if same else step.sum_over_processes(class_counts(labels.keys, num_classes))
     sums = step.sum_over_processes(prototype_sums(keys, labels.keys, num_classes, pull.proto_prenorm))
@@ -90,11 +93,11 @@ def pull_against(step: Step, keys: Tensor, pseudo_labels: PseudoLabels | None) -
     if pull.proto_momentum:
         prototypes = step.memory.remember_prototypes(prototypes, counts > 0, pull.proto_momentum)
 
-    samples = draw_samples(step, labels, asked, counts)
+    samples = draw_samples(step, labels, pixels, asked, counts)
     weighed = pseudo_labels if cfg.drw.apply_to == "pull" else None
     importance = equal_weights(step) if weighed is None else weighed.class_weights
     if cfg.drw.normalise_over == "queried":
-        importance = importance / importance[samples.classes].sum().clamp(min=1e-12)
+        importance = importance / (importance * (samples.num_queries > 0)).sum().clamp(min=1e-12)
     return samples, prototypes, importance
 
 
@@ -106,15 +109,19 @@ class SmallLabels:
         source: of the source, and so of its translation.
         queries, keys: of the domain that is pulled, and of the one it is pulled to. The same tensor as `source` if it
             is one of these two. Pseudo-labels are in them only where they may count and are sure enough.
-        target: all pseudo-labels; None without a target.
-        unreliable: (B,h,w) bool, target pixels that are negatives; None without a target.
+        negatives: pseudo-labels of unreliable target pixels; None without a target.
     """
 
     source: Tensor
     queries: Tensor
     keys: Tensor
-    target: Tensor | None = None
-    unreliable: Tensor | None = None
+    negatives: Tensor | None = None
+
+    @property
+    def maps(self) -> list[Tensor]:
+        """For `sample_pull`."""
+        found = [self.source] if self.negatives is None else [self.source, self.negatives]
+        return found if self.queries is self.source else [*found, self.queries]
 
 
 def small_labels(step: Step, pseudo_labels: PseudoLabels | None, size: tuple[int, int]) -> SmallLabels:
@@ -128,43 +135,40 @@ def small_labels(step: Step, pseudo_labels: PseudoLabels | None, size: tuple[int
         return SmallLabels(y_s, y_s, y_s)
     y_t = sample_nearest(pseudo_labels.labels, size)
     confidence = sample_nearest(pseudo_labels.confidence, size)
+    unreliable = unreliable_pixels(confidence, pull.unreliable_ratio, pull.gamma_scope)
+    negatives = torch.where(unreliable, y_t, IGNORE_INDEX)
+    if "target" not in (pull.query_domain, pull.key_domain):
+        return SmallLabels(y_s, y_s, y_s, negatives)
     counts = (confidence >= pull.target_min_conf) & (sample_nearest(pseudo_labels.inside, size) > 0)
     trusted = torch.where(counts, y_t, IGNORE_INDEX)
-    return SmallLabels(
-        source=y_s,
-        queries=trusted if pull.query_domain == "target" else y_s,
-        keys=trusted if pull.key_domain == "target" else y_s,
-        target=y_t,
-        unreliable=unreliable_pixels(confidence, pull.unreliable_ratio, pull.gamma_scope),
-    )
+    queries, keys = (trusted if domain == "target" else y_s for domain in (pull.query_domain, pull.key_domain))
+    return SmallLabels(y_s, queries, keys, negatives)
 
 
-def draw_samples(step: Step, labels: SmallLabels, asked: Tensor, counts: Tensor) -> PullSamples:
+def draw_samples(step: Step, labels: SmallLabels, pixels: SortedPixels, asked: Tensor, counts: Tensor) -> PullSamples:
     """Queries and negatives.
 
     Args:
+        pixels: of `labels.maps`.
         asked, counts: (K,) pixels per class over all processes, in `labels.queries` and in `labels.keys`.
     """
     pull = step.cfg.pull
-    sampling: Literal["cbqs", "ceqs"] = "cbqs" if pull.query_sampling == "cbqs" else "ceqs"
-    query_labels = None
-    if labels.queries is not labels.source or labels.keys is not labels.source:
-        # A class is pulled only if there is something to pull it to.
-        y_q = labels.queries
-        has_key = (counts > 0)[y_q.clamp(max=len(counts) - 1)] & (y_q != IGNORE_INDEX)
-        query_labels = torch.where(has_key, y_q, IGNORE_INDEX)
+    sampling: Literal["cbqs", "ceqs"] = "ceqs" if pull.query_sampling == "ceqs" else "cbqs"
+    wanted = num_queries_per_class(asked * step.members, step.num_members, pull.num_queries, sampling)
+    if labels.keys is not labels.queries:  # a class is pulled only if there is something to pull it to
+        wanted = wanted * (counts > 0)
+    most = pull.num_queries * (len(asked) if sampling == "ceqs" else step.num_members)
     return sample_pull(
-        labels.source,
-        labels.target,
-        labels.unreliable,
-        num_queries_per_class(asked * step.members, step.num_members, pull.num_queries, sampling),
+        pixels,
+        wanted,
+        most + (len(asked) if pull.query_sampling == "cbqs" else 0),  # CBQS rounds up
         pull.num_negatives,
-        step.generator,
-        uniform_queries=step.num_members * pull.num_queries if pull.query_sampling == "uniform" else None,
+        step.device_generator,
+        has_target=labels.negatives is not None,
+        uniform=pull.query_sampling == "uniform",
         negatives=pull.negatives,
         share=pull.share_negatives,
         ignore_as_negative=pull.ignore_as_negative,
-        query_labels=query_labels,
     )
 
 

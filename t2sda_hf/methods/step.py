@@ -9,6 +9,7 @@ from torch import Generator, Tensor, nn
 
 from ..batch import UdaBatch
 from ..config import RunConfig
+from ..device import constant
 from ..models import T2SDAForSemanticSegmentation
 from ..teacher import make_teacher
 from ..translate import TranslationEngine
@@ -34,14 +35,13 @@ class ClassMemory(nn.Module):
         """momentum·old + (1-momentum)·new for present classes, the new one at first sight; returns all, (K,D)."""
         old_share = momentum * self.seen.float()
         blended = old_share[:, None] * self.prototypes + (1 - old_share)[:, None] * prototypes
-        self.prototypes = torch.where(present[:, None], blended, self.prototypes)
-        self.seen = self.seen | present
+        self.prototypes.copy_(torch.where(present[:, None], blended, self.prototypes))
+        self.seen |= present
         return self.prototypes
 
     def remember_confidences(self, confidences: Tensor, present: Tensor, momentum: float = 0.99) -> None:
-        self.confidences = torch.where(
-            present, momentum * self.confidences + (1 - momentum) * confidences, self.confidences
-        )
+        blended = momentum * self.confidences + (1 - momentum) * confidences
+        self.confidences.copy_(torch.where(present, blended, self.confidences))
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class Step:
         networks: of the run.
         cfg: the run.
         memory: of the run; the only thing here that an objective changes.
-        generator: of the CPU, for everything drawn.
+        generator: of the CPU, for what the host must know, and for a few numbers that it sends.
+        device_generator: of the device, for many numbers: the samples of the pull.
         sum_over_processes: sums a tensor of statistics over all processes. A collective: every process calls it the
             same number of times, whatever its batch shows.
         index: of the running update, from 0.
@@ -89,6 +90,7 @@ class Step:
     cfg: RunConfig
     memory: ClassMemory
     generator: Generator
+    device_generator: Generator
     sum_over_processes: Callable[[Tensor], Tensor]
     index: int
 
@@ -106,7 +108,8 @@ class Step:
     def members(self) -> Tensor:
         """(K,) bool on the device, the classes of the benchmark."""
         wanted = self.cfg.pull.class_set or self.cfg.classes
-        return torch.tensor([name in wanted for name in self.cfg.classes], device=self.batch.source_labels.device)
+        device = self.batch.source_labels.device
+        return constant(tuple(name in wanted for name in self.cfg.classes), device, torch.bool)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def t2sda_losses(step: Step) -> Iterator[Graph]:
 
     # L_target: learn the target from the teacher, on source classes pasted into target images.
     if weights.target:
-        from_source = sample_class_mix(y_s, cfg.mix.classes_from, generator)  # (B,H,W) bool
+        from_source = sample_class_mix(y_s, step.batch.ids_shown(), cfg.mix.classes_from, generator)  # (B,H,W) bool
         x_m = torch.where(from_source[:, None], x_s if cfg.mix.source == "source" else x_st, x_t)
         x_m, y_m = augmented(step, x_m), torch.where(from_source, y_s, y_t)
         # DRW on the target has mean 1 over classes.

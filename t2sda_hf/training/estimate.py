@@ -215,9 +215,9 @@ def count_update(cfg: RunConfig) -> Cost:
     cost.flops, cost.bytes, cost.halves = [], [], []
     with torch.random.fork_rng(devices=[]), Counting(cost):
         for micro in range(cfg.train.micro_batches):
-            generator = seed_step(cfg.seed, cfg.pull.start_step, micro)
+            generators = seed_step(cfg.seed, cfg.pull.start_step, micro, torch.device("cpu"))
             batch = random_batch(cfg).on(torch.device("cpu"))
-            step = Step(batch, stand_ins, cfg, memory, generator, _unchanged, cfg.pull.start_step)
+            step = Step(batch, stand_ins, cfg, memory, *generators, _unchanged, cfg.pull.start_step)
             for graph in METHODS[cfg.method](step):
                 weighted_sum(graph.losses, cfg.loss_weights).backward()
             del graph  # with all that was seen

@@ -20,7 +20,7 @@ from ..teacher import ema_momentum, update_teacher
 from .checkpoint import Progress
 from .distributed import average_gradients, decided_by_main, largest, whole_tensor
 from .optim import learning_rate_factor, set_learning_rate
-from .parts import Parts
+from .parts import Buffers, Parts
 from .scores import Evaluation
 from .seeding import seed_step
 from .stopping import Stopped, StopRequest
@@ -74,13 +74,14 @@ def train(
             # At the start of the next step, so that a checkpoint is never younger than the evaluation of its weights.
             if step and step % limit.evaluate_every == 0:
                 results = evaluation.results(networks)
-                at.before_look = [] if run.parts.watch is None else [_state(run.parts.watch)]
+                at.watched = Buffers([] if run.parts.watch is None else [run.parts.watch])
+                at.watched.keep()
                 observe(run, step, tracker, store, results)
             began = time.perf_counter()
             seen = update(run, step, tracker)
             _say_compiled(took, time.perf_counter() - began, limit.compile, tracker)
             done = at.done = step + 1  # the number of finished updates is the only counter there is
-            at.before_look = []
+            at.watched = Buffers([])
             if _due(done, limit.log_every, limit.max_steps):
                 tracker.flush(done, run.cfg.optim.lr * learning_rate_factor(step, run.cfg.optim, limit.max_steps))
             number = largest(stop.number, run.accelerator)
@@ -106,7 +107,7 @@ class _Position:
     done: int  # finished updates
     saved: int  # of these, how many the newest checkpoint holds
     # The watch before the evaluation after `done` updates took its sums: a run that goes on there evaluates again.
-    before_look: list[tuple[nn.Module, dict[str, Tensor]]] = field(default_factory=list)
+    watched: Buffers = field(default_factory=lambda: Buffers([]))  # of proxies, before the last look at them
 
 
 @contextmanager
@@ -121,7 +122,7 @@ def _saved_first(run: Run, store: Store, tracker: Tracker, at: _Position) -> Ite
         doubtful = tracker.torn or isinstance(error, NotFinite | CheckpointError | LostFolder)
         known = run.accelerator.num_processes == 1 or isinstance(error, Stopped | DataFailed)
         if known and not doubtful and at.done > at.saved:
-            _as_before(at.before_look)
+            at.watched.restore()
             store.save_checkpoint(run.parts, tracker.progress(at.done))
         raise
 
@@ -144,7 +145,7 @@ def update(run: Run, step: int, tracker: Tracker) -> Mapping[str, Any]:
     cfg, accelerator, parts = run.cfg, run.accelerator, run.parts
     student, teacher = parts.networks.student, parts.networks.teacher
     set_learning_rate(parts.optimizer, learning_rate_factor(step, cfg.optim, cfg.train.max_steps))
-    before = [_state(module) for module in (student, teacher, *parts.own.values())]
+    parts.buffers.keep()
     logged: list[dict[str, Tensor]] = []
     seen: Mapping[str, Any] = {}
     try:
@@ -152,7 +153,7 @@ def update(run: Run, step: int, tracker: Tracker) -> Mapping[str, Any]:
             seen = {}  # the maps of the micro-batch before are large
             seen = learn(run, next_step(run, step, micro, batches.pop(0)), logged)
     except BaseException:
-        _as_before(before)
+        parts.buffers.restore()
         raise
     # Before the average spreads it. Of a sharded student it is in the pieces of all processes already.
     own = _broken_gradient(student) if accelerator.num_processes > 1 else None
@@ -163,7 +164,7 @@ def update(run: Run, step: int, tracker: Tracker) -> Mapping[str, Any]:
     if largest(int(not finite), accelerator):  # on every process or on none
         guilty = _broken_loss(logged) or own or (_broken_gradient(student) if accelerator.num_processes == 1 else None)
         parts.optimizer.zero_grad()
-        _as_before(before)
+        parts.buffers.restore()
         _skip_or_stop(step, guilty, run, tracker)
         return seen
     tracker.torn = True
@@ -207,11 +208,12 @@ def read(run: Run, step: int, tracker: Tracker) -> list[UdaBatch]:
 def next_step(run: Run, index: int, micro: int, batch: UdaBatch) -> Step:
     """A micro-batch with all that the objective needs for it."""
     cfg, accelerator, parts = run.cfg, run.accelerator, run.parts
-    generator = seed_step(cfg.seed, index, accelerator.process_index * cfg.train.micro_batches + micro)
+    slot = accelerator.process_index * cfg.train.micro_batches + micro
+    generators = seed_step(cfg.seed, index, slot, accelerator.device)
     batch = batch.on(accelerator.device)
     shared = cfg.pull.sync_stats and accelerator.num_processes > 1
     sum_over_processes = accelerator.reduce if shared else _unchanged
-    return Step(batch, parts.networks, cfg, parts.memory, generator, sum_over_processes, index)
+    return Step(batch, parts.networks, cfg, parts.memory, *generators, sum_over_processes, index)
 
 
 def learn(run: Run, step: Step, logged: list[dict[str, Tensor]]) -> Mapping[str, Any]:
@@ -249,7 +251,8 @@ def picture(run: Run, done: int, tracker: Tracker, store: Store, seen: Mapping[s
 
 def weighted_sum(losses: Mapping[str, Tensor], weights: LossWeights) -> Tensor:
     """Σ weight · loss."""
-    return torch.stack([vars(weights)[name] * value for name, value in losses.items()]).sum()
+    first, *rest = (vars(weights)[name] * value for name, value in losses.items())
+    return sum(rest, first)
 
 
 def _say_compiled(took: list[float], seconds: float, backend: str, tracker: Tracker) -> None:
@@ -279,16 +282,6 @@ def _skip_or_stop(step: int, guilty: str | None, run: Run, tracker: Tracker) -> 
             "train.max_skipped_steps allows. Nothing was updated."
         )
     tracker.step_skipped(step, reason)
-
-
-def _state(module: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A module and a copy of its buffers, for `_as_before`."""
-    return module, {name: buffer.clone() for name, buffer in module.named_buffers()}
-
-
-def _as_before(before: list[tuple[nn.Module, dict[str, Tensor]]]) -> None:
-    for module, buffers in before:
-        module.load_state_dict(buffers, strict=False)
 
 
 def _broken_loss(logged: list[dict[str, Tensor]]) -> str | None:

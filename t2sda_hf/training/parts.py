@@ -1,6 +1,8 @@
 """What learns in a run, and so what a checkpoint holds."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +17,29 @@ from .distributed import shard, shards
 from .optim import make_optimizer
 
 
+class Buffers:
+    """The buffers of modules, and a copy of them to go back to.
+
+    Args:
+        modules: which write into their buffers and never replace one.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        found = [buffer for module in modules for buffer in module.buffers()]
+        self._kinds = [[b for b in found if b.dtype == kind] for kind in {buffer.dtype: None for buffer in found}]
+        self._kept = [[torch.empty_like(buffer) for buffer in buffers] for buffers in self._kinds]
+
+    def keep(self) -> None:
+        """Take a copy."""
+        for kept, buffers in zip(self._kept, self._kinds, strict=True):
+            torch._foreach_copy_(kept, buffers)
+
+    def restore(self) -> None:
+        """Make the buffers what they were at the last `keep`."""
+        for kept, buffers in zip(self._kept, self._kinds, strict=True):
+            torch._foreach_copy_(buffers, kept)
+
+
 @dataclass(frozen=True)
 class Parts:
     """Networks and optimiser are the same on every process; class memory and watch are its own."""
@@ -23,6 +48,11 @@ class Parts:
     memory: ClassMemory
     optimizer: torch.optim.Optimizer
     watch: Watch | None = None  # proxies; see `loop.observe`
+
+    @cached_property
+    def buffers(self) -> Buffers:
+        """All that an update may change and that is no parameter."""
+        return Buffers([self.networks.student, self.networks.teacher, *self.own.values()])
 
     @property
     def own(self) -> dict[str, nn.Module]:

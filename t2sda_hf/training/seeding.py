@@ -17,8 +17,10 @@ def seed_initial_weights(seed: int) -> None:
     torch.manual_seed(_derive(seed, _INIT_STREAM))
 
 
-def seed_step(seed: int, step: int, slot: int) -> Generator:
-    """A CPU generator for what the objective draws in one micro-batch; also seeds dropout and drop path.
+def seed_step(seed: int, step: int, slot: int, device: torch.device) -> tuple[Generator, Generator]:
+    """Two generators for what the objective draws in one micro-batch, of the CPU and of the device of the networks.
+
+    Also seeds dropout and drop path.
 
     Args:
         seed: of the run.
@@ -26,4 +28,6 @@ def seed_step(seed: int, step: int, slot: int) -> Generator:
         slot: process_index · micro_batches + micro-batch, so that two processes draw what two micro-batches draw.
     """
     torch.manual_seed(_derive(seed, _STEP_STREAM, step, slot, 0))  # the global one: dropout and drop path
-    return torch.Generator().manual_seed(_derive(seed, _STEP_STREAM, step, slot, 1))
+    own = device if device.type in ("cuda", "mps", "xpu") else "cpu"
+    drawn = (_derive(seed, _STEP_STREAM, step, slot, stream) for stream in (1, 2))
+    return Generator().manual_seed(next(drawn)), Generator(own).manual_seed(next(drawn))

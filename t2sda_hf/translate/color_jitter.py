@@ -4,6 +4,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..augment.color import hsv_to_rgb, rgb_to_hsv
+from ..device import per_channel
 
 GREY = (0.2989, 0.587, 0.114)  # luma of red, green and blue
 
@@ -35,7 +36,7 @@ def _jitter_one(image: Tensor, probability: float, strength: float, generator: G
     if not changes:
         return image
     brightness, contrast, saturation = (1 + 0.8 * strength * draws[:3]).clamp(min=0).tolist()
-    luma = torch.tensor(GREY, device=image.device).view(1, 3, 1, 1)
+    luma = per_channel(GREY, image)
     for operation in order:
         if operation == 0:
             image = brightness * image

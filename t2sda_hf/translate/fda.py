@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..device import exact_products
+
 _FREQUENCIES = 5
 
 
@@ -41,6 +43,7 @@ def fda_translate(
 
 
 @torch.no_grad()
+@exact_products()
 def low_amplitude(images: Tensor, beta: float | None, window: Literal["square", "rect"] = "square") -> Tensor:
     """All that FDA takes from a target image: its amplitude on the swapped frequencies.
 
@@ -79,6 +82,7 @@ def beta_for(side: int) -> float:
 
 
 @torch.no_grad()
+@exact_products()
 def with_low_amplitude(source_images: Tensor, amplitude: Tensor) -> Tensor:
     """`fda_translate` with `low_amplitude` of the target in place of the target.
 

@@ -4,6 +4,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..augment.color import blur_kernel_size, gaussian_blur
+from ..device import sent
 
 
 @torch.no_grad()
@@ -22,4 +23,4 @@ def simclr_blur(images: Tensor, probability: float, sigma: tuple[float, float], 
     blurs, shares = torch.rand(len(images), 2, generator=generator).unbind(1)
     side = min(blur_kernel_size(images.shape[-2]), 2 * images.shape[-1] - 1)  # as far as a border can be reflected
     blurred = gaussian_blur(images, sigma[0] + (sigma[1] - sigma[0]) * shares, (side, side))
-    return torch.where((blurs < probability).to(images.device).view(-1, 1, 1, 1), blurred, images)
+    return torch.where(sent(blurs < probability, images.device).view(-1, 1, 1, 1), blurred, images)

@@ -9,10 +9,10 @@ import pytest
 import reference.pull as slow
 import torch
 import torch.nn.functional as F
+from reference.samples import Listed, blocked, listed
 from torch import Generator, Tensor
 
 from t2sda_hf.losses.pull import (
-    PullSamples,
     as_pixels,
     class_confidences,
     class_counts,
@@ -23,6 +23,7 @@ from t2sda_hf.losses.pull import (
     prototype_sums,
     pull_loss,
     sample_pull,
+    sort_by_class,
     unreliable_pixels,
 )
 
@@ -169,7 +170,7 @@ def test_a_class_outside_the_benchmark_does_not_set_the_scale(confidences):
 def test_cbqs_of_the_specification():
     shares = (360, 190, 150, 90, 80, 50, 30, 20, 15, 10, 5)
     wanted = num_queries_per_class(torch.tensor(shares, dtype=torch.float64), 19, 128, "cbqs")
-    assert wanted == [876, 463, 365, 219, 195, 122, 73, 49, 37, 25, 13]
+    assert wanted.tolist() == [876, 463, 365, 219, 195, 122, 73, 49, 37, 25, 13]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -179,7 +180,7 @@ def test_cbqs_equals_its_twin_in_fractions(seed):
     counts[0] += 1
     num_classes, num_queries = int(draw.integers(2, 20)), int(draw.integers(1, 300))
     wanted = num_queries_per_class(torch.tensor(counts, dtype=torch.float64), num_classes, num_queries, "cbqs")
-    assert wanted == slow.cbqs(counts.tolist(), num_classes, num_queries)
+    assert wanted.tolist() == slow.cbqs(counts.tolist(), num_classes, num_queries)
     assert num_classes * num_queries <= sum(wanted) <= num_classes * num_queries + np.count_nonzero(counts)
     assert [n > 0 for n in wanted] == [bool(count) for count in counts]  # a floor of one for every present class
 
@@ -191,17 +192,17 @@ def test_cbqs_equals_its_twin_in_fractions(seed):
 def test_the_ceiling_is_safe_from_rounding(counts, num_classes, num_queries):
     """19 · 21/38 · 128 is 1344, but a hair more in binary."""
     wanted = num_queries_per_class(torch.tensor(counts, dtype=torch.float64), num_classes, num_queries, "cbqs")
-    assert wanted == slow.cbqs(counts, num_classes, num_queries)
+    assert wanted.tolist() == slow.cbqs(counts, num_classes, num_queries)
     assert sum(wanted) == num_classes * num_queries
 
 
 def test_ceqs_sends_as_many_from_every_present_class():
-    assert num_queries_per_class(torch.tensor([900.0, 0, 1]), 3, 128, "ceqs") == [128, 0, 128]
+    assert num_queries_per_class(torch.tensor([900.0, 0, 1]), 3, 128, "ceqs").tolist() == [128, 0, 128]
 
 
 @pytest.mark.parametrize("sampling", ["cbqs", "ceqs"])
 def test_no_labelled_pixel_sends_no_query(sampling):
-    assert num_queries_per_class(torch.zeros(3), 3, 128, sampling) == [0, 0, 0]
+    assert num_queries_per_class(torch.zeros(3), 3, 128, sampling).tolist() == [0, 0, 0]
 
 
 # ----------------------------------------------------------------------------------------------- unreliable pixels
@@ -230,12 +231,19 @@ def test_equal_confidences_are_all_reliable():
 WANTED = [5, 3, 4, 2]
 
 
-def sampled(given: dict[str, Tensor], num_negatives: int = 16, seed: int = 0, **options: Any) -> PullSamples:
+def sampled(given: dict[str, Tensor], num_negatives: int = 16, seed: int = 0, **options: Any) -> Listed:
     unreliable = unreliable_pixels(given["confidence"], 0.5, "batch")
     wanted = options.pop("wanted", WANTED)
-    return sample_pull(
-        given["labels"], given["pseudo_labels"], unreliable, wanted, num_negatives, random(seed), **options
-    )
+    most = options.pop("most", sum(wanted))
+    generator = random(seed)
+    maps = [given["labels"], torch.where(unreliable, given["pseudo_labels"], 255)]
+    pixels = sort_by_class(maps, len(wanted), generator)
+    return listed(sample_pull(pixels, torch.tensor(wanted), most, num_negatives, generator, **options))
+
+
+def sampled_without_target(labels: Tensor, num_negatives: int) -> Listed:
+    pixels = sort_by_class([labels], K, random())
+    return listed(sample_pull(pixels, torch.tensor(WANTED), 14, num_negatives, random(), has_target=False))
 
 
 @pytest.mark.parametrize("share", ["class", "query"])
@@ -305,7 +313,7 @@ def test_an_odd_number_of_negatives_is_complete():
         assert (len(from_source), len(from_target)) == (3, 4)
 
 
-def sampled_negatives(samples: PullSamples) -> tuple[list[Tensor], list[Tensor]]:
+def sampled_negatives(samples: Listed) -> tuple[list[Tensor], list[Tensor]]:
     return samples.source_negatives, samples.target_negatives
 
 
@@ -328,7 +336,7 @@ def test_without_unreliable_target_all_negatives_are_of_the_source(negatives, sh
 
 
 def test_without_a_target_all_negatives_are_of_the_source():
-    samples = sample_pull(scene()["labels"], None, None, WANTED, 16, random())
+    samples = sampled_without_target(scene()["labels"], 16)
     assert [len(rows) for rows in samples.source_negatives] == [16] * 3
     assert [rows.numel() for rows in samples.target_negatives] == [0] * 3
 
@@ -360,7 +368,7 @@ def test_ignored_pixels_are_negatives_only_on_demand():
 @pytest.mark.parametrize("ignore_as_negative", [False, True])
 def test_uniform_queries_follow_the_shares_of_the_classes(ignore_as_negative):
     given = scene(size=(2, 8, 9))
-    samples = sampled(given, uniform_queries=40_000, ignore_as_negative=ignore_as_negative)
+    samples = sampled(given, uniform=True, most=40_000, ignore_as_negative=ignore_as_negative)
     counts = class_counts(given["labels"], K)
     assert sum(len(rows) for rows in samples.queries) == 40_000
     for class_id, queries in zip(samples.classes, samples.queries, strict=True):
@@ -368,11 +376,11 @@ def test_uniform_queries_follow_the_shares_of_the_classes(ignore_as_negative):
         assert len(queries) / 40_000 == pytest.approx((counts[class_id] / counts.sum()).item(), abs=0.01)
 
 
-@pytest.mark.parametrize("uniform_queries", [None, 50])
-def test_a_batch_without_labels_has_no_queries(uniform_queries):
+@pytest.mark.parametrize("uniform", [False, True])
+def test_a_batch_without_labels_has_no_queries(uniform):
     given = scene()
     given["labels"] = torch.full_like(given["labels"], 255)
-    assert sampled(given, uniform_queries=uniform_queries).classes == []
+    assert sampled(given, uniform=uniform).classes == []
 
 
 def test_a_class_that_other_processes_alone_see_sends_nothing_here():
@@ -445,7 +453,7 @@ CASES = [
 
 def both_ways(
     given: dict[str, Tensor],
-    samples: PullSamples,
+    samples: Listed,
     weights: Tensor,
     objective: str = "infonce",
     reduction: str = "mean_w",
@@ -469,7 +477,7 @@ def both_ways(
     }
     target_keys = given["target_keys"] if target else None
     maps = (given["embeddings"], given["source_keys"], target_keys, prototypes.to(given["embeddings"].dtype))
-    fast = pull_loss(*maps, samples, weights, **options)
+    fast = pull_loss(*maps, blocked(samples, K), weights, **options)
 
     def of_query(rows: Tensor, query: int) -> list[int]:
         return (rows[query] if rows.ndim == 2 else rows).tolist()
@@ -509,7 +517,7 @@ def test_pull_loss_equals_the_double_loop_over_several_chunks_of_queries():
 
 def test_pull_loss_without_a_target_equals_the_double_loop():
     given = scene()
-    samples = sample_pull(given["labels"], None, None, WANTED, 6, random())
+    samples = sampled_without_target(given["labels"], 6)
     fast, expected = both_ways(given, samples, torch.full((K,), 0.25, dtype=torch.float64), target=False)
     torch.testing.assert_close(fast, expected, rtol=1e-10, atol=1e-10)
 
@@ -532,9 +540,9 @@ def test_float32_and_bfloat16_stay_near_float64():
 def test_reductions_by_hand(reduction, expected):
     """All features alike, 8 negatives, 5 and 3 queries of two classes: every query costs ln 9."""
     ones = torch.ones(1, D, 3, 3)
-    samples = PullSamples([0, 1], [torch.arange(5), torch.arange(3)], [torch.arange(4)] * 2, [torch.arange(4)] * 2)
+    samples = Listed([0, 1], [torch.arange(5), torch.arange(3)], [torch.arange(4)] * 2, [torch.arange(4)] * 2)
     loss = pull_loss(
-        *(ones, ones, ones, torch.ones(2, D), samples, torch.tensor([0.5, 0.5])),
+        *(ones, ones, ones, torch.ones(2, D), blocked(samples, 2), torch.tensor([0.5, 0.5])),
         temperature=0.2,
         reduction=reduction,
         num_classes_of_benchmark=2,
@@ -544,11 +552,9 @@ def test_reductions_by_hand(reduction, expected):
 
 def test_mse_is_the_squared_distance_between_unit_vectors():
     features = torch.tensor([[1.0, 0], [0, 3.0], [-2.0, 0]]).T.view(1, 2, 1, 3)  # at 0, 90 and 180 degrees
-    samples = PullSamples(
-        [0], [torch.arange(3)], [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-    )
+    samples = Listed([0], [torch.arange(3)], *[[torch.empty(0, dtype=torch.int64)]] * 2)
     loss = pull_loss(
-        *(features, features, features, torch.tensor([[5.0, 0]]), samples, torch.ones(1)),
+        *(features, features, features, torch.tensor([[5.0, 0]]), blocked(samples, 1), torch.ones(1)),
         temperature=0.2,
         objective="mse",
         reduction="sum_paper",
@@ -579,7 +585,7 @@ def test_pull_loss_does_not_see_where_pixels_are():
             return maps.flatten()[order].view_as(maps)
         return as_pixels(maps)[order].view(2, 6, 7, D).permute(0, 3, 1, 2)
 
-    moved = PullSamples(
+    moved = Listed(
         samples.classes,
         *([place[rows] for rows in group] for group in (samples.queries, *sampled_negatives(samples))),
     )
@@ -592,10 +598,9 @@ def test_a_class_without_queries_changes_nothing_and_is_not_made_up_for():
     weights = torch.tensor([0.5, 0.0, 0.5, 0.0])
     samples = sampled(given)
     whole, _ = both_ways(given, samples, weights)
-    some = PullSamples(*([group[0], group[2]] for group in vars(samples).values()))
-    without, _ = both_ways(given, some, weights)
+    without, _ = both_ways(given, samples.only(0, 2), weights)
     torch.testing.assert_close(without, whole)
-    only_first, _ = both_ways(given, PullSamples(*(group[:1] for group in vars(samples).values())), weights)
+    only_first, _ = both_ways(given, samples.only(0), weights)
     assert only_first < whole  # weight without queries is lost, not given to the others
 
 
@@ -605,8 +610,8 @@ def test_a_class_without_any_negative_is_left_out_of_info_nce():
     samples.source_negatives[0], samples.target_negatives[0] = empty, empty
     loss, expected = both_ways(given, samples, torch.tensor([0.5, 0.25, 0.25, 0]))
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
-    rest = PullSamples(*(group[1:] for group in vars(samples).values()))
-    torch.testing.assert_close(both_ways(given, rest, torch.tensor([0.5, 0.25, 0.25, 0]))[0], loss)
+    rest, _ = both_ways(given, samples.only(1, 2), torch.tensor([0.5, 0.25, 0.25, 0]))
+    torch.testing.assert_close(rest, loss)
 
 
 @pytest.mark.parametrize("what", ["one class, sure target", "no label"])
@@ -651,7 +656,7 @@ def test_a_zero_embedding_gives_finite_numbers():
         given["source_keys"],
         given["target_keys"],
         torch.ones(K, D, dtype=torch.float64),
-        samples,
+        blocked(samples, K),
         torch.ones(K),
         temperature=0.2,
     )

@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 from reference import pull as slow
+from reference.samples import listed
 from tiny import CLASSES, tiny_batch, tiny_config, tiny_graphs, tiny_networks, tiny_step, together
 from torch import Tensor, nn
 
@@ -48,7 +49,7 @@ def test_queries_and_prototypes_are_those_of_the_named_domains(query, key):
     asked, answered = embeddings_of(networks.student), embeddings_of(networks.teacher)
     losses, seen = together(tiny_graphs(cfg, networks, batch))
     ((queries,), (keys_t, keys_s, *_)) = asked, tuple(answered)
-    samples, prototypes = seen["samples"], seen["prototypes"]
+    samples, prototypes = listed(seen["samples"]), seen["prototypes"]
     images, labels, y_t, confidence = views(networks, batch, cfg)
     with torch.no_grad():
         expected = networks.student(normalize(images[query]), project=True, segment=False).embeddings
@@ -80,7 +81,7 @@ def test_unsure_pseudo_labels_can_be_left_out(query, key):
     cfg = tiny_config(CALM, f"--pull={{query_domain: {query}, key_domain: {key}, target_min_conf: 0.5}}")
     networks, batch = tiny_networks(cfg), tiny_batch(cfg)
     _, seen = together(tiny_graphs(cfg, networks, batch))
-    samples = seen["samples"]
+    samples = listed(seen["samples"])
     images, labels, y_t, confidence = views(networks, batch, cfg)
     keys_t = networks.teacher(normalize(images["target"]), project=True).embeddings.double()
     unsure = confidence < 0.5
@@ -106,7 +107,7 @@ def test_a_class_without_anything_to_pull_it_to_sends_no_queries():
     batch.source_labels[:, :8] = 3
     losses, seen = together(tiny_graphs(cfg, networks, batch))
     assert all(torch.isfinite(value) for value in losses.values())
-    assert set(seen["samples"].classes) <= {2, 3}
+    assert set(listed(seen["samples"]).classes) <= {2, 3}
     _, labels, _, _ = views(networks, batch, cfg)
     assert len(labels["target"].unique()) > 2, "the teacher must predict more classes for this test to say anything"
 

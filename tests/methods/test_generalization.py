@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from reference import pull as slow
+from reference.samples import listed
 from running import TINY_NETWORK
 from tiny import CLASSES, tiny_batch, tiny_config, tiny_graphs, tiny_networks, together
 from torch import Generator, Tensor
@@ -63,7 +64,7 @@ def test_pull_equals_the_twin_with_source_negatives_and_equal_weights(overrides)
 
     found, seen = together(tiny_graphs(cfg, replace(networks, translate=engine), batch))
     assert torch.equal(styled[0], batch.source_images)  # the scene itself, not the distorted one
-    samples = seen["samples"]
+    samples = listed(seen["samples"])
     torch.testing.assert_close(seen["class_weights"], torch.full((K,), 1 / K))
     labels = batch.source_labels[:, ::4, ::4]
     keys = networks.teacher(normalize(batch.source_images), project=True).embeddings.double()

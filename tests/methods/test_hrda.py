@@ -11,6 +11,7 @@ import reference.hrda as slow
 import reference.segmentation as slow_segmentation
 import torch
 from reference.fda import fda
+from reference.samples import listed
 from tiny import CLASSES, tiny_batch, tiny_config, tiny_graphs, tiny_networks, together
 from torch import Tensor, nn
 
@@ -275,7 +276,7 @@ def test_keys_are_the_contexts_and_labels_the_first_of_eight_by_eight_pixels():
         torch.testing.assert_close(keys, networks.teacher.projector(maps), rtol=1e-4, atol=1e-5)
     assert keys_s.shape == (2, cfg.projector.dim, 8, 16)
     y_s, y_t = (labels[:, ::8, ::8].flatten() for labels in (batch.source_labels, seen["pseudo_labels"]))
-    for class_id, rows, from_source, from_target in zip(*vars(seen["samples"]).values(), strict=True):
+    for class_id, rows, from_source, from_target in zip(*vars(listed(seen["samples"])).values(), strict=True):
         assert (y_s[rows] == class_id).all()
         assert (y_s[from_source] != class_id).all()
         assert (y_s[from_source] != 255).all()

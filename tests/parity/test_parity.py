@@ -130,10 +130,10 @@ class Draws:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         mix, mask = t2sda.sample_class_mix, t2sda.mask_patches
 
-        def sample_class_mix(y: Tensor, classes_from: str, generator: Generator) -> Tensor:
+        def sample_class_mix(y: Tensor, shown: Tensor, classes_from: str, generator: Generator) -> Tensor:
             with monkeypatch.context() as patch:
                 patch.setattr(torch, "randperm", lambda n, **_: permutation(self.next("choice").long(), n))
-                return mix(y, classes_from, generator)
+                return mix(y, shown, classes_from, generator)
 
         def mask_patches(images: Tensor, block_size: int, ratio: float, generator: Generator) -> Tensor:
             with monkeypatch.context() as patch:
@@ -228,7 +228,7 @@ def test_training_steps(monkeypatch, case, network, file, count, side, block, ov
         terms: dict[str, Tensor] = {}
         with monkeypatch.context() as patch:
             Draws(f"{case}/{step}/", numbers).install(patch)
-            for graph in t2sda.t2sda_losses(Step(batch, networks, cfg, memory, Generator(), alone, step)):
+            for graph in t2sda.t2sda_losses(Step(batch, networks, cfg, memory, Generator(), Generator(), alone, step)):
                 weighted_sum(graph.losses, cfg.loss_weights).backward()
                 terms |= graph.losses
         optimizer.step()

@@ -1,0 +1,48 @@
+"""Whether an update waits for its device, counted on one that the CPU plays."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from running import ROOT
+
+TINY = ["--model.depths=[1,1,1,1]", "--model.hidden_sizes=[8,8,16,16]", "--model.num_attention_heads=[1,1,2,2]"]
+TINY += ["--model.size=mit_b0", "--projector={hidden: 8, dim: 8}", "--train.batch_size=2", "--train.log_with=[]"]
+TINY += ["--data={crop_size: [32, 64], outer_crop_size: [32, 96]}", "--uda={ignore_top: 0, ignore_bottom: 0}"]
+TINY += ["--augment={jitter_probability: 1.0, blur_probability: 1.0}", "--pull={num_queries: 16, num_negatives: 64}"]
+CITY = "gta_cityscapes/t2sda_daformer"
+HRDA = ["--hrda.crop_size=[32,32]", "--data={crop_size: [64, 64], outer_crop_size: [64, 96]}"]
+RUNS = {
+    "daformer": [CITY, *TINY],
+    "mic": ["gta_cityscapes/t2sda_mic", *TINY, *HRDA],
+    "generalisation": ["generalization/demo", *TINY, "--translate.engine=gaussian_blur"],
+    "target to source, uniform": [CITY, *TINY, "--pull.query_domain=target", "--pull.query_sampling=uniform"],
+    "memory": [CITY, *TINY, "--pull.proto_momentum=0.9", "--drw.absent_conf=ema", "--drw.normalise_over=queried"],
+    "150 classes": [CITY, *TINY, f"--classes={json.dumps([f'class {number}' for number in range(150)])}"],
+    "source only": ["gta_cityscapes/source_only", *TINY],
+}
+
+
+@pytest.fixture(scope="module")
+def launches() -> dict[str, dict]:
+    """Of the last of two updates of each run: kernels, waits and copied bytes."""
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "t2sda_hf.training.launches", "-"]
+    words = json.dumps(list(RUNS.values()))
+    done = subprocess.run(command, input=words, env=os.environ | own, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(zip(RUNS, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_host_waits_once_in_an_update(launches, name):
+    """For the check that everything is finite. Nothing but that number comes back."""
+    assert launches[name]["waits"] == {next(iter(launches[name]["waits"])): 1}
+    assert "loop.py" in next(iter(launches[name]["waits"]))
+    assert "to host" not in launches[name]["copied"]
+
+
+def test_the_pull_launches_as_many_kernels_for_any_number_of_classes(launches):
+    assert launches["150 classes"]["parts"]["pull"] == launches["daformer"]["parts"]["pull"] <= 130
