@@ -363,9 +363,8 @@ def finish(cfg: RunConfig, domains: Domains, results: Results) -> None:
 
 def _verdict(gain: float | None, judged: dict[str, Any]) -> str:
     """The words between method and baseline; a gain is only called one where nothing speaks against it."""
-    said = number(gain, "+.2f")
-    if gain is None or judged["notes"]:
-        return f" differs by {said} mIoU from"
-    interval = judged["gain_interval"]
+    said, interval = number(gain, "+.2f"), judged["gain_interval"]
     range_ = f" (95 % over test images: {interval[0]:+.1f} to {interval[1]:+.1f})" if interval else ""
+    if gain is None or judged["notes"]:
+        return f" differs by {said} mIoU{range_} from"
     return f" {'gains' if gain > 0 else 'loses'} {said} mIoU{range_} over"

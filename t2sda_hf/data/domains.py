@@ -4,6 +4,7 @@ A domain is a table of rows with an image and perhaps a label map. Where the tab
 what is in a file in `files`; what the ids mean is settled here, once, by class name.
 """
 
+import difflib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -290,12 +291,26 @@ def label_rule(config: DomainConfig, space: str, classes: Sequence[str]) -> Labe
         space = "cityscapes"
     names, colors = label_names(config, space)
     ids = id_map(names, classes, config.label_map)
+    if not space:
+        _tell_near_names(config, names, classes)
     known = np.zeros(256, dtype=bool)
     known[[label_id for label_id, name in enumerate(names) if name]] = True
     if config.ignore_id is not None and config.ignore_id >= 0:  # -1 is ignored in any case
         known[config.ignore_id] = True
         ids[config.ignore_id] = IGNORE_INDEX
     return LabelRule(ids, known, colors, bool(config.label_colors), space == "synthia")
+
+
+def _tell_near_names(config: DomainConfig, names: Sequence[str], classes: Sequence[str]) -> None:
+    """Names of a user's own that are nearly those of classes which nothing else is called: they would be ignored."""
+    missing = {name.lower(): name for name in set(classes) - {config.label_map.get(name, name) for name in names}}
+    for name in sorted({name for name in names if name and name not in classes and name not in config.label_map}):
+        near = difflib.get_close_matches(name.lower(), missing, 1, 0.8)
+        if near:
+            logger.warning(
+                "%s: %r is no class of the run and is ignored. If it is %r, set label_map: {%s: %s}.",
+                *(config.path, name, missing[near[0]], name, missing[near[0]]),
+            )
 
 
 def _color(text: str) -> Color:

@@ -429,6 +429,16 @@ def test_every_form_of_a_map_gives_its_ids(form, tmp_path):
     assert np.array_equal(labelled(tmp_path, data, class_names=CLASSES).labels(0), expected)
 
 
+def test_a_name_that_is_nearly_a_class_is_said(tmp_path, caplog):
+    labelled(tmp_path, png(IDS), class_names=("Road", "sky", "bus"))
+    assert "'Road' is no class of the run and is ignored. If it is 'road', set label_map: {Road: road}." in caplog.text
+    assert "bus" not in caplog.text
+    caplog.clear()
+    labelled(tmp_path, png(IDS), class_names=("Road", "sky", "bus"), label_map={"Road": "road"})
+    labelled(tmp_path, png(IDS), class_names=CLASSES)
+    assert caplog.text == ""
+
+
 def test_255_is_a_class_where_it_is_named(tmp_path, caplog):
     mask = np.where(arrays()[1] == 1, 255, 0).astype(np.uint8)
     mask[0] = 9
