@@ -26,6 +26,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
+from ..data.domains import domain_contents
 from ..evaluation.evaluator import LabelledDomain, Part, evaluate_model
 from ..evaluation.inference import load_model, saved_image_size
 from ..evaluation.models import titled
@@ -84,7 +85,9 @@ def run(args: Namespace) -> int:
                 limit=how.limit,
                 skip_unreadable=True,
             )
-            settings = {"model": name, "image_size": image_size, "mode": how.mode, "every": args.every}
+            settings: dict[str, Any] = {"model": name, "image_size": image_size, "mode": how.mode, "every": args.every}
+            if args.output:  # by this a reader knows whether two files are about the same images and label maps
+                settings["inputs"] = {"data": domain_contents(domain).fingerprint}
             columns.setdefault(title, []).append(settings | {"window": how.window, "stride": how.stride} | result)
         if accelerator.is_main_process:
             show(config.path, columns, subsets)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from t2sda_hf.cli import main
 from t2sda_hf.commands.predict import find_images
 from t2sda_hf.config import DomainConfig, dump_config, load_config
-from t2sda_hf.data.domains import load_domain
+from t2sda_hf.data.domains import domain_contents, load_domain
 from t2sda_hf.evaluation.evaluator import evaluate_model
 from t2sda_hf.evaluation.inference import load_model, predict_labels, saved_image_size, to_pixel_values
 from t2sda_hf.evaluation.models import called, model_of
@@ -96,6 +96,7 @@ def test_evaluate_prints_and_saves_what_the_evaluator_returns(model_folder, tmp_
     saved = json.loads(output.read_text())
     assert {key: saved[key] for key in expected} == expected
     assert (saved["model"], saved["image_size"], saved["mode"]) == (str(model_folder), [32, 64], "whole")
+    assert saved["inputs"] == {"data": domain_contents(domain).fingerprint}
     printed = capsys.readouterr().out
     assert "streets-target (validation), 2 images" in printed
     assert all(f"| {name} " in printed for name in (*CLASSES, "mIoU", "pixel accuracy"))
