@@ -24,7 +24,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FEW = ["--source.num_images=5", "--target.num_images=5", "--test.num_images=2", "--evaluation.source_images=0"]
 SHORT = ["--train.max_steps=1", "--train.evaluate_every=1", "--train.batch_size=1", "--train.log_with=[]"]
 SMALL = ["--data.crop_size=[64, 64]", "--data.outer_crop_size=[64, 96]", "--rcs.min_pixels=1"]
-SHORTENED = {"train": [*FEW, *SHORT, *SMALL], "repeat": [*FEW, *SHORT, *SMALL, "--seeds=0"]}
+SHORTENED = {"train": [*FEW, *SHORT, *SMALL]}
 SHORTENED |= {"translator train": [*FEW[:2], "--steps=1"], "translator apply": ["--source.num_images=2"]}
 SHORTENED |= {"evaluate": ["--limit=2"], "analyze": ["--limit=2", "--per_class=8", "--num_pictures=1"]}
 SHORTENED |= {"check": ["--processes=1"], "predict": ["--limit=2"]}
@@ -123,7 +123,10 @@ def test_the_blocks_of_a_page_run(page: Path, world: Path, capsys: pytest.Captur
             exec(compile(block.text, f"{page.name}, line {block.line}", "exec"), {})
         elif block.language == "bash" and block.runs:
             for words in (words for words in commands(block) if words[0] == "t2sda"):
-                if words[1] == "export":  # half a minute, which tests/hub/test_export_onnx.py spends on it
+                if words[1] in (
+                    "export",
+                    "repeat",
+                ):  # half a minute each, in tests of their own
                     continue
                 own = SHORTENED.get(words[1], SHORTENED.get(" ".join(words[1:3]), []))
                 if words[1] == "predict" and "--compare" not in words:  # which has no limit without labels

@@ -25,8 +25,8 @@ from rows import Row, Yard  # noqa: E402
 TABLE: list[tuple[Callable[[Yard, int], Row], int, int]] = [
     (rows.kills_anywhere, 50, 1),
     (rows.kills_in_the_save, 50, 1),
-    (rows.kills_in_the_retention, 25, 1),
-    (rows.kills_in_either_phase, 10, 1),
+    (rows.kills_in_the_retention, 25, 0),
+    (rows.kills_in_either_phase, 10, 0),
     (rows.resume_matrix, 48, 0),
     (rows.late_start, 2, 0),
     (rows.damages, 200, 40),
@@ -35,14 +35,14 @@ TABLE: list[tuple[Callable[[Yard, int], Row], int, int]] = [
     (rows.signals, 40, 1),
     (rows.second_signals, 4, 1),
     (rows.not_finite, 15, 2),
-    (rows.not_finite_in_one, 4, 1),
+    (rows.not_finite_in_one, 4, 0),
     (rows.two_killed, 10, 1),
     (rows.two_frozen, 4, 0),
     (rows.two_stopped, 4, 1),
     (rows.two_sharded, 4, 0),  # tests/test_two_processes.py has one
     (rows.two_saves, 100, 5),
     (rows.parallel_starts, 20, 3),
-    (rows.clocks, 4, 1),
+    (rows.clocks, 4, 0),
     # Of those without trials in the sample tests/test_resume.py and tests/test_tables_command.py have one.
     (ends.workers_killed, 10, 0),
     (ends.files_vanish, 10, 0),

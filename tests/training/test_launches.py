@@ -17,7 +17,6 @@ HRDA = ["--hrda.crop_size=[32,32]", "--data={crop_size: [64, 64], outer_crop_siz
 RUNS = {
     "daformer": [CITY, *TINY],
     "mic": ["gta_cityscapes/t2sda_mic", *TINY, *HRDA],
-    "generalisation": ["generalization/demo", *TINY, "--translate.engine=gaussian_blur"],
     "target to source, uniform": [CITY, *TINY, "--pull.query_domain=target", "--pull.query_sampling=uniform"],
     "memory": [CITY, *TINY, "--pull.proto_momentum=0.9", "--drw.absent_conf=ema", "--drw.normalise_over=queried"],
     "150 classes": [CITY, *TINY, f"--classes={json.dumps([f'class {number}' for number in range(150)])}"],
