@@ -18,10 +18,10 @@ test: install
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Pages and the demo in a real browser: needs chromium, and an environment of its own: `make test` is without gradio.
-browser: $(VENV)-browser/.installed
+# Pages and the demo in a real browser: needs chromium. Where its packages are installed, `make test` runs these, too.
+browser: $(VENV)/.browser
 	@command -v chromium > /dev/null || { echo "make browser needs chromium (Debian: apt-get install chromium)"; exit 2; }
-	$(VENV)-browser/bin/python -m pytest tests/hub/test_demo_in_browser.py
+	$(VENV)/bin/python -m pytest tests/hub/test_demo_in_browser.py
 
 benchmark: install
 	$(VENV)/bin/python scripts/benchmark.py $(ARGS)
@@ -40,7 +40,6 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-$(VENV)-browser/.installed: $(VENV)/.installed
-	$(VENV)/bin/python -m venv $(VENV)-browser
-	$(VENV)-browser/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
+$(VENV)/.browser: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
 	touch $@

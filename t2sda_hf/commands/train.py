@@ -33,7 +33,7 @@ import os
 import shlex
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -56,7 +56,7 @@ from ..hub.card import record_run
 from ..hub.push import check_push, push_after_training
 from ..masking import MaskFilter, mask_known
 from ..models import T2SDAForSemanticSegmentation
-from ..storage import read_lines, write_json
+from ..storage import read_json, read_lines, write_json
 from ..training.build import (
     Domains,
     build_student,
@@ -248,31 +248,20 @@ def train_all(
         told = [f"{line[:1].upper()}{line[1:]}." for line in (*derived.warnings, *derived.said)]
         record = data_record(cfg, domains, described)
         write_data_record(folder, **record, derived=told, derived_values=derived.values)
-    results: Results = {}
-    for method, start in starts.items():
+
+    def evaluated(method: str, start: Start, record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         stop.check()
-        run_cfg, record = config_of(cfg, method), described[method]
-        results[method] = run_method(
-            run_cfg, initial, domains, accelerator, folder / method, start=start, record=record, stop=stop, owned=owned
-        )
+        own = config_of(cfg, method), initial, domains, accelerator, folder / method
+        return run_method(*own, start=start, record=record, stop=stop, owned=owned)
+
+    results = {method: evaluated(method, start, described[method]) for method, start in starts.items()}
     now = decided_by_main(lambda: read_domain(domains.test, cfg.classes).contents.fingerprint, accelerator, ValueError)
     if now != domains.contents["test_data"].fingerprint:
         logger.warning("the test images or labels were changed in the middle of the run: all models are scored again.")
         for method in starts:
-            run_cfg, scored = config_of(cfg, method), described[method]["scored"] | {"test_data": now}
             start = Start(checkpoints(folder / method)[-1] if accelerator.is_main_process else folder)
-            record = described[method] | {"scored": scored}
-            results[method] = run_method(
-                run_cfg,
-                initial,
-                domains,
-                accelerator,
-                folder / method,
-                start=start,
-                record=record,
-                stop=stop,
-                owned=owned,
-            )
+            scored = described[method]["scored"] | {"test_data": now}
+            results[method] = evaluated(method, start, described[method] | {"scored": scored})
     if accelerator.is_main_process:
         owned()
         summary: dict[str, Any] = {
@@ -348,7 +337,7 @@ def finish(cfg: RunConfig, domains: Domains, results: Results) -> None:
         for method, evaluated in results.items()
         for which, result in shown(evaluated).items()
     }
-    own, judged = results[cfg.method], judge(cfg, results)
+    own, judged = results[cfg.method], read_json(folder / "summary.json")
     print(f"\nIoU on {domains.test.name}, {own['student']['num_images']} images, in %\n{format_table(columns)}")
     if cfg.baseline != "none":
         gain = difference(own["student"]["miou"], results[cfg.baseline]["student"]["miou"])

@@ -119,7 +119,7 @@ class SmallLabels:
 
     @property
     def maps(self) -> list[Tensor]:
-        """For `sample_pull`."""
+        """For `sort_by_class`, in the order that `sample_pull` expects."""
         found = [self.source] if self.negatives is None else [self.source, self.negatives]
         return found if self.queries is self.source else [*found, self.queries]
 

@@ -203,8 +203,8 @@ def count_update(cfg: RunConfig) -> Cost:
     """
     cost, fake = Cost(), FakeTensorMode()
     with torch.device("meta"):
-        meta = _student(cfg)
-    networks = make_networks(cfg, meta.train(), _engine(cfg))
+        meta = random_student(cfg)
+    networks = make_networks(cfg, meta.train(), stand_in_engine(cfg))
     with fake, Counting(cost):
         networks = networks.each(lambda _, network: _fake(network))
         optimizer = make_optimizer(meta.encoder, meta, cfg.optim)
@@ -238,7 +238,7 @@ def least_memory(cfg: RunConfig) -> dict[str, float]:
     logits of a batch, where the size of the crop is given.
     """
     with torch.device("meta"):
-        numbers = sum(parameter.numel() for parameter in _student(cfg).parameters())
+        numbers = sum(parameter.numel() for parameter in random_student(cfg).parameters())
     adapts = cfg.method != "source_only"
     needed = {"model.depths, model.hidden_sizes and the other sizes": 4.0 * numbers * (5 if adapts else 4)}
     if adapts and cfg.loss_weights.pull:
@@ -308,7 +308,7 @@ def measure_updates(cfg: RunConfig, updates: int, folder: Path) -> tuple[int, fl
     before = psutil.Process().memory_info().rss
 
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if cfg.train.precision == "bf16" else "no")
-    parts = make_parts(cfg, _student(cfg).train(), _engine(cfg), accelerator)
+    parts = make_parts(cfg, random_student(cfg).train(), stand_in_engine(cfg), accelerator)
     run = Run(cfg, accelerator, parts, METHODS[cfg.method], itertools.repeat(random_batch(cfg)))
     times = []
     with Tracker(accelerator, folder, updates, Progress(), cfg.method, show=False) as tracker:
@@ -438,14 +438,14 @@ def _fake(network: nn.Module) -> Any:
     return network
 
 
-def _student(cfg: RunConfig) -> T2SDAForSemanticSegmentation:
+def random_student(cfg: RunConfig) -> T2SDAForSemanticSegmentation:
     """The run's student from random weights: what it costs does not depend on them."""
     # The feature distance needs pretrained weights, and something must be learned, or the config is refused.
     weights = replace(cfg.loss_weights, feature_distance=0.0, source=1.0)
     return build_student(replace(cfg, model=replace(cfg.model, pretrained=None), loss_weights=weights))
 
 
-def _engine(cfg: RunConfig) -> TranslationEngine:
+def stand_in_engine(cfg: RunConfig) -> TranslationEngine:
     return _as_they_are if cfg.translate.engine in ("style", "trained") else build_engine(cfg.translate)
 
 

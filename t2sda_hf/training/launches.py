@@ -11,13 +11,14 @@ process of its own: `python -m t2sda_hf.training.launches RECIPE [--key value ..
 """
 
 import contextlib
+import itertools
 import json
 import os
 import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, SimpleNamespace
@@ -36,7 +37,8 @@ from ..config import RunConfig, load_config
 from ..evaluation.watch import Watch
 from ..methods import METHODS, ClassMemory, make_networks
 from .checkpoint import Progress
-from .estimate import _engine, _student, random_batch
+from .derive import without_data
+from .estimate import random_batch, random_student, stand_in_engine
 from .loop import Run, update
 from .optim import make_optimizer
 from .parts import Parts
@@ -245,8 +247,8 @@ _MODE = PlayedDevice()
 
 def count_launches(cfg: RunConfig, updates: int = 2) -> Launches:
     """What the last of some real updates of `cfg` asks of a device; random images, random weights."""
-    base = _student(cfg).train()
-    networks = make_networks(cfg, base, _engine(cfg)).each(lambda _, network: _moved(network))
+    base = random_student(cfg).train()
+    networks = make_networks(cfg, base, stand_in_engine(cfg)).each(lambda _, network: _moved(network))
     memory = _moved(ClassMemory(len(cfg.classes), cfg.projector.dim))
     watch = _moved(Watch([100] * len(cfg.classes), cfg.uda.pseudo_threshold))
     assert isinstance(memory, ClassMemory)
@@ -263,7 +265,7 @@ def count_launches(cfg: RunConfig, updates: int = 2) -> Launches:
         init_trackers=lambda *_, **__: None,
         log=lambda *_, **__: None,
     )
-    run = Run(cfg, accelerator, parts, METHODS[cfg.method], _repeated(random_batch(cfg)))
+    run = Run(cfg, accelerator, parts, METHODS[cfg.method], itertools.repeat(random_batch(cfg)))
     with (
         tempfile.TemporaryDirectory() as folder,
         _OneAttention(),
@@ -275,11 +277,6 @@ def count_launches(cfg: RunConfig, updates: int = 2) -> Launches:
             update(run, step, tracker)
             _MODE.counts = False
     return _MODE.account
-
-
-def _repeated(batch: Any) -> Iterator[Any]:
-    while True:
-        yield batch
 
 
 def _split(tensors: Sequence[Tensor]) -> tuple[list[Played], list[Tensor]]:
@@ -310,7 +307,7 @@ def _moved(module: nn.Module) -> nn.Module:
 
 def main(arguments: Sequence[str]) -> int:
     for recipe, *overrides in [arguments] if arguments[0] != "-" else json.load(sys.stdin):
-        cfg = load_config(recipe, overrides)
+        cfg = without_data(load_config(recipe, overrides))
         torch.manual_seed(0)
         print(json.dumps(vars(count_launches(config_of(cfg, cfg.method)))), flush=True)
     return 0

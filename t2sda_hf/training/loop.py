@@ -107,7 +107,7 @@ class _Position:
     done: int  # finished updates
     saved: int  # of these, how many the newest checkpoint holds
     # The watch before the evaluation after `done` updates took its sums: a run that goes on there evaluates again.
-    watched: Buffers = field(default_factory=lambda: Buffers([]))  # of proxies, before the last look at them
+    watched: Buffers = field(default_factory=lambda: Buffers([]))
 
 
 @contextmanager

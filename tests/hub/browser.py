@@ -50,11 +50,12 @@ def served(command: list[str], folder: Path, environment: dict[str, str]) -> Ite
 
 
 @contextmanager
-def visit(url: str) -> Iterator[tuple[Page, Seen]]:
+def visit(url: str, width: int = 1280, height: int = 1000) -> Iterator[tuple[Page, Seen]]:
+    """`url` in a window of `width` x `height` pixels from the start: a picture is chosen while a page loads."""
     seen = Seen()
     with sync_playwright() as tool:
         browser = tool.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page = browser.new_page(viewport={"width": width, "height": height})
         page.set_default_timeout(200_000)
         page.on("console", lambda line: seen.errors.append(line.text) if line.type == "error" else None)
         page.on("pageerror", lambda error: seen.errors.append(str(error)))

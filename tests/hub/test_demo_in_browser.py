@@ -133,8 +133,7 @@ def test_pages_fit_a_phone_and_a_wide_screen(
         main(["check", "--config", "demo", "--source.num_images=2", "--target.num_images=2", "--only", "source"]) == 0
     )
     for path in (*pages, tmp_path / "outputs" / "check" / "index.html"):
-        with visit(path.as_uri()) as (page, seen):
-            page.set_viewport_size({"width": width, "height": 800})
+        with visit(path.as_uri(), width, 800) as (page, seen):
             assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), path
             first = page.evaluate("(({width, bottom}) => [width, bottom])(document.images[0].getBoundingClientRect())")
             assert 300 < first[0] <= width
