@@ -42,7 +42,8 @@ def check(
     cfg: RunConfig, only: list[str], output: Path, pictures: int, processes: int
 ) -> tuple[list[Finding], list[str]]:
     """What is wrong with the domains `only` of a run, and what a run makes of them; also as a page in `output`."""
-    configs = {role: config for role in only if (config := getattr(cfg, role)).path}
+    read = [role for role in only if role != "source" or cfg.labels_from == "source"]
+    configs = {role: config for role in read if (config := getattr(cfg, role)).path}
     if not configs:
         raise ValueError(
             "there is nothing to check: give --config with a file or a recipe, or a path such as --source.path FOLDER."
@@ -50,17 +51,19 @@ def check(
     refuse_foreign("check", [output], [path for one in configs.values() for path in (one.path, one.label_path)])
     domains: dict[str, tuple[Domain, DomainFacts]] = {}
     for role, config in configs.items():
-        domain = load_domain(config, cfg.classes, labelled=role != "target")
+        learned = role == cfg.labels_from
+        domain = load_domain(cfg.labelled if learned else config, cfg.classes, labelled=learned or role == "test")
         domains[role] = domain, inspect_domain(domain, cfg.classes, processes)
     facts = {role: fact for role, (_, fact) in domains.items()}
     findings = [finding for fact in facts.values() for finding in fact.findings] + compare(facts, cfg.classes)
     said: list[str] = []
     # A run cannot start with faults in its data: what it makes of the images is said of those without one.
     sizes = {role: np.array([fact.shapes[row] for row in fact.readable]) for role, fact in facts.items()}
-    if "source" in facts and all(len(sizes[role]) for role in sizes if role != "test"):
-        counts = facts["source"].counts[facts["source"].readable]
+    if cfg.labels_from in facts and all(len(sizes[role]) for role in sizes if role != "test"):
+        learned_from = facts[cfg.labels_from]
+        counts = learned_from.counts[learned_from.readable]
         try:
-            derived = derive(cfg, Facts(counts, sizes["source"], sizes.get("target")))
+            derived = derive(cfg, Facts(counts, sizes[cfg.labels_from], sizes.get("target")))
         except ValueError as error:
             findings.append(Finding("the config", "values that do not fit", "fault", 1, str(error)))
         else:

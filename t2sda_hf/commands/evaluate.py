@@ -26,6 +26,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
+from ..config import SUPERVISED
 from ..data.domains import domain_contents
 from ..evaluation.evaluator import LabelledDomain, Part, evaluate_model
 from ..evaluation.inference import load_model, saved_image_size
@@ -109,7 +110,7 @@ def models_of(given: str) -> dict[str, tuple[str, Callable[[], Loaded]]]:
         prefix = "" if title == name else f"{title} "
         found[f"{prefix}{student.parent.name}"] = str(student), partial(load_model, str(student))
         newest = checkpoints(student.parent)[-1:]
-        if newest and student.parent.name != "source_only":
+        if newest and student.parent.name not in SUPERVISED:
             found[f"{prefix}{student.parent.name} (teacher)"] = str(student), partial(load_teacher, newest[0])
     return found
 

@@ -15,6 +15,7 @@ from .load import (
 from .naming import domain_names, hub_id
 from .run import (
     NEEDS_TARGET,
+    SUPERVISED,
     ColorJitterConfig,
     DataConfig,
     DomainConfig,
@@ -36,6 +37,7 @@ from .run import (
 __all__ = [
     "NEEDS_TARGET",
     "RECIPES",
+    "SUPERVISED",
     "ColorJitterConfig",
     "DataConfig",
     "DomainConfig",

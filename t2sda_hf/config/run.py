@@ -685,12 +685,20 @@ class PushConfig(Section):
         require(not unknown, "push_to_hub.terms", "a mapping with the keys source, target and test", unknown)
 
 
+SUPERVISED = ("source_only", "target_only")  # methods that learn from labels alone
+# Keys of a domain: what its labels mean, and where they are.
+LABEL_MEANING = ("label_space", "class_names", "label_ids", "label_colors", "label_map", "ignore_id")
+LABEL_PLACES = ("label_path", "label_suffix", "label_column")
+
+
 @dataclass(frozen=True)
 class RunConfig(Section):
     """One run: `method` learns `classes` from `source` and `target`, and is measured on `test`."""
 
-    method: Literal["t2sda", "source_only", "generalization"] = key(
-        "t2sda", "the objective; DACS, DAFormer, HRDA and MIC are t2sda with other weights"
+    method: Literal["t2sda", "source_only", "target_only", "generalization"] = key(
+        "t2sda",
+        "the objective; DACS, DAFormer, HRDA and MIC are t2sda with other weights; source_only is the lower bound, and "
+        "target_only, which learns the labels of the target, the upper one",
     )
     baseline: Literal["none", "source_only"] = key(
         "none", "train this first from the same initial weights, and compare", changes="nothing"
@@ -784,6 +792,12 @@ class RunConfig(Section):
             "false for a ResNet: run twice, its batch norm would count every batch twice",
             self.model.activation_checkpointing,
         )
+        require(
+            self.method != "target_only" or self.baseline == "none",
+            "baseline",
+            "none with method target_only, which is a bound to compare with itself. Train the baseline in another run",
+            self.baseline,
+        )
         self._check_weights()
         if self.hrda.enabled:
             self._check_hrda()
@@ -793,7 +807,8 @@ class RunConfig(Section):
     def _check_weights(self) -> None:
         """Every run learns something, and what is switched on has something to act on."""
         weights = self.loss_weights
-        used = {"source_only": ("source",), "generalization": ("source", "feature_distance", "pull")}
+        supervised = dict.fromkeys(SUPERVISED, ("source",))
+        used: dict[str, tuple[str, ...]] = supervised | {"generalization": ("source", "feature_distance", "pull")}
         names = used.get(self.method, tuple(vars(weights)))
         require(
             any(getattr(weights, name) > 0 for name in names),
@@ -878,9 +893,33 @@ class RunConfig(Section):
         )
 
     @property
+    def supervised(self) -> bool:
+        """Whether labels alone teach: no teacher, no translation, no image without labels."""
+        return self.method in SUPERVISED
+
+    @property
+    def labels_from(self) -> str:
+        """The domain whose labels are learned."""
+        return "target" if self.method == "target_only" else "source"
+
+    @property
+    def labelled(self) -> DomainConfig:
+        """That domain. A target that says nothing of its labels has those of the test, if both lie in one place."""
+        if self.labels_from == "source":
+            return self.source
+        usual, target, test = DomainConfig(), self.target, self.test
+        one_path = target.path == test.path
+        if not one_path and not (target.layout and target.layout == test.layout):
+            return target
+        found = [name for name in LABEL_PLACES if one_path and getattr(target, name) == getattr(usual, name)]
+        if all(getattr(target, name) == getattr(usual, name) for name in LABEL_MEANING):
+            found += LABEL_MEANING
+        return replace(target, **{name: getattr(test, name) for name in found})
+
+    @property
     def translates(self) -> bool:
         """Whether the objective needs pseudo-target images."""
-        if self.method == "source_only" or self.translate.engine == "none":
+        if self.supervised or self.translate.engine == "none":
             return False
         pulls = self.loss_weights.pull > 0 and "ptarget" in (self.pull.query_domain, self.pull.key_domain)
         if self.method == "generalization":

@@ -136,19 +136,20 @@ def compare(domains: dict[str, DomainFacts], classes: Sequence[str]) -> list[Fin
                         f"image {one} of {domains[first].name} is image {other} of {domains[second].name}",
                     )
                 )
-    labelled = [role for role in ("source", "test") if role in domains and domains[role].labelled]
-    if len(labelled) == 2:
-        source, test = (domains[role].counts.sum(axis=0) > 0 for role in labelled)
-        for missing, present, side in ((source, test, "source"), (test, source, "test")):
+    labelled = [role for role in roles if domains[role].labelled]
+    if len(labelled) == 2 and labelled[1] == "test":
+        learned = labelled[0]
+        learnt, test = (domains[role].counts.sum(axis=0) > 0 for role in labelled)
+        for missing, present, side in ((learnt, test, learned), (test, learnt, "test")):
             names = [name for name, here, there in zip(classes, missing, present, strict=True) if there and not here]
             if names:
                 findings.append(
                     Finding(
                         f"{labelled[0]} and {labelled[1]}",
                         f"class missing in {side}",
-                        "fault" if side == "source" else "note",
+                        "fault" if side == learned else "note",
                         len(names),
-                        f"{', '.join(names)}: {'cannot be learned' if side == 'source' else 'will not be measured'}",
+                        f"{', '.join(names)}: {'cannot be learned' if side == learned else 'will not be measured'}",
                     )
                 )
     return findings

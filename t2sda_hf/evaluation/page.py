@@ -55,8 +55,8 @@ def write_page(folder: str | Path) -> Path:
         main=main,
         baseline=baseline,
         title=f"{main.name}: {names['source']} to {names['target']}"
-        if names["target"]
-        else f"{main.name}: {names['source']}",
+        if names["target"] and run.labels_from == "source"
+        else f"{main.name}: {names[run.labels_from]}",
         names=names,
         panel=_panel(run, run.path),
         repeat=command_to_repeat(run.path, str(run.record.get("command", ""))),
@@ -185,7 +185,11 @@ def _charts(run: RunFolder) -> dict[str, str]:
     folder.mkdir(exist_ok=True)
     main, baseline = run.main, run.baseline
     drawn = []
-    curves = {CURVES[kind]: points for kind, points in main.miou.items() if kind in CURVES}
+    curves = {
+        CURVES[kind].replace("source", "source" if run.labels_from == "source" else "seen in training"): points
+        for kind, points in main.miou.items()
+        if kind in CURVES
+    }
     if curves:
         levels = {}
         if baseline is not None and baseline.results and baseline.results["student"]["miou"] is not None:
@@ -218,7 +222,7 @@ def _charts(run: RunFolder) -> dict[str, str]:
 def _class_shares(run: RunFolder) -> dict[str, list[float]]:
     shares: dict[str, list[float]] = {}
     if run.data.get("source_pixels"):
-        shares["pixels of the source"] = _normalised(run.data["source_pixels"])
+        shares[f"pixels of the {run.labels_from}"] = _normalised(run.data["source_pixels"])
     if run.data.get("sampling"):
         shares["images drawn for it"] = run.data["sampling"]
     if run.main.results:

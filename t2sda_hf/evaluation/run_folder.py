@@ -22,7 +22,7 @@ from ..config import read_yaml
 from ..storage import read_json, read_lines, write_json
 
 RUN_RECORD, DATA_RECORD = "run.json", "data.json"
-BASELINE = "source_only"
+BASELINE, UPPER_BOUND = "source_only", "target_only"
 _PACKAGES = ("t2sda_hf", "torch", "transformers", "accelerate", "datasets", "numpy", "pillow", "matplotlib")
 _NOT_LOSSES = {"step", "lr", "data_share", "seconds_per_step", "skipped", "trust"}
 
@@ -73,6 +73,11 @@ class RunFolder:
     record: Mapping[str, Any]
     data: Mapping[str, Any]
     summary: Mapping[str, Any]
+
+    @property
+    def labels_from(self) -> str:
+        """The domain whose labels were learned."""
+        return "target" if self.main.name == UPPER_BOUND else "source"
 
     @property
     def main(self) -> MethodFolder:

@@ -24,7 +24,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from safetensors import safe_open
 
-from ..config import DomainConfig, RunConfig, domain_names, hub_id, load_config
+from ..config import SUPERVISED, DomainConfig, RunConfig, domain_names, hub_id, load_config
 from ..masking import mask
 from ..storage import read_json, write_json
 
@@ -34,6 +34,7 @@ PAPER = "[Pulling Target to Source, arXiv 2305.13752](https://arxiv.org/abs/2305
 METHODS = {
     "t2sda": f"T2S-DA: mean-teacher self-training with the pull loss ({PAPER})",
     "source_only": "supervised training on the source domain alone, no adaptation",
+    "target_only": "supervised training on labels of the target domain itself, an upper bound for adaptation",
     "generalization": "T2S-DA without a target: the pull loss between source images and other styles of them "
     f"({PAPER})",
 }
@@ -54,13 +55,13 @@ class CardFacts:
         parameters: number of trained numbers in the file, the projector's included.
         classes: position = class id.
         domains: source, target and test, each {"name", "split", "terms", "id"}, where "id" is that of a data set of
-            the Hub, otherwise ""; no target in domain generalisation.
+            the Hub, otherwise ""; no target in domain generalisation, no source of an upper bound.
         license: Hub id, of the weights.
         image_size: (height, width) that every image is brought to, or None for the image's own.
         window, stride: of the sliding window, None for the whole image at once.
         num_images: how many test images were scored.
         student, teacher, source_only: {"miou", "pixel_accuracy", "mean_accuracy", "iou": {class: score}}. No teacher
-            in a source-only run, where `source_only` is the student.
+            where labels alone teach, and there `source_only` is the student.
         source_only_seed: of that run.
         note: what else a reader of the scores must know, "" for nothing.
         remarks: what the run itself says of its scores, for instance that the gain is within their noise.
@@ -98,12 +99,24 @@ class CardFacts:
     software: str
 
     @property
+    def labelled(self) -> dict[str, str]:
+        """The domain whose labels were learned: without a source it is the target."""
+        return self.domains["source" if "source" in self.domains else "target"]
+
+    @property
+    def supervised(self) -> bool:
+        """Whether labels alone taught, so that there is nothing to compare with."""
+        return self.method in SUPERVISED
+
+    @property
     def not_measured(self) -> list[str]:
         """What a reader might take for granted and nobody looked at."""
+        elsewhere = f"Other domains than {self.domains['test']['name']} ({self.domains['test']['split']})"
+        if "source" in self.domains:
+            elsewhere += ", and the source domain itself: what adaptation costs there is unknown"
         gaps = [
             f"Other seeds: this is one run with seed {self.seed}. The spread over seeds is not in this card.",
-            f"Other domains than {self.domains['test']['name']} ({self.domains['test']['split']}), and the source "
-            "domain itself: what adaptation costs there is unknown.",
+            f"{elsewhere}.",
             "Corrupted images, night, snow and other cameras; calibration of the confidences; speed on a device.",
         ]
         if self.seed != self.source_only_seed:
@@ -334,7 +347,7 @@ def method_folder(run_folder: Path) -> Path:
     Raises:
         ValueError: if there is no finished run.
     """
-    for folder in (run_folder, *(run_folder / method for method in ("t2sda", "generalization", "source_only"))):
+    for folder in (run_folder, *(run_folder / method for method in ("t2sda", "generalization", *SUPERVISED))):
         if (folder / "metrics.json").is_file() and (folder / "student").is_dir():
             return folder
     raise ValueError(
@@ -372,7 +385,7 @@ def _placeless_words(words: Sequence[str]) -> Iterator[str]:
 
 
 def _baseline(folder: Path, cfg: RunConfig, metrics: dict[str, Any], given: str) -> tuple[Path, dict[str, Any]]:
-    if cfg.method == "source_only":
+    if cfg.supervised:
         return folder, metrics
     other = Path(given) if given else folder.parent
     other = other / "source_only" if (other / "source_only").is_dir() else other
@@ -399,9 +412,10 @@ def _baseline(folder: Path, cfg: RunConfig, metrics: dict[str, Any], given: str)
 
 
 def domains_of(cfg: RunConfig) -> dict[str, DomainConfig]:
-    """Source, target and test; no target where the method does without one."""
+    """Source, target and test, without the one that the method does without."""
     roles = {"source": cfg.source, "target": cfg.target, "test": cfg.test}
-    return {role: domain for role, domain in roles.items() if role != "target" or cfg.method != "generalization"}
+    without = {"generalization": "target", "target_only": "source"}.get(cfg.method)
+    return {role: domain for role, domain in roles.items() if role != without}
 
 
 def check_start(cfg: RunConfig, start: str) -> None:
@@ -433,7 +447,7 @@ def _license(cfg: RunConfig, given: str) -> str:
     if not found:
         raise ValueError(
             f"the licence of the weights is not known: they start from {cfg.model.pretrained!r} and saw "
-            f"{cfg.source.path!r} and {cfg.target.path!r}. Give --license, or push_to_hub.license in the config."
+            f"{cfg.labelled.path!r} and {cfg.target.path!r}. Give --license, or push_to_hub.license in the config."
         )
     return found
 
@@ -446,7 +460,7 @@ def _repository() -> str:
 
 def own_license(cfg: RunConfig) -> str:
     """The licence of weights that nothing but this project's own drawings went into, otherwise ""."""
-    drawn = all(domain.path in DRAWN for domain in (cfg.source, cfg.target))
+    drawn = all(domain.path in DRAWN for domain in (cfg.labelled, cfg.target))
     return "apache-2.0" if drawn and cfg.model.pretrained is None else ""
 
 

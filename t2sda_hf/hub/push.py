@@ -137,7 +137,7 @@ def _published_metrics(path: Path, facts: CardFacts) -> dict[str, Any]:
     """The scores of a run, with the names of its domains; of unreadable files only how many there were."""
     metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     for which, result in metrics.items():
-        domain = facts.domains["source" if which.endswith("_source") else "test"]
+        domain = facts.labelled if which.endswith("_source") else facts.domains["test"]
         more = ", seen in training" if str(result.get("domain")).endswith(", seen in training") else ""
         result["domain"] = f"{domain['name']} ({domain['split']}){more}"
         result["unreadable"] = len(result.get("unreadable") or ())
@@ -218,7 +218,7 @@ def check_push(cfg: RunConfig) -> None:
     ask(lacks, check_start, cfg, push.start)
     if not push.license and not own_license(cfg):
         lacks.append("push_to_hub.license must say under which licence the weights come, for example apache-2.0.")
-    if cfg.method != "source_only" and cfg.baseline == "none" and not push.source_only:
+    if not cfg.supervised and cfg.baseline == "none" and not push.source_only:
         lacks.append(
             "the model card compares with a source-only run: set baseline: source_only, or push_to_hub.source_only to "
             "the folder of one."

@@ -12,6 +12,7 @@ Method = Callable[[Step], Iterator[Graph]]
 METHODS: dict[str, Method] = {
     "t2sda": t2sda_losses,
     "source_only": source_only_losses,
+    "target_only": source_only_losses,
     "generalization": generalization_losses,
 }
 

@@ -64,7 +64,7 @@ def make_networks(cfg: RunConfig, student: T2SDAForSemanticSegmentation, transla
 
     The frozen encoder is what the student's is now: before the training, so that it is the pretrained one itself.
     """
-    anchored = cfg.method != "source_only" and cfg.loss_weights.feature_distance > 0
+    anchored = not cfg.supervised and cfg.loss_weights.feature_distance > 0
     imagenet = make_teacher(student.encoder).eval() if anchored else None
     return Networks(student, make_teacher(student), imagenet, translate)
 

@@ -52,8 +52,9 @@ class Domains:
     """The three domains of a run, checked, and what translates the source, which may read files too.
 
     `facts` are what `settle` needs to know of them.
-    `target` has no labels; None for a run that generalises without one. `translated` holds images that were translated
-    beforehand, if there are any.
+    `source` is the domain whose labels are learned: of target_only it is the target, and nothing else is learned from.
+    `target` has no labels; None for a run that learns without such a one. `translated` holds images that were
+    translated beforehand, if there are any.
     """
 
     source: Domain
@@ -77,18 +78,25 @@ def open_domains(cfg: RunConfig, accelerator: Accelerator) -> Domains:
         ValueError: see `load_domain`, `check_domain`, `settle`, `build_engine` and `open_translated`.
     """
     with _one_by_one(accelerator):
-        source = load_domain(cfg.source, cfg.classes)
+        source = load_domain(cfg.labelled, cfg.classes)
         target = None
-        if cfg.method != "generalization":
+        if cfg.method not in ("generalization", "target_only"):
             target = load_domain(cfg.target, cfg.classes, labelled=False)
         test = load_domain(cfg.test, cfg.classes)
         read = read_domain(source, cfg.classes)
-        contents = {"source_data": read.contents}
+        contents = {f"{cfg.labels_from}_data": read.contents}
         target_sizes = None
         if target is not None:
             of_target = read_domain(target, cfg.classes)
             target_sizes, contents["target_data"] = of_target.sizes, of_target.contents
         contents["test_data"] = read_domain(test, cfg.classes).contents
+    shared = {*read.contents.digests[: len(source)]} & {*contents["test_data"].digests[: len(test)]}
+    if shared:
+        logger.warning(
+            "warning: %d of the images that are learned with their labels are test images, too, so scores say nothing "
+            "of new images: give %s and test different images.",
+            *(len(shared), cfg.labels_from),
+        )
     facts = Facts(read.counts, read.sizes, target_sizes)
     cfg = settle(cfg, facts, accelerator).cfg
     engine = build_engine(cfg.translate if cfg.translates else TranslateConfig(engine="none"))
@@ -248,18 +256,18 @@ def records(
     """What each method of the run depends on, in the order they are trained; for `resume.plan`."""
 
     def read_by(own: RunConfig) -> dict[str, Contents]:
-        kept = {"source_data", "start_weights"} | ({"target_data"} if own.method == "t2sda" else set())
+        kept = {f"{own.labels_from}_data", "start_weights"} | ({"target_data"} if own.method == "t2sda" else set())
         if own.translates:
             kept |= {"translated_images", "translator_weights", "style_images", "style_weights"}
         return {name: part for name, part in contents.items() if name in kept}
 
-    source = fingerprint(domains.source, domains.source_counts)
+    labelled = fingerprint(domains.source, domains.source_counts)
     target = fingerprint(domains.target) if domains.target is not None else None
     return {
         method: describe(
             own := config_of(cfg, method),
-            source,
-            target if method == "t2sda" else None,
+            labelled if own.labels_from == "source" else None,
+            target if method == "t2sda" else labelled if own.labels_from == "target" else None,
             read_by(own),
             contents["test_data"],
             accelerator,
@@ -275,7 +283,8 @@ def data_record(cfg: RunConfig, domains: Domains, described: Mapping[str, Mappin
     if cfg.rcs.enabled:
         sampling = rare_classes(domains.source_counts, cfg.rcs.temperature, cfg.rcs.min_pixels).probabilities.tolist()
     learns_from_target = described[cfg.method]["target_data"] is not None
-    used = {"source": domains.source, "target": domains.target if learns_from_target else None, "test": domains.test}
+    unlabelled = domains.target if learns_from_target else None
+    used = {"source": None, "target": unlabelled, "test": domains.test} | {cfg.labels_from: domains.source}
     return {
         "seed": cfg.seed,
         "domains": {
@@ -318,7 +327,7 @@ def run_method(
         owned: see `Store`.
 
     Returns:
-        {"student": ..., "teacher": ...}, results of `evaluate_model`. No teacher for source_only.
+        {"student": ..., "teacher": ...}, results of `evaluate_model`. No teacher where labels alone teach.
 
     Raises:
         Stopped, NotFinite, CheckpointError: see `train`.

@@ -44,8 +44,8 @@ class Facts:
     """What is known of the images of a run.
 
     Attributes:
-        counts: (images, K) pixels per class of the source, at the labels' own resolution.
-        source_sizes: (images, 2) height and width of the files of the source.
+        counts: (images, K) pixels per class of the domain whose labels are learned, at the labels' own resolution.
+        source_sizes: (images, 2) height and width of its files.
         target_sizes: the same of the target, in its own number of images; None without a target.
     """
 
@@ -101,9 +101,9 @@ def derive(cfg: RunConfig, facts: Facts, num_processes: int = 1, kept: Mapping[s
             values[key] = value if was is None else tuple(was) if isinstance(was, list) else was
             cfg = _with(cfg, {key: values[key]})
 
-    source = _working_sizes(cfg.source, facts.source_sizes)
-    domains = {"source": source}
-    if facts.target_sizes is not None and cfg.method != "generalization":
+    source = _working_sizes(cfg.labelled, facts.source_sizes)
+    domains = {cfg.labels_from: source}
+    if facts.target_sizes is not None and cfg.method not in ("generalization", "target_only"):
         domains["target"] = _working_sizes(cfg.target, facts.target_sizes)
     crop, outer = _crops(cfg, domains)
     put("data.crop_size", crop)
@@ -127,6 +127,10 @@ def derive(cfg: RunConfig, facts: Facts, num_processes: int = 1, kept: Mapping[s
         derived = {"rcs.temperature", "rcs.min_pixels"} <= values.keys()
         text, spoils = _said_of_draws(cfg, facts.counts, num_processes, derived)
         (warnings if spoils else said).append(text)
+    if cfg.labels_from == "target" and cfg.labelled != cfg.target:
+        said.append(
+            "the target does not say what its labels are, so they are read as those of test, from the same place"
+        )
     return Derived(cfg, values, said, warnings)
 
 
@@ -195,7 +199,9 @@ def _crops(cfg: RunConfig, domains: Mapping[str, np.ndarray]) -> tuple[Size, Siz
     if cfg.data.outer_crop_size is not None and cfg.data.outer_crop != "false":
         room = [min(pair) for pair in zip(room, cfg.data.outer_crop_size, strict=True)]
     crop = tuple(max(min(512 * scale, side) // step * step, step) for side in room)
-    outer = tuple(min(most * scale, side) // 2 * 2 for most, side in zip((512, 1024), usual["source"], strict=True))
+    outer = tuple(
+        min(most * scale, side) // 2 * 2 for most, side in zip((512, 1024), usual[cfg.labels_from], strict=True)
+    )
     return (crop[0], crop[1]), (outer[0], outer[1])
 
 
@@ -270,7 +276,7 @@ def _warnings(cfg: RunConfig, domains: Mapping[str, np.ndarray], kept: Mapping[s
     """
     found = []
     for role, sizes in domains.items():
-        windowed = role == "source" and cfg.uses_outer_crop
+        windowed = role == cfg.labels_from and cfg.uses_outer_crop
         key = "data.outer_crop_size" if windowed else "data.crop_size"
         crop = np.array(cfg.data.outer_crop_size if windowed else cfg.data.crop_size)
         small = (sizes < crop).any(axis=1)
@@ -327,7 +333,7 @@ def _said_of_draws(cfg: RunConfig, counts: np.ndarray, num_processes: int, deriv
     first = int(rare.probabilities.argmax())
     text = (
         f"rare-class sampling (rcs.temperature {cfg.rcs.temperature:g}) will draw about {distinct:,.0f} of the "
-        f"{len(counts):,} source images in {draws:,} draws, {rare.probabilities[first]:.0%} of them for "
+        f"{len(counts):,} {cfg.labels_from} images in {draws:,} draws, {rare.probabilities[first]:.0%} of them for "
         f"{cfg.classes[first]}"
     )
     few = distinct < evenly / 3

@@ -66,7 +66,7 @@ def rehearse(
             image = _seconds_per_image(own / "student", short, domains, accelerator)
             size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
             needed += (cfg.train.keep_checkpoints + 1) * size
-            nets = 1 if method == "source_only" else 2
+            nets = 1 if short.supervised else 2
             tested = min(cfg.evaluation.limit or len(domains.test), len(domains.test))
             images = nets * (tested + cfg.evaluation.source_images)
             rounds = 1 + (cfg.train.max_steps - 1) // cfg.train.evaluate_every

@@ -239,7 +239,7 @@ def least_memory(cfg: RunConfig) -> dict[str, float]:
     """
     with torch.device("meta"):
         numbers = sum(parameter.numel() for parameter in random_student(cfg).parameters())
-    adapts = cfg.method != "source_only"
+    adapts = not cfg.supervised
     needed = {"model.depths, model.hidden_sizes and the other sizes": 4.0 * numbers * (5 if adapts else 4)}
     if adapts and cfg.loss_weights.pull:
         queries, negatives = cfg.pull.num_queries, cfg.pull.num_negatives

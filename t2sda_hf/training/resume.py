@@ -210,7 +210,7 @@ def kept_values(cfg: RunConfig) -> dict[str, Any]:
 
 def describe(
     cfg: RunConfig,
-    source: str,
+    source: str | None,
     target: str | None,
     inputs: Mapping[str, Contents],
     test: Contents,
@@ -230,7 +230,7 @@ def describe(
         "inputs": {name: contents.record() for name, contents in inputs.items()},
         "scored": {
             "test_data": test.fingerprint,
-            "source_data": inputs["source_data"].fingerprint,
+            "source_data": inputs[f"{cfg.labels_from}_data"].fingerprint,
             "settings": json.loads(json.dumps({key: value for key, value in scoring.items() if key not in _PLACES})),
         },
         "rounding": {"CPU threads": torch.get_num_threads(), "device": accelerator.device.type},

@@ -64,7 +64,7 @@ def _read_later() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores on the test domain and on images of the source. Collective, but for the pictures.
+    """Scores on the test domain and on images of the domain whose labels are learned. Collective, but for the pictures.
 
     Attributes:
         cfg: of the method.
@@ -91,7 +91,7 @@ class Evaluation:
         """
         models = {"student": networks.student}
         found = {"student": self.score(networks.student)}
-        if self.cfg.method != "source_only":
+        if not self.cfg.supervised:
             models["teacher"] = with_statistics_of(self._whole(networks.teacher), networks.student)
             found["teacher"] = self.score(models["teacher"])
         if self.cfg.evaluation.source_images:
