@@ -1,5 +1,6 @@
 """The run as a tree: the paper's defaults, and a message with the full key for everything that is wrong."""
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, asdict, fields, is_dataclass, replace
@@ -853,6 +854,32 @@ def test_differences_are_those_of_values_whatever_the_form_and_the_age_of_a_file
     assert differences(old, asdict(cfg)) == {key: value for key, value in expected.items() if key != "optim.lr"} | {
         "model.encoder_ln_eps_fix": (False, True)
     }
+
+
+@pytest.mark.parametrize(
+    ("target", "test", "taken"),
+    [
+        ({"path": "a"}, {"path": "a"}, {"label_space": "camvid", "label_path": "maps", "ignore_id": 3}),
+        ({"path": "a", "label_path": "own"}, {"path": "a"}, {"label_space": "camvid", "label_path": "own"}),
+        ({"path": "a", "ignore_id": 5}, {"path": "a"}, {"label_space": "", "label_path": "maps", "ignore_id": 5}),
+        ({"path": "a"}, {"path": "b"}, {"label_space": "", "label_path": "", "ignore_id": None}),
+        (
+            {"path": "a", "layout": "cityscapes"},
+            {"path": "b", "layout": "cityscapes"},
+            {"label_space": "camvid", "label_path": "", "ignore_id": 3},
+        ),
+    ],
+)
+def test_labels_of_a_target_are_described_by_it_or_by_the_test_of_the_same_place(target, test, taken):
+    described = {"label_space": "camvid", "label_path": "maps", "ignore_id": 3}
+    given = [f"--target={json.dumps(target)}", f"--test={json.dumps(test | described)}", "--source.path=s"]
+    bound = load_config(None, [*given, "--method=target_only"])
+    assert (bound.labels_from, bound.supervised, bound.translates) == ("target", True, False)
+    assert {name: getattr(bound.labelled, name) for name in taken} == taken
+    assert bound.labelled.path == bound.target.path == "a"
+    assert load_config(None, given).labelled.path == "s"
+    with pytest.raises(ValueError, match="baseline must be none with method target_only"):
+        load_config(None, [*given, "--method=target_only", "--baseline=source_only"])
 
 
 def test_own_class_names_need_no_label_space():

@@ -183,6 +183,55 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(tmp_path: Path, good: lis
     assert written[0] == written[1] != written[2]
 
 
+def test_the_upper_bound_learns_the_labels_of_the_target_and_reads_no_source(
+    tmp_path: Path, good: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is source_only with the target in the source's place, to the last bit."""
+    target = write_domain(tmp_path / "labelled.parquet", [png(noise(seed=i)) for i in (7, 8)], [png(ids())] * 2)
+    out, twin = tmp_path / "out", tmp_path / "twin"
+    caplog.set_level("INFO")
+    bound = ["--method=target_only", "--source.path=nowhere", f"--target.path={target}"]
+    assert main(["train", *good, *bound, "--target.label_space=cityscapes"]) == 0
+    assert "are test images, too" not in caplog.text
+    assert "target does not say how its labels are read" not in caplog.text
+    shown = json.loads((out / "data.json").read_text(encoding="utf-8"))
+    assert shown["domains"].keys() == {"target", "test"}
+    assert shown["source_pixels"] == [2 * int((ids() == value).sum()) for value in (0, 10, 13)]
+    record = json.loads((out / "target_only" / "checkpoint-000003" / "state.json").read_text(encoding="utf-8"))
+    assert record["inputs"].keys() == {"target_data"}
+    assert (record["source_data"], bool(record["target_data"])) == (None, True)
+    assert main(["train", *good, *bound, "--target.label_space=cityscapes", "--resume=auto"]) == 0
+
+    swapped = ["--method=source_only", f"--source.path={target}", "--output_dir", str(twin)]
+    assert main(["train", *good, *swapped]) == 0
+    models = [folder / "student" / "model.safetensors" for folder in (out / "target_only", twin / "source_only")]
+    assert models[0].read_bytes() == models[1].read_bytes()
+
+
+def test_labels_of_a_target_are_read_as_it_says_or_else_as_the_test_of_the_same_place(
+    tmp_path: Path, good: list[str], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    own = [*good, "--method=target_only", "--train.max_steps=1"]
+    assert "upper" not in refused([*own, "--baseline=source_only"], capsys)
+    assert "target.parquet (train) has no column 'label'" in refused(own, capsys)
+    other = write_domain(tmp_path / "other.parquet", [png(noise(seed=7))], [png(ids())])
+    assert "nothing says what the ids in the label maps mean" in refused([*own, f"--target.path={other}"], capsys)
+    assert main(["train", *own, f"--target.path={tmp_path / 'test.parquet'}"]) == 0
+    assert "target does not say how its labels are read, so they are read as those of test" in caplog.text
+    assert "warning: 2 of the images that are learned with their labels are test images, too" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["t2sda", "source_only"])
+def test_no_other_method_reads_labels_of_the_target(tmp_path: Path, good: list[str], method: str) -> None:
+    """Label maps that are none, in a column that target describes, disturb nobody."""
+    images, labels = [png(noise(seed=i)) for i in (7, 8)], [{"bytes": b"no picture", "path": None}] * 2
+    target = write_domain(tmp_path / "labelled.parquet", images, labels)
+    more = [f"--target.path={target}", "--target.label_space=cityscapes", "--train.max_steps=1"]
+    assert main(["train", *good, *more, f"--method={method}"]) == 0
+    assert main(["train", *good, *more, "--method=target_only", "--output_dir", str(tmp_path / "bound")]) == 2
+
+
 def test_an_existing_folder_is_not_overwritten(good: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     out = Path(good[good.index("--output_dir") + 1])
     out.mkdir()

@@ -128,9 +128,7 @@ def derive(cfg: RunConfig, facts: Facts, num_processes: int = 1, kept: Mapping[s
         text, spoils = _said_of_draws(cfg, facts.counts, num_processes, derived)
         (warnings if spoils else said).append(text)
     if cfg.labels_from == "target" and cfg.labelled != cfg.target:
-        said.append(
-            "the target does not say what its labels are, so they are read as those of test, from the same place"
-        )
+        said.append("target does not say how its labels are read, so they are read as those of test, of the same place")
     return Derived(cfg, values, said, warnings)
 
 
@@ -199,9 +197,8 @@ def _crops(cfg: RunConfig, domains: Mapping[str, np.ndarray]) -> tuple[Size, Siz
     if cfg.data.outer_crop_size is not None and cfg.data.outer_crop != "false":
         room = [min(pair) for pair in zip(room, cfg.data.outer_crop_size, strict=True)]
     crop = tuple(max(min(512 * scale, side) // step * step, step) for side in room)
-    outer = tuple(
-        min(most * scale, side) // 2 * 2 for most, side in zip((512, 1024), usual[cfg.labels_from], strict=True)
-    )
+    labelled = usual[cfg.labels_from]
+    outer = tuple(min(most * scale, side) // 2 * 2 for most, side in zip((512, 1024), labelled, strict=True))
     return (crop[0], crop[1]), (outer[0], outer[1])
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -241,6 +242,17 @@ def test_source_only_alone_has_a_page(tmp_path: Path) -> None:
     assert is_whole(page)
     assert "Source-only training makes none." in page.text
     assert "source-only (student)" in page.text
+
+
+def test_the_page_of_an_upper_bound_says_that_it_learned_the_target(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    shutil.rmtree(folder / "t2sda")
+    (folder / "source_only").rename(folder / "target_only")
+    (folder / "summary.json").unlink()
+    page = Page(write_page(folder))
+    assert is_whole(page)
+    assert "itself: an upper bound to compare with." in page.text
+    assert "Target-only training makes none." in page.text
 
 
 def test_the_means_of_benchmarks_stand_under_nineteen_classes(tmp_path: Path) -> None:

@@ -304,6 +304,17 @@ def test_a_source_only_run_has_a_card_of_one_column(finished_run: Path) -> None:
     assert "No image of streets-target was seen in training" in text
 
 
+def test_the_card_of_an_upper_bound_says_that_it_saw_the_labels(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", "--method=target_only")
+    facts = gather_facts(folder / "target_only", "me/upper-bound")
+    text = str(render_card(facts))
+    assert facts.domains.keys() == {"target", "test"}
+    assert "learned from labels of **streets-target**" in text
+    assert "It was trained on labels of the target: it is an upper bound to compare with, not an adapted model." in text
+    assert "Labels of the target domain were read in training, and nothing else." in text
+    assert "source" not in text.partition("## Load it")[0].replace("resolved", "")
+
+
 def test_a_folder_without_a_finished_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no finished run"):
         gather_facts(tmp_path, "me/streets")

@@ -47,3 +47,7 @@ def test_it_is_a_function_of_the_generator():
 
 def test_it_is_known_by_name():
     assert METHODS["source_only"] is source_only_losses
+
+
+def test_the_upper_bound_is_the_same_objective():
+    assert METHODS["target_only"] is METHODS["source_only"] is source_only_losses
