@@ -202,6 +202,15 @@ def seeds_of(text: str) -> list[int]:
     return found
 
 
+def rates_of(text: str) -> list[float]:
+    """ "1e-3,3e-3" -> learning rates."""
+    with suppress(ValueError):
+        found = [float(part) for part in text.split(",")]
+        if len(set(found)) == len(found) and all(0 < rate < 1e9 for rate in found):
+            return found
+    raise argparse.ArgumentTypeError(f"takes different positive numbers like 1e-3,3e-3,1e-2, got {text!r}")
+
+
 # ---------------------------------------------------------------------------------------------------- the commands
 
 
@@ -386,18 +395,36 @@ def _repeat(parser: Parser) -> None:
 
 
 def _tables(parser: Parser) -> None:
-    parser.takes_a_run("tables", nargs="+", metavar="TABLE", help="table02 ... table17, or a file of the same form")
-    parser.add_argument("--seeds", type=seeds_of, default=[0, 1, 2], help="for example 0..4 or 0,3,7; default: 0..2")
+    parser.takes_a_run(
+        "tables", nargs="+", metavar="TABLE", help="table02 ... table17, a file of the same form, or fair, alone"
+    )
+    parser.add_argument("--seeds", type=seeds_of, help="for example 0..4 or 0,3,7; default: 0..2, and 0..4 of fair")
+    parser.add_argument("--config", metavar="CONFIG", help="of fair: the config that is compared, a file or a recipe")
+    parser.add_argument(
+        "--rates",
+        type=rates_of,
+        metavar="RATE,RATE,...",
+        help="of fair: learning rates that every row is tried with; default: optim.lr of the config times 1/3, 1 and 3",
+    )
+    parser.add_argument(
+        "--search_seeds",
+        type=seeds_of,
+        help="of fair: seeds that the rates are tried with; default: the first of SEEDS",
+    )
+    parser.add_argument(
+        "--rows",
+        type=lambda text: text.split(","),
+        metavar="ROW,ROW,...",
+        help="of fair: train only these of source_only,self_training,t2sda,target_only; all that is done is printed",
+    )
     parser.add_argument(
         "--scale",
         choices=("demo", "camvid", "paper"),
-        default="paper",
         help="which runs: small ones on toy streets or on CamVid, or the paper's own; default: paper",
     )
     parser.add_argument(
         "--output",
-        default=Path("outputs/ablations"),
-        help="write the runs and tables into this folder; default: outputs/ablations",
+        help="write the runs and tables into this folder; default: outputs/ablations, and outputs/fair of fair",
         **FOLDER,
     )
     parser.add_argument(
@@ -574,7 +601,7 @@ COMMANDS = {
     "analyze": Command("look into models as the paper does: similarity, distances, t-SNE", _analyze),
     "compare": Command("show several runs on one page, or test proxies that choose among them", _compare),
     "repeat": Command("train one or two configs with several seeds, and compare them", _repeat),
-    "tables": Command("train the missing cells of a table of the paper, and print it", _tables),
+    "tables": Command("train the missing cells of a table of the paper, or of a fair one, and print it", _tables),
     "estimate": Command("estimate the memory and time of a run before it starts", _estimate),
     "demo": Command("try a model in the browser, or write a Space", _demo),
     "export": Command("write a model as an ONNX file that takes images of any size", _export),

@@ -6,14 +6,18 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import pytest
 from running import TINY_RUN
 
 from t2sda_hf.cli import main
 from t2sda_hf.commands import tables
 from t2sda_hf.errors import heard
+from t2sda_hf.evaluation.gain import pack
 from t2sda_hf.launching import Runner
+from t2sda_hf.training.resume import locked
 
 ROWS = """
 table: 99
@@ -304,3 +308,172 @@ def test_one_cell_for_real(table, tmp_path, capsys):
     assert summary.parent.name == "seed_3"
     miou = json.loads(summary.read_text(encoding="utf-8"))["t2sda"]["miou"]
     assert f"| plain | – | {miou:.2f} (1) | 68.3 ± 0.5 |" in unaligned(capsys.readouterr().out)
+
+
+# ------------------------------------------------------------------------------------------------- the table "fair"
+
+
+def kind(command: Sequence[str]) -> str:
+    """The row of the table that a command is of."""
+    method = next((word.removeprefix("--method=") for word in command if word.startswith("--method=")), "t2sda")
+    return "self_training" if method == "t2sda" and "--loss_weights.pull=0" in command else method
+
+
+class FairTrainer(Trainer):
+    """Its runs score, in %, level + seed on both halves at the rate of their row, and less at the others."""
+
+    LEVEL: ClassVar = {"source_only": 20, "self_training": 30, "t2sda": 40, "target_only": 60}
+    RATE: ClassVar = {"source_only": 0.1, "self_training": 0.2, "t2sda": 0.3, "target_only": 0.2}
+
+    def call(self, runner: object, command: list[str]) -> int:
+        code = super().call(runner, command)
+        if code:
+            return code
+        row, rate, seed = kind(command), float(value(command, "--optim.lr")), int(value(command, "--seed"))
+        iou = self.LEVEL[row] + seed - 5 * (rate != self.RATE[row])
+        pixels = np.full((4, 2, 10), 100)
+        pixels[:, 0] = iou
+        method = "t2sda" if row == "self_training" else row
+        student = {"domain": "test", "num_images": 4, "miou": iou, "groups": pack(pixels), "inputs": {"data": "d"}}
+        student["iou"] = {f"class {number}": iou for number in range(10)}
+        folder = Path(value(command, "--output_dir"))
+        (folder / method).mkdir()
+        (folder / method / "metrics.json").write_text(json.dumps({"student": student}), encoding="utf-8")
+        return 0
+
+
+@pytest.fixture
+def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Calls the table "fair" of a tiny run, and the trainer that stands for its processes."""
+    (tmp_path / "tiny.yaml").write_text(TINY_RUN + "baseline: source_only\n", encoding="utf-8")
+    words = ["tables", "fair", "--config", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / "out")]
+    return lambda *more: main([*words, "--rates", "0.1,0.2,0.3", *more]), FairTrainer(monkeypatch)
+
+
+def test_every_row_is_searched_alike_and_its_best_rate_gets_all_seeds(compare, tmp_path, capsys):
+    call, trainer = compare
+    assert call("--seeds", "0..2", "--train.num_threads", "1") == 0
+    made = [(kind(c), float(value(c, "--optim.lr")), int(value(c, "--seed"))) for c in trainer.commands]
+    searched = [(row, rate, 0) for row in trainer.RATE for rate in (0.1, 0.2, 0.3)]
+    assert made == searched + [(row, rate, seed) for seed in (1, 2) for row, rate in trainer.RATE.items()]
+    for command in trainer.commands:
+        assert command[:4] == [sys.executable, "-m", "t2sda_hf", "train"]
+        assert {"--baseline=none", "--train.num_threads=1", "--resume=auto"} <= set(command)
+    printed = capsys.readouterr().out
+    assert "**Share of the gap closed, (T2S-DA - source-only) / (upper bound - source-only): 50 %**" in printed
+    assert "- T2S-DA minus self-training: +10.00 (95 % over seeds: +10.00 to +10.00, n = 3)" in printed
+    assert "| T2S-DA | 0.3 | 40.00 | 41.00 | 42.00 | 41.00 | 1.00 |" in unaligned(printed)
+    folder = tmp_path / "out" / "tiny"
+    assert (folder / "fair.md").read_text(encoding="utf-8").strip() in f"{printed.partition('fair: ')[2]}"
+    content = json.loads((folder / "fair.json").read_text(encoding="utf-8"))
+    assert content["share"]["miou"] == 0.5
+    assert content["rows"]["source_only"]["rates"] == {"0.1": 20.0, "0.2": 15.0, "0.3": 15.0}
+    assert call("--seeds", "0..2") == 0  # nothing is trained again
+    assert len(trainer.commands) == 12 + 8
+    assert capsys.readouterr().out == printed
+
+
+def test_rows_can_be_made_by_calls_of_their_own(compare, capsys):
+    call, trainer = compare
+    assert call("--seeds", "1,2", "--search_seeds", "0", "--rows", "source_only,t2sda") == 0
+    assert {kind(command) for command in trainer.commands} == {"source_only", "t2sda"}
+    assert len(trainer.commands) == 2 * (3 + 2)
+    assert "not known, because upper bound is missing." in capsys.readouterr().out
+    assert call("--seeds", "0..2", "--rows", "target_only") == 0
+    assert len(trainer.commands) == 10 + 3 + 2
+    assert ": 50 %**" in capsys.readouterr().out
+
+
+def test_a_rate_that_fails_loses_and_is_named(compare, capsys):
+    call, trainer = compare
+    trainer.codes = {2: 1}
+    assert call("--seeds", "0,1", "--rows", "source_only") == 1
+    assert [float(value(command, "--optim.lr")) for command in trainer.commands] == [0.1, 0.2, 0.3, 0.1]
+    assert (
+        "Not every learning rate has a result yet (or ever, if its run failed): source-only." in capsys.readouterr().out
+    )
+
+
+def test_the_plan_counts_what_the_search_will_choose(compare, tmp_path, monkeypatch, capsys):
+    call, trainer = compare
+    monkeypatch.setattr(tables, "count_update", lambda cfg: type("Cost", (), {"seconds": lambda *_: 12.0})())
+    monkeypatch.setattr(tables, "this_machine", lambda: None)
+    assert call("--dry-run") == 0
+    text = capsys.readouterr().out
+    assert (trainer.commands, (tmp_path / "out").exists()) == ([], False)
+    assert "  source-only | rate 0.1  seed 0: missing, about 2 min  " in text  # 3 updates of 2.5 x 12 s
+    assert "  and 16 runs at the learning rates that will be the best" in text
+    assert "28 runs to make, about 0.7 h (a rough figure, nothing is measured yet)" in text
+    assert call("--seeds", "0", "--rows", "t2sda") == 0
+    assert call("--seeds", "0,1", "--rows", "t2sda,target_only", "--dry-run") == 0
+    text = capsys.readouterr().out
+    assert "T2S-DA | rate 0.3  seed 1: missing" in text
+    assert "  and 1 runs at the learning rates that will be the best" in text
+    assert "5 runs to make" in text
+
+
+def test_a_cell_that_another_call_makes_is_waited_for(compare, tmp_path, monkeypatch, capsys):
+    call, trainer = compare
+    assert call("--seeds", "0", "--rows", "source_only") == 0
+    (summary, *_) = (tmp_path / "out").rglob("summary.json")
+    whole = summary.read_text(encoding="utf-8")
+    summary.unlink()
+    held = locked(summary.parent.with_name(f".{summary.parent.name}.lock"))
+    waiting = tables.locked
+
+    def other_call_ends(path: Path, timeout: float) -> object:
+        if held.is_locked:
+            summary.write_text(whole, encoding="utf-8")
+            held.release()
+            raise tables.Timeout(str(path))
+        return waiting(path, timeout)
+
+    monkeypatch.setattr(tables, "locked", other_call_ends)
+    capsys.readouterr()
+    assert call("--seeds", "0", "--rows", "source_only") == 0
+    assert "waiting for another call that makes" in capsys.readouterr().out
+    assert len(trainer.commands) == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--optim.lr", "1"], "optim.lr is decided for each run: use --rates"),
+        (["--method", "source_only"], "method is decided for each run"),
+        (["--rows", "t2sda,oracle"], "--rows must be some of source_only,self_training,t2sda,target_only, got oracle"),
+        (["--rates", "1e-3,-1"], "takes different positive numbers like 1e-3,3e-3,1e-2, got '1e-3,-1'"),
+        (["--test.num_images", "1"], "the test domain has 1 image to be scored, and the table fair needs at least two"),
+        (["--evaluation.limit", "1"], "the test domain has 1 image to be scored"),
+        (["--scale", "demo"], "has no --scale"),
+        (["--loss_weights.source", "0"], "loss_weights.source must be positive with method source_only"),
+    ],
+)
+def test_what_makes_no_fair_table_is_told_before_anything_runs(compare, capsys, more, message):
+    call, trainer = compare
+    assert call(*more) == 2
+    assert message in capsys.readouterr().err
+    assert trainer.commands == []
+
+
+def test_a_target_without_labels_has_no_upper_bound(compare, tmp_path, capsys):
+    from PIL import Image
+
+    call, trainer = compare
+    (tmp_path / "photos").mkdir()
+    for name in "ab":
+        Image.new("RGB", (96, 64), (9, 9, ord(name))).save(tmp_path / "photos" / f"{name}.png")
+    target = ["--target.path", str(tmp_path / "photos"), "--seeds", "0"]
+    assert call(*target) == 2
+    said = capsys.readouterr().err
+    assert "the upper bound learns the labels of the target, and these cannot be read: " in said
+    assert "Or leave it out with --rows source_only,self_training,t2sda." in said
+    assert trainer.commands == []
+    assert call(*target, "--rows", "source_only,t2sda") == 0
+
+
+def test_fair_is_given_alone(tmp_path, capsys):
+    for words in (["table07", "--rates", "1e-3"], ["fair", "table07"]):
+        assert main(["tables", *words]) == 2
+        assert "are of the table fair, which is given alone" in capsys.readouterr().err
+    assert main(["tables", "fair"]) == 2
+    assert "the table fair needs --config" in capsys.readouterr().err

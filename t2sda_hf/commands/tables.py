@@ -1,8 +1,9 @@
-"""Make a table of the paper: train the cells that are missing, and print our figures beside the paper's.
+"""Make a table of the paper, or a fair one of your config: train the cells that are missing, and print the figures.
 
     t2sda tables table07 --seeds 0..2 --scale demo
     t2sda tables table07 table08 --scale camvid --dry-run
     t2sda tables table12 --train.max_steps 400 --num_processes 2
+    t2sda tables fair --config mine.yaml --rates 1e-4,3e-4,1e-3 --seeds 0..4
 
 TABLE is one of table02 ... table17, or the path of your own file with the same form as those in configs/ablations/.
 
@@ -17,6 +18,14 @@ checkpoint.
 The files TABLE.md and TABLE.json are written beside the cells. They have the mean and sd (sample standard deviation)
 over the seeds.
 
+The table "fair" compares four trainings of one config: on the source alone, self-training (loss_weights.pull 0), T2S-DA
+(the config itself), and the upper bound, which learns the labels of the target (method target_only). Each of them is
+first trained at the same learning rates with the first seed, and then at its own best one with all seeds. Half of the
+test images choose the rates, and all figures are of the other half. The headline is the share of the gap between
+source-only and upper bound that T2S-DA closes. The cells are stored in outputs/fair/CONFIG/. Several calls may work at
+the same time, with different --rows, or with different --seeds and the same --search_seeds: a cell is made by one of
+them, and the others wait for it. The same call with all rows and seeds then trains nothing and prints the whole table.
+
 Exit codes:
     0     all cells are there
     1     some cells failed; the other cells were still run
@@ -30,22 +39,40 @@ import json
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from filelock import Timeout
+
+from ..analysis.fair import ROWS, best, fair_text, figures, tried
 from ..config import RECIPES, RunConfig, changes, differences, find_recipe, load_config, read_yaml
+from ..data.domains import load_domain
 from ..evaluation.table import CLASS_SETS, markdown, spread, subset_miou
 from ..labels import THING_CLASSES
 from ..launching import Runner, refuse_keys, words_of
 from ..storage import foreign_json, read_json, write_json, write_text
+from ..training.derive import without_data
+from ..training.estimate import count_update, this_machine
+from ..training.resume import locked
 
 # One run of the base config, until there are cells to measure: two CPU cores for the first two; a GPU of 2019 for
 # "paper" (DAFormer's 16 hours, times 1.45 for the two more passes of T2S-DA).
 SECONDS = {"demo": 120, "camvid": 3600, "paper": 16 * 3600 * 1.45}
 # The nine rarest classes of Cityscapes: their mean is the paper's "tail" (Table 9).
 TAIL = ("wall", "traffic light", "traffic sign", "rider", "truck", "bus", "train", "motorcycle", "bicycle")
+# So many times the bound of `estimate` does an update take: two to three.
+ABOVE_BOUND = 2.5
+# What makes a run of a config that of a row of the table "fair".
+FAIR: dict[str, tuple[str, ...]] = {
+    "source_only": ("--method=source_only",),
+    "self_training": ("--loss_weights.pull=0",),
+    "t2sda": (),
+    "target_only": ("--method=target_only",),
+}
 # Defaults of the first release that are others today. A cell is numbered by what its config changes against that
 # release, so that no change of a default moves a cell that somebody has trained.
 FIRST_RELEASE: dict[str, Any] = {
@@ -75,27 +102,35 @@ COUNTED = (
 
 def run(args: Namespace) -> int:
     refuse_keys(args.overrides, seed="use --seeds", output_dir="use --output", resume="a cell always goes on")
-    tables = [read_table(name, args.scale, args.overrides) for name in args.tables]
-    folder = args.output.resolve() / args.scale
+    if args.tables == ["fair"]:
+        tables, seeds = [fair_table(args)], args.seeds or [0, 1, 2, 3, 4]
+        file = Path(args.config)
+        folder = (args.output or Path("outputs/fair")) / (file.stem if file.suffix else args.config.replace("/", "_"))
+    elif "fair" in args.tables or any((args.config, args.rates, args.search_seeds, args.rows)):
+        raise ValueError("--config, --rates, --search_seeds and --rows are of the table fair, which is given alone.")
+    else:
+        scale, seeds = args.scale or "paper", args.seeds or [0, 1, 2]
+        tables = [read_table(name, scale, args.overrides) for name in args.tables]
+        folder = (args.output or Path("outputs/ablations")) / scale
+    folder = folder.resolve()
     for table in tables:
         if not args.dry_run:
             refuse_foreign_table(table, folder)
     failed: list[str] = []
     with Runner() as runner:
         for table in tables:
-            # Seed after seed, so that an early look shows every row.
-            runnable = [row for row in table.rows if row.config is not None]
-            cells = [cell_of(row, seed, folder) for seed in args.seeds for row in runnable]
+            cells = cells_of(table, seeds, folder)
             if args.dry_run:
-                print(plan_text(table, cells, *estimate(folder, args.scale)))
+                planned = list(cells)
+                print(plan_text(table, planned, later(table, seeds, folder), *estimate(table, folder)))
                 continue
             for cell in cells:
                 code = make_cell(cell, table, runner, words_of(args))
                 if code:
                     failed.append(f"{table.name} {' | '.join(cell.row.label)} seed {cell.seed}: exit code {code}")
                     print(f"failed: {failed[-1]}", file=sys.stderr)
-                write(table, args.seeds, folder)
-            print(f"\n{table.name}: {table.question}\n\n{write(table, args.seeds, folder)}")
+                write(table, seeds, folder)
+            print(f"\n{table.name}: {table.question}\n\n{write(table, seeds, folder)}")
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     return 1 if failed else 0
@@ -113,6 +148,21 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Search:
+    """How the table "fair" finds the learning rate of each of its rows.
+
+    Attributes:
+        rows: name -> rate -> the row at this rate.
+        trained: names of those that this call trains.
+        seeds: with which the rates are compared.
+    """
+
+    rows: Mapping[str, Mapping[float, Row]]
+    trained: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Table:
     name: str
     question: str
@@ -121,6 +171,7 @@ class Table:
     across: bool  # rows stand as columns in the paper
     evaluate: tuple[str, ...]  # words of `t2sda evaluate`, if the score is not the run's own
     rows: tuple[Row, ...]
+    search: Search | None = None
 
 
 @dataclass(frozen=True)
@@ -189,6 +240,108 @@ def read_table(name: str, scale: str, overrides: Sequence[str] = ()) -> Table:
     )
 
 
+def fair_table(args: Namespace) -> Table:
+    """The table "fair" of a config, of which every row is checked: what would end one of its runs is said now.
+
+    Raises:
+        ValueError: for a row whose config or labels are not valid, or for too few test images.
+    """
+    reason = "the table fair sets it for each row"
+    refuse_keys(args.overrides, method=reason, baseline=reason, **{"optim.lr": "use --rates"})
+    if not args.config or args.scale:
+        raise ValueError("the table fair needs --config, a file or the name of a recipe, and has no --scale.")
+    cfg = load_config(args.config, args.overrides)
+    if cfg.method != "t2sda":
+        raise ValueError(
+            f"the table fair is of an adaptation, so the method of its config must be t2sda: {cfg.method}."
+        )
+    trained = tuple(args.rows or FAIR)
+    if unknown := [name for name in trained if name not in FAIR]:
+        raise ValueError(f"--rows must be some of {','.join(FAIR)}, got {', '.join(unknown)}.")
+    rates = args.rates or [float(f"{cfg.optim.lr * factor:.3g}") for factor in (1 / 3, 1, 3)]
+    always = ("--baseline=none", '--push_to_hub.repo_id=""')
+    rows: dict[str, dict[float, Row]] = {}
+    for name, own in FAIR.items():
+        rows[name] = {}
+        for rate in rates:
+            arguments = (*args.overrides, *own, f"--optim.lr={rate!r}", *always)
+            label = ROWS[name], f"rate {rate:g}"
+            rows[name][rate] = Row(label, (), args.config, arguments, load_config(args.config, arguments))
+    images = min(len(load_domain(cfg.test, cfg.classes)), cfg.evaluation.limit or sys.maxsize)
+    if images < 2:
+        raise ValueError(
+            f"the test domain has {images} image to be scored, and the table fair needs at least two: one half of them "
+            "chooses the learning rates, the other one makes the figures."
+        )
+    if "target_only" in trained:
+        bound = next(iter(rows["target_only"].values())).cfg
+        assert bound is not None
+        try:
+            load_domain(bound.labelled, bound.classes)
+        except ValueError as error:
+            others = ",".join(name for name in trained if name != "target_only")
+            raise ValueError(
+                f"the upper bound learns the labels of the target, and these cannot be read: {error} Or leave it out "
+                f"with --rows {others or 'source_only,self_training,t2sda'}."
+            ) from error
+    question = f"How much of the gap between source-only and upper bound does T2S-DA close with {args.config}?"
+    seeds = tuple(args.search_seeds or (args.seeds or [0])[:1])
+    every = tuple(row for of_name in rows.values() for row in of_name.values())
+    return Table("fair", question, (), (), False, (), every, Search(rows, trained, seeds))
+
+
+def cells_of(table: Table, seeds: Sequence[int], folder: Path) -> Iterator[Cell]:
+    """The cells of a call, seed after seed, so that an early look shows every row.
+
+    Those of the table "fair" at the best learning rates come last, and are known when the others have been made.
+    """
+    search = table.search
+    if search is None:
+        yield from (cell_of(row, seed, folder) for seed in seeds for row in table.rows if row.config is not None)
+        return
+    for seed in search.seeds:
+        for name in search.trained:
+            yield from (cell_of(row, seed, folder) for row in search.rows[name].values())
+    chosen = {name: chosen_rate(search, name, folder) for name in search.trained}
+    for seed in (seed for seed in seeds if seed not in search.seeds):
+        for name, rate in chosen.items():
+            if rate is not None:
+                yield cell_of(search.rows[name][rate], seed, folder)
+
+
+def chosen_rate(search: Search, name: str, folder: Path) -> float | None:
+    """The best rate of a row of the table "fair"; None while cells that say so were never tried."""
+    of_search = [cell_of(row, seed, folder) for row in search.rows[name].values() for seed in search.seeds]
+    if any(cell.state == "missing" for cell in of_search):
+        return None
+    return best(tried(results_of(search, name, search.seeds, folder), search.seeds))
+
+
+def results_of(
+    search: Search, name: str, seeds: Sequence[int], folder: Path
+) -> dict[float, dict[int, Mapping[str, Any]]]:
+    """Rate -> seed -> result of the student, of the finished cells of a row of the table "fair"."""
+    found: dict[float, dict[int, Mapping[str, Any]]] = {}
+    for rate, row in search.rows[name].items():
+        assert row.cfg is not None
+        cells = {seed: cell_of(row, seed, folder) for seed in seeds}
+        scored = {
+            seed: read_json(cell.folder / row.cfg.method / "metrics.json")
+            for seed, cell in cells.items()
+            if cell.state == "done"
+        }
+        found[rate] = {seed: metrics["student"] for seed, metrics in scored.items() if metrics}
+    return found
+
+
+def later(table: Table, seeds: Sequence[int], folder: Path) -> int:
+    """How many cells come when the rates are chosen."""
+    if table.search is None:
+        return 0
+    open_rows = [name for name in table.search.trained if chosen_rate(table.search, name, folder) is None]
+    return len(open_rows) * len(set(seeds) - set(table.search.seeds))
+
+
 def refuse_foreign_table(table: Table, folder: Path) -> None:
     """ValueError for a TABLE.md or TABLE.json that this command did not write. A damaged JSON file is made again."""
     figures = folder / f"{table.name}.json"
@@ -235,12 +388,32 @@ def score(cell: Cell, table: Table) -> list[float | None] | None:
     return values
 
 
+@contextmanager
+def alone(cell: Cell, runner: Runner) -> Iterator[None]:
+    """Inside, no other call makes this cell: one that does is waited for."""
+    cell.folder.parent.mkdir(parents=True, exist_ok=True)
+    waits = False
+    while not runner.stopped_by:
+        try:
+            lock = locked(cell.folder.with_name(f".{cell.folder.name}.lock"), timeout=1)
+        except Timeout:
+            if not waits:
+                print(f"waiting for another call that makes {os.path.relpath(cell.folder)}", flush=True)
+            waits = True
+            continue
+        try:
+            yield
+        finally:
+            lock.release()
+        return
+    yield  # nothing is started any more
+
+
 def make_cell(cell: Cell, table: Table, runner: Runner, launch_words: Sequence[str]) -> int:
     """Train, go on with, or score one cell; the exit code."""
     if cell.state != "done":
-        # Where a run stops early it leaves checkpoints, and "auto" also starts one that has none.
-        own = f"--seed={cell.seed}", f"--output_dir={cell.folder}", "--resume=auto"
-        code = runner.t2sda("train", "--config", str(cell.row.config), *cell.row.arguments, *own, *launch_words)
+        with alone(cell, runner):
+            code = 0 if cell.state == "done" else train_cell(cell, runner, launch_words)
         if code:
             return code
     evaluated = cell.folder / f"{table.name}.json"
@@ -251,6 +424,12 @@ def make_cell(cell: Cell, table: Table, runner: Runner, launch_words: Sequence[s
         model = cell.folder / cell.row.cfg.method / "student"
         return runner.t2sda("evaluate", str(model), *table.evaluate, "--output", str(evaluated), *launch_words)
     return 0
+
+
+def train_cell(cell: Cell, runner: Runner, launch_words: Sequence[str]) -> int:
+    # Where a run stops early it leaves checkpoints, and "auto" also starts one that has none.
+    own = f"--seed={cell.seed}", f"--output_dir={cell.folder}", "--resume=auto"
+    return runner.t2sda("train", "--config", str(cell.row.config), *cell.row.arguments, *own, *launch_words)
 
 
 def summary_of(table: Table, seeds: Sequence[int], folder: Path) -> list[dict[str, Any]]:
@@ -294,20 +473,31 @@ def layout(table: Table, entries: Sequence[Mapping[str, Any]]) -> str:
     return markdown(lines[0], lines[1:])
 
 
-def estimate(folder: Path, scale: str) -> tuple[float, int]:
-    """Seconds of one run, and the number of finished runs that says so (0: a figure of the past)."""
+def estimate(table: Table, folder: Path) -> tuple[float, int]:
+    """Seconds of one run, and the number of finished runs that says so; 0: a figure of the past, or a count."""
     found = [read_json(file) for file in folder.glob("*/seed_*/summary.json")]
     done = [summary["seconds"] for summary in found if summary]
-    return (sum(done) / len(done), len(done)) if done else (SECONDS[scale], 0)
+    if done:
+        return sum(done) / len(done), len(done)
+    if table.search is None:
+        return SECONDS[folder.name], 0
+    cfg = next(iter(table.search.rows["t2sda"].values())).cfg  # which takes longest
+    assert cfg is not None
+    cfg = without_data(cfg)
+    if cfg.train.num_threads is not None:
+        torch.set_num_threads(cfg.train.num_threads)
+    return ABOVE_BOUND * count_update(cfg).seconds(this_machine(), cfg.train.precision) * cfg.train.max_steps, 0
 
 
-def plan_text(table: Table, cells: Sequence[Cell], each: float, measured: int) -> str:
+def plan_text(table: Table, cells: Sequence[Cell], later: int, each: float, measured: int) -> str:
     lines = [f"{table.name}: {table.question}"]
     for cell in cells:
         where = os.path.relpath(cell.folder)
         time = "" if cell.state == "done" else f", about {each / 60:.0f} min"
         lines.append(f"  {' | '.join(cell.row.label)}  seed {cell.seed}: {cell.state}{time}  {where}")
-    left = len({cell.folder for cell in cells if cell.state != "done"})
+    if later:
+        lines.append(f"  and {later} runs at the learning rates that will be the best")
+    left = len({cell.folder for cell in cells if cell.state != "done"}) + later
     source = f"the mean of {measured} finished runs" if measured else "a rough figure, nothing is measured yet"
     lines.append(f"  {left} runs to make, about {left * each / 3600:.1f} h ({source})")
     return "\n".join(lines)
@@ -316,9 +506,14 @@ def plan_text(table: Table, cells: Sequence[Cell], each: float, measured: int) -
 def write(table: Table, seeds: Sequence[int], folder: Path) -> str:
     """TABLE.md and TABLE.json as far as there are cells; the Markdown."""
     folder.mkdir(parents=True, exist_ok=True)
-    entries = summary_of(table, seeds, folder)
-    text = layout(table, entries)
-    content = {"table": table.name, "question": table.question, "seeds": list(seeds), "rows": entries}
+    content: dict[str, Any] = {"table": table.name, "question": table.question, "seeds": list(seeds)}
+    if table.search is None:
+        content["rows"] = summary_of(table, seeds, folder)
+        text = layout(table, content["rows"])
+    else:
+        search, wanted = table.search, sorted({*seeds, *table.search.seeds})
+        content |= figures({name: results_of(search, name, wanted, folder) for name in FAIR}, search.seeds, seeds)
+        text = fair_text(content)
     write_json(folder / f"{table.name}.json", content)  # first: by it the other is known as ours
     write_text(folder / f"{table.name}.md", f"{table.question}\n\n{text}\n")
     return text

@@ -38,6 +38,12 @@ def pack(pixels: np.ndarray) -> dict[str, list[str]]:
     }
 
 
+def group_pixels(result: Mapping[str, Any]) -> np.ndarray | None:
+    """(2, G, K) float64, pixels in intersection and union; None for a result of an earlier release."""
+    kept: Mapping[str, list[str]] = result.get("groups", {})
+    return np.array([[row.split() for row in rows] for rows in kept.values()], dtype=np.float64) if kept else None
+
+
 def gain_interval(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> tuple[float, float] | None:
     """95 % interval of the gain in mIoU, in points, over test sets drawn from these test images with replacement.
 
@@ -49,12 +55,8 @@ def gain_interval(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> tup
     Returns:
         None where it cannot be told: a result of an earlier release, another number of groups, or fewer than 5.
     """
-    kept: list[Mapping[str, list[str]]] = [one.get("groups", {}) for one in (result, baseline)]
-    if not all(kept):
-        return None
-    # (2, G, K) each
-    new, old = (np.array([[row.split() for row in rows] for rows in one.values()], dtype=np.float64) for one in kept)
-    if new.shape != old.shape or new.shape[1] < FEWEST:
+    new, old = group_pixels(result), group_pixels(baseline)
+    if new is None or old is None or new.shape != old.shape or new.shape[1] < FEWEST:
         return None
     groups = new.shape[1]
     draws = np.random.default_rng(_SEED).multinomial(groups, np.full(groups, 1 / groups), size=_RESAMPLES)
