@@ -384,6 +384,14 @@ def test_rows_can_be_made_by_calls_of_their_own(compare, capsys):
     assert ": 50 %**" in capsys.readouterr().out
 
 
+def test_a_config_without_a_pull_is_trained_once_as_both_rows(compare, capsys):
+    call, trainer = compare
+    words = ["--seeds", "0,1", "--rows", "self_training,t2sda", "--loss_weights.pull", "0"]
+    assert call(*words) == 0
+    assert len(trainer.commands) == 3 + 1
+    assert "(Its loss_weights.pull is 0, so it is the self-training itself.)" in capsys.readouterr().out
+
+
 def test_a_rate_that_fails_loses_and_is_named(compare, capsys):
     call, trainer = compare
     trainer.codes = {2: 1}

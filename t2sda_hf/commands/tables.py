@@ -285,6 +285,8 @@ def fair_table(args: Namespace) -> Table:
                 f"with --rows {others or 'source_only,self_training,t2sda'}."
             ) from error
     question = f"How much of the gap between source-only and upper bound does T2S-DA close with {args.config}?"
+    if not cfg.loss_weights.pull:
+        question += " (Its loss_weights.pull is 0, so it is the self-training itself.)"
     seeds = tuple(args.search_seeds or (args.seeds or [0])[:1])
     every = tuple(row for of_name in rows.values() for row in of_name.values())
     return Table("fair", question, (), (), False, (), every, Search(rows, trained, seeds))

@@ -318,3 +318,18 @@ def test_the_command_checks_a_run_and_writes_one_page(tmp_path, capsys):
     assert main(["check", *clean, "--processes", "1"]) == 0
     assert main(["check", "--output", str(tmp_path / "none")]) == 2
     assert "nothing to check" in capsys.readouterr().err
+
+
+def test_of_an_upper_bound_the_labels_of_the_target_are_checked_and_no_source(tmp_path, capsys):
+    street_folders(tmp_path / "t")
+    street_folders(tmp_path / "test", first=50)
+    arguments = ["--method=target_only", "--source.path=nowhere", "--output", str(tmp_path / "out"), "--processes", "1"]
+    for role, name in (("target", "t"), ("test", "test")):
+        arguments += [f"--{role}.path", str(tmp_path / name / "images")]
+        arguments += [f"--{role}.label_path", str(tmp_path / name / "labels")]
+    assert main(["check", *arguments]) == 0
+    assert "a run: crops of 32x64, from target images of 48x80" in capsys.readouterr().out
+    write("labels/2.png", b"no picture")(tmp_path / "t")
+    assert main(["check", *arguments]) == 1
+    assert "fault: label map unreadable, 1x in" in capsys.readouterr().out
+    assert main(["check", *arguments, "--method=t2sda", "--only", "target"]) == 0  # nobody else looks at them
