@@ -1,9 +1,16 @@
 """A tiny run, and commands in processes of their own."""
 
+import atexit
+import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 TINY_NETWORK = """
@@ -30,6 +37,17 @@ loss_weights: {feature_distance: 0}
 )
 
 
+OWN = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+
+
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the pictures and charts of a training only the files are written: matplotlib takes longer than the rest."""
+    train = "t2sda_hf.commands.train"
+    monkeypatch.setattr(f"{train}.save_panel", lambda *_: None)
+    monkeypatch.setattr(f"{train}.write_page", lambda folder: folder / "index.html")
+    monkeypatch.setattr("t2sda_hf.evaluation.watch.save_grid", lambda path, *_: path.write_bytes(b"a picture"))
+
+
 def t2sda(*words: str) -> str:
     """What a command prints that runs on the CPU in a process of its own, or in those that its flags ask for."""
     return _printed([sys.executable, "-m", "t2sda_hf", *words, "--cpu"])
@@ -44,10 +62,46 @@ def launch(processes: int, script: str, *arguments: str) -> str:
     return _printed([*command, script, *arguments], ACCELERATE_USE_CPU="true")
 
 
+def fork(processes: int, *words: str) -> str:
+    """What so many processes print that run `python` with these words as a launcher starts them, without the imports.
+
+    What an import reads of the environment (settings of the Hub, the number of threads) is that of the first call.
+    """
+    environment = os.environ | OWN | {"ACCELERATE_USE_CPU": "true"}
+    each = [dict(environment) for _ in range(processes)]
+    if processes > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        for rank, own in enumerate(each):
+            own |= where | {"WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    server = _forks()
+    with tempfile.TemporaryDirectory() as folder:
+        request = {"folder": folder, "processes": [(words, own) for own in each]}
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        codes = json.loads(server.stdout.readline())
+        out, err = (
+            "".join((Path(folder) / f"{name}{rank}").read_text(encoding="utf-8") for rank in range(processes))
+            for name in ("out", "err")
+        )
+    assert not any(codes), f"{codes}: {err[-3000:]}"
+    return out
+
+
+@cache
+def _forks() -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "tests" / "forks.py")]
+    server = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | OWN, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    atexit.register(server.communicate)  # it ends with its input
+    return server
+
+
 def _printed(command: list[str], **environment: str) -> str:
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | own | environment, capture_output=True, text=True, timeout=300
+        command, cwd=ROOT, env=os.environ | OWN | environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

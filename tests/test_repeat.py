@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 from faults.arena import RUN
+from running import undrawn
 
 from t2sda_hf.cli import main
 from t2sda_hf.commands import train
@@ -27,8 +28,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (tmp_path / f"{name}.yaml").write_text(RUN.replace("lr: 1e-3", f"lr: {lr}"), encoding="utf-8")
     domains = train.open_domains(load_config(tmp_path / "a.yaml"), Accelerator(cpu=True))
     monkeypatch.setattr(train, "open_domains", lambda *_: domains)
-    monkeypatch.setattr(train, "save_panel", lambda *_: None)
-    monkeypatch.setattr(train, "write_page", lambda folder: folder / "index.html")
+    undrawn(monkeypatch)
 
     def run(self: Runner, command: Sequence[str]) -> int:
         seen.started.append(list(command))

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from faults.arena import RUN, digest, outcome, sign
 from filelock import FileLock
 from PIL import Image
+from running import undrawn
 from torch import Tensor
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from transformers import SegformerConfig, SegformerModel
@@ -56,9 +57,7 @@ def domains(tmp_path_factory: pytest.TempPathFactory):
 def run(tmp_path: Path, domains, monkeypatch: pytest.MonkeyPatch):
     """A function that trains in tmp_path/<name> and returns the exit code."""
     monkeypatch.setattr(command, "open_domains", lambda *_: domains)
-    monkeypatch.setattr(command, "save_panel", lambda *_: None)
-    monkeypatch.setattr(command, "write_page", lambda folder: folder / "index.html")  # takes longer than the rest
-    monkeypatch.setattr(watch, "save_grid", lambda path, *_: path.write_bytes(b"a picture"))
+    undrawn(monkeypatch)
     (tmp_path / "run.yaml").write_text(RUN, encoding="utf-8")
 
     def train(name: str, *arguments: str) -> int:
@@ -163,7 +162,7 @@ def label_map(path: Path, seed: int, size: tuple[int, int] = (64, 96)) -> None:
 def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A function that trains on folders of pictures in tmp_path/data from a saved encoder; its exit code."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(command, "save_panel", lambda *_: None)
+    undrawn(monkeypatch)
     data = tmp_path / "data"
     for place in range(4):
         picture(data / "source" / f"s{place}.png", place)

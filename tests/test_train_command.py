@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from PIL import Image
-from running import ROOT, TINY_RUN, launch, t2sda
+from running import ROOT, TINY_RUN, launch, undrawn
 from transformers import AutoModelForSemanticSegmentation
 
 from t2sda_hf.cli import main
@@ -112,7 +112,7 @@ def test_a_run_end_to_end(tmp_path: Path) -> None:
     model = AutoModelForSemanticSegmentation.from_pretrained(out / "t2sda" / "student")
     assert model(torch.zeros(1, 3, 64, 64)).logits.shape == (1, 10, 16, 16)
     evaluate = ["evaluate", str(out / "t2sda" / "student"), "--domain", "streets-target", "--limit", "3"]
-    t2sda(*evaluate, "--output", str(tmp_path / "scores.json"))
+    assert main([*evaluate, "--output", str(tmp_path / "scores.json")]) == 0
     scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     assert scores["miou"] == pytest.approx(summary["t2sda"]["miou"], abs=1e-9)
 
@@ -173,7 +173,10 @@ def test_the_precision_of_products_on_a_gpu_is_the_configs(good, capsys, precisi
             owner.allow_tf32 = allowed
 
 
-def test_equal_seeds_give_equal_runs_and_others_do_not(tmp_path: Path, good: list[str]) -> None:
+def test_equal_seeds_give_equal_runs_and_others_do_not(
+    tmp_path: Path, good: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undrawn(monkeypatch)
     written = []
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         arguments = [*good, "--seed", seed]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import TINY_RUN, launch, t2sda
+from running import TINY_RUN, fork, t2sda
 from safetensors.torch import load_file
 from transformers import SegformerConfig, SegformerModel
 from two_process_case import case, statistics
@@ -23,7 +23,11 @@ def train(folder: Path, processes: int, *arguments: str) -> dict:
     torch.manual_seed(0)
     SegformerModel(SegformerConfig(**sizes)).save_pretrained(encoder)
     arguments += ("--model.pretrained", str(encoder), "--loss_weights.feature_distance", "0.005")
-    t2sda("train", "--config", str(config), "--output_dir", str(folder), *arguments, f"--num_processes={processes}")
+    words = ("train", "--config", str(config), "--output_dir", str(folder), *arguments)
+    if "--accelerate_config" in words:
+        t2sda(*words, f"--num_processes={processes}")
+    else:
+        fork(processes, "-m", "t2sda_hf", *words, *(["--cpu"] if processes == 1 else []))
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
@@ -34,7 +38,7 @@ def scalars(folder: Path) -> list[dict]:
 
 
 def test_statistics_equal_those_of_the_joined_batch(tmp_path: Path) -> None:
-    launch(2, "tests/two_process_worker.py", str(tmp_path))
+    fork(2, "tests/two_process_worker.py", str(tmp_path))
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     # Before that: who has other settings or data is named by both, and where it all lies does not matter.
     said = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]

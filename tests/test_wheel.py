@@ -1,11 +1,13 @@
 """Whoever installs the wheel, and has nothing of this repository: the command, the recipes, the way to the Hub."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,15 @@ from trove_classifiers import classifiers
 ROOT = Path(__file__).parents[1]
 BUILT_FROM = ("t2sda_hf", "configs", "model_cards", "pyproject.toml", "README.md", "LICENSE")
 FEW = ["--source.num_images=6", "--target.num_images=6", "--test.num_images=2", "--evaluation.source_images=0"]
+END = "<the end of a command>\n"
+ALL = f"""
+import json, sys
+from t2sda_hf.cli import main
+for words in json.loads(sys.argv[1]):
+    code = main(words)
+    assert code == 0, (words, code)
+    print(end={END!r})
+"""
 SHORT = ["--train.max_steps=1", "--train.evaluate_every=1", "--train.batch_size=1"]
 
 
@@ -56,30 +67,34 @@ def test_the_wheel_takes_a_stranger_from_recipe_to_hub(command: Path, tmp_path: 
         settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
         settings["OMP_NUM_THREADS"] = "1"  # other tests have the other cores
 
-        def t2sda(*words: str) -> str:
+        def printed(*command: str) -> str:
             done = subprocess.run(
-                [str(command), *words],
-                cwd=tmp_path,
-                env=plain | settings,
-                capture_output=True,
-                text=True,
-                timeout=600,
-                check=False,
+                command, cwd=tmp_path, env=plain | settings, capture_output=True, text=True, timeout=600, check=False
             )
-            assert done.returncode == 0, f"{words}\n{done.stderr[-3000:]}"
+            assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
             return done.stdout
 
-        assert "gta_cityscapes/t2sda_daformer" in t2sda("train", "--list").splitlines()
-        assert str(command.parents[1]) in t2sda("env")  # the recipes are those of the wheel
-        assert "0 kinds of faults" in t2sda("check", "--config", "demo", *FEW[:3])
-        t2sda("train", "--config", "demo", *FEW, *SHORT)
-        assert "| mIoU" in t2sda("evaluate", "outputs/demo", "--config", "demo", "--limit", "2")
-        t2sda("predict", "outputs/demo/t2sda/student", "photos", "--output", "seen")
+        def t2sda(*commands: list[str]) -> Iterator[str]:
+            """Of all in one process, as an import takes longer than most of them."""
+            return iter(printed(str(command.with_name("python")), "-c", ALL, json.dumps(commands)).split(END)[:-1])
+
+        assert "gta_cityscapes/t2sda_daformer" in printed(str(command), "train", "--list").splitlines()
+        assert str(command.parents[1]) in printed(str(command), "env")  # the recipes are those of the wheel
+        predict = ["predict", "outputs/demo/t2sda/student", "photos", "--output", "seen"]
+        said = t2sda(
+            ["check", "--config", "demo", *FEW[:3], "--processes=1"],
+            ["train", "--config", "demo", *FEW, *SHORT],
+            ["evaluate", "outputs/demo", "--config", "demo", "--limit", "2"],
+            predict,
+            ["push", "outputs/demo", "me/streets", "--license", "apache-2.0"],
+            [predict[0], "me/streets", *predict[2:-1], "from_hub"],
+        )
+        assert "0 kinds of faults" in next(said)
+        assert f"Figures in {Path('outputs', 'demo', 'summary.json')}" in next(said)
+        assert "| mIoU" in next(said)
         assert (tmp_path / "seen" / "street_overlay.png").is_file()
-        said = t2sda("push", "outputs/demo", "me/streets", "--license", "apache-2.0")
-        assert f"Published: {hub.url}/me/streets" in said
+        assert f"Published: {hub.url}/me/streets" in list(said)[1]
         assert {"model.safetensors", "README.md", "config.json"} <= set(hub.files("me/streets"))
-        t2sda("predict", "me/streets", "photos", "--output", "from_hub")
         assert (tmp_path / "from_hub" / "street_ids.png").read_bytes() == (
             tmp_path / "seen" / "street_ids.png"
         ).read_bytes()

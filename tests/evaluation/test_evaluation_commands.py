@@ -2,11 +2,8 @@
 
 import csv
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import cv2
 import numpy as np
@@ -14,6 +11,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from running import fork
 from safetensors.torch import load_file, save_file
 
 from t2sda_hf.cli import main
@@ -530,43 +528,21 @@ def test_what_predict_is_to_look_at_is_said_once(model_folder, photos, words, me
 # ------------------------------------------------------------------------------------------------------- as processes
 
 
-def start(*words):
-    """Run a command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "t2sda_hf", *map(str, words)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def test_both_run_as_processes(model_folder, photos, tmp_path):
-    evaluated = start("evaluate", model_folder, "--domain", "streets-target", "--limit", 1)
-    predicted = start("predict", model_folder, photos / "notes.txt", "--output", tmp_path / "out")
-
-    assert evaluated.returncode == 0, evaluated.stderr
-    assert "mIoU" in evaluated.stdout
-    assert predicted.returncode == 2
-    assert "Traceback" not in predicted.stderr
-    assert predicted.stderr.strip().splitlines()[-1].startswith("ValueError: ")
+    assert "mIoU" in fork(1, "-m", "t2sda_hf", "evaluate", str(model_folder), "--domain", "streets-target", "--limit=1")
+    predict = ("predict", str(model_folder), str(photos / "notes.txt"), "--output", str(tmp_path / "out"))
+    with pytest.raises(AssertionError, match=r"^\[2\]: ") as failed:
+        fork(1, "-m", "t2sda_hf", *predict)
+    assert "Traceback" not in str(failed.value)
+    assert str(failed.value).strip().splitlines()[-1].startswith("ValueError: ")
 
 
 @pytest.mark.two_processes
 def test_two_processes_print_once_and_save_the_scores_of_one(model_folder, tmp_path):
     arguments = [str(model_folder), "--domain", "streets-target", "--limit", "3", "--output"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    two = fork(2, "-m", "t2sda_hf", "evaluate", *arguments, str(tmp_path / "two.json"))
 
-    two = subprocess.run(
-        [*launcher, "--module", "t2sda_hf", "evaluate", *arguments, str(tmp_path / "two.json")],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-    assert two.returncode == 0, two.stderr
-    assert two.stdout.count("| mIoU ") == 1
+    assert two.count("| mIoU ") == 1
     assert main(["evaluate", *arguments, str(tmp_path / "one.json")]) == 0
     assert json.loads((tmp_path / "two.json").read_text()) == json.loads((tmp_path / "one.json").read_text())
 

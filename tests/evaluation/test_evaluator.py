@@ -1,14 +1,11 @@
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from running import fork
 from torch import nn
 
 from t2sda_hf.errors import NotFinite
@@ -281,18 +278,7 @@ accelerator.end_training()
 def test_five_images_on_two_processes_equal_one_process(tmp_path):
     script = tmp_path / "evaluate_on_two.py"
     script.write_text(TWO_PROCESSES)
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-    finished = subprocess.run(
-        [*launcher, str(script), __file__, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
-    )
-
-    assert finished.returncode == 0, finished.stderr
+    fork(2, str(script), __file__, str(tmp_path))
     expected = run()
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected

@@ -13,7 +13,7 @@ import yaml
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
-from running import TINY_RUN, t2sda
+from running import TINY_RUN, fork, undrawn
 
 from t2sda_hf.cli import main
 
@@ -179,14 +179,15 @@ def test_two_processes(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(TINY_RUN, encoding="utf-8")
     out = tmp_path / "out"
-    words = ("train", "--config", str(config), "--output_dir", str(out), "--dry-run", "--num_processes", "2")
-    printed = t2sda(*words)
+    words = ("train", "--config", str(config), "--output_dir", str(out), "--dry-run")
+    printed = fork(2, "-m", "t2sda_hf", *words)
     assert printed.count("dry run passed") == 1
     assert tree(tmp_path) == ["run.yaml"]
 
 
-def test_one_batch_is_learned_by_heart(arguments):
+def test_one_batch_is_learned_by_heart(arguments, monkeypatch):
     """The loss of the source falls to a small part, which it does not with a new batch every time."""
+    undrawn(monkeypatch)
 
     def losses(*extra):
         out = Path("outputs") / str(len(extra))

@@ -11,11 +11,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from faults.arena import RUN, outcome
+from running import undrawn
 from tiny import tiny_batch, tiny_config, tiny_graphs, tiny_networks
 from torch import Generator, Tensor
 
 from t2sda_hf.cli import main
-from t2sda_hf.commands import train as command
 from t2sda_hf.config import RunConfig, dump_config
 from t2sda_hf.methods import Networks
 from t2sda_hf.methods.t2sda import draw_box
@@ -135,8 +135,7 @@ def test_a_compiled_run_that_was_resumed_leaves_the_files_of_a_plain_one(
     tmp_path: Path, fresh: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The backend "eager" captures graphs and runs them as written, so all must be equal bit by bit."""
-    monkeypatch.setattr(command, "save_panel", lambda *_: None)
-    monkeypatch.setattr(command, "write_page", lambda folder: folder)
+    undrawn(monkeypatch)
     (tmp_path / "run.yaml").write_text(RUN, encoding="utf-8")
 
     def run(name: str, *arguments: str) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 from faults.arena import RUN
+from running import undrawn
 from safetensors.torch import load_file
 
 from t2sda_hf.cli import main
@@ -25,8 +26,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "run.yaml").write_text(RUN, encoding="utf-8")
     domains = command.open_domains(load_config(tmp_path / "run.yaml"), Accelerator(cpu=True))
     monkeypatch.setattr(command, "open_domains", lambda *_: domains)
-    monkeypatch.setattr(command, "save_panel", lambda *_: None)
-    monkeypatch.setattr(command, "write_page", lambda folder: folder / "index.html")
+    undrawn(monkeypatch)
 
     def run(name: str, *arguments: str) -> int:
         return main(["train", "--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / name), *arguments])
