@@ -13,7 +13,11 @@ TINY += ["--model.size=mit_b0", "--projector={hidden: 8, dim: 8}", "--train.batc
 TINY += ["--data={crop_size: [32, 64], outer_crop_size: [32, 96]}", "--uda={ignore_top: 0, ignore_bottom: 0}"]
 TINY += ["--augment={jitter_probability: 1.0, blur_probability: 1.0}", "--pull={num_queries: 16, num_negatives: 64}"]
 CITY = "gta_cityscapes/t2sda_daformer"
-HRDA = ["--hrda.crop_size=[32,32]", "--data={crop_size: [64, 64], outer_crop_size: [64, 96]}"]
+HRDA = [
+    "--hrda.crop_size=[32,32]",
+    "--patch_mask.block_size=16",
+    "--data={crop_size: [64, 64], outer_crop_size: [64, 96]}",
+]
 RUNS = {
     "daformer": [CITY, *TINY],
     "mic": ["gta_cityscapes/t2sda_mic", *TINY, *HRDA],
