@@ -1,5 +1,7 @@
-"""Set before torch is loaded: threads that wait by spinning make tests many times slower on a shared machine."""
+"""Set before torch is loaded: threads that wait by spinning make tests many times slower on a shared machine, and
+several threads for tensors of a few numbers cost half as much again: `make test` has a process for each core."""
 
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -9,8 +9,11 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 TINY_NETWORK = """
@@ -46,6 +49,15 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"{train}.save_panel", lambda *_: None)
     monkeypatch.setattr(f"{train}.write_page", lambda folder: folder / "index.html")
     monkeypatch.setattr("t2sda_hf.evaluation.watch.save_grid", lambda path, *_: path.write_bytes(b"a picture"))
+
+
+def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures and charts are put together as always, and one pixel is written: matplotlib's painting takes longest."""
+
+    def written(figure: Figure, file: Path | IO[bytes], **_: object) -> None:
+        Image.new("RGB", (1, 1)).save(file, format="PNG")
+
+    monkeypatch.setattr(Figure, "savefig", written)
 
 
 def t2sda(*words: str) -> str:

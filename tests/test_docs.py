@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from running import unpainted
 from transformers import SegformerConfig, SegformerModel
 
 from t2sda_hf.cli import COMMANDS, main, parser_of
@@ -115,7 +116,11 @@ def test_links_of_a_page_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_blocks_of_a_page_run(page: Path, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_blocks_of_a_page_run(
+    page: Path, world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if page.name != "README.md":
+        unpainted(monkeypatch)
     for block in blocks(page):
         if block.language == "yaml":
             Path("mine.yaml").write_text(block.text, encoding="utf-8")

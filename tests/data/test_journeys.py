@@ -9,7 +9,7 @@ import data.test_domains as OWN
 import data.test_preparing as RAW
 import numpy as np
 import pytest
-from running import TINY_NETWORK
+from running import TINY_NETWORK, unpainted
 
 from t2sda_hf.cli import main
 from t2sda_hf.data.streets import draw_scene
@@ -37,6 +37,8 @@ train: {max_steps: 2, batch_size: 1, log_every: 1, num_threads: 1, log_with: []}
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # at the end of a stream, 5 s
+    unpainted(monkeypatch)
 
 
 def run(tmp_path, roles, classes=CITYSCAPES_CLASSES, faults=0):

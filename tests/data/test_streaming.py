@@ -20,6 +20,7 @@ TOTAL = SHARDS * ROWS
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # at the end of a round, 5 s
 
 
 def write(folder, damaged=()):

@@ -9,12 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from running import unpainted
 
 from t2sda_hf.commands.compare import compare_proxies
 from t2sda_hf.evaluation.confusion import scores
 from t2sda_hf.evaluation.page import command_to_repeat, write_comparison, write_page
 from t2sda_hf.evaluation.run_folder import read_run, write_data_record
 from t2sda_hf.labels import CITYSCAPES_CLASSES
+
+
+@pytest.fixture(autouse=True)
+def unpainted_charts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the first test; test_figures.py looks at what is painted."""
+    if request.function is not test_a_finished_run_explains_itself:
+        unpainted(monkeypatch)
+
 
 CLASSES = ["road", "building", "sky", "car"]
 # Every class is taken for each other one in 10 pixels.

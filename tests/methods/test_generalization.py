@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from reference import pull as slow
 from reference.samples import listed
-from running import TINY_NETWORK
+from running import TINY_NETWORK, unpainted
 from tiny import CLASSES, tiny_batch, tiny_config, tiny_graphs, tiny_networks, together
 from torch import Generator, Tensor
 
@@ -168,7 +168,8 @@ def test_no_target_is_opened(monkeypatch):
     assert opened == ["streets-source", "streets-target"]  # the second is the test domain
 
 
-def test_a_run_end_to_end(tmp_path: Path, capsys):
+def test_a_run_end_to_end(tmp_path: Path, capsys, monkeypatch):
+    unpainted(monkeypatch)
     (tmp_path / "run.yaml").write_text(
         TINY_NETWORK
         + """

@@ -13,7 +13,7 @@ import yaml
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
-from running import TINY_RUN, fork, undrawn
+from running import TINY_RUN, fork, undrawn, unpainted
 
 from t2sda_hf.cli import main
 
@@ -22,6 +22,7 @@ from t2sda_hf.cli import main
 def arguments(tmp_path, monkeypatch):
     """Of a healthy run in a folder of its own; the cache of `datasets` lies elsewhere."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    unpainted(monkeypatch)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("t2sda_hf.hub.push.get_token", lambda: None)
     work = tmp_path / "work"
