@@ -1,6 +1,7 @@
 """The mean teacher: how it follows the student, and what it says of the target (paper section 3.1; method 2.1-2.5)."""
 
 import copy
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -82,6 +83,35 @@ def trusted_rows(maps: Tensor, ignore_top: int, ignore_bottom: int) -> Tensor:
     """(B,H,W) float32 for maps of this size: 0 in so many rows at the top and at the bottom, 1 between them."""
     inside = tuple(ignore_top <= row < maps.shape[1] - ignore_bottom for row in range(maps.shape[1]))
     return constant(inside, maps.device)[:, None].expand_as(maps)
+
+
+@torch.no_grad()
+def take_statistics(network: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replace the running statistics of every batch norm by the average over these batches (AdaBN, arXiv 1603.04779).
+
+    In training every forward normalises by its own batch, and running statistics are those of source, mixed and
+    pseudo-target images together. A network that will only see the target is better served by the target's.
+
+    Args:
+        network: a whole student, in any mode, which it keeps. Weights stay.
+        batches: (B,3,H,W) normalised images of one domain and of one size; at least one.
+    """
+    modes = [(module, module.training) for module in network.modules()]
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    network.eval()
+    for norm in norms:
+        norm.train()
+        norm.reset_running_stats()
+        norm.momentum = None  # the average of all
+    try:
+        for images in batches:
+            network(images, project=True)  # so that every norm sees them
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, training in modes:
+            module.training = training
 
 
 def with_statistics_of(teacher: nn.Module, student: nn.Module) -> nn.Module:

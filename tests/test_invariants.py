@@ -30,7 +30,8 @@ STEPS, IMAGES = 20, 16
 
 def first_losses(method: str, folder: Path) -> list[dict[str, float]]:
     """Every loss of the demo's first steps, through the real data, loop and optimiser, on few images."""
-    cfg = load_config(Path(__file__).parents[1] / "configs" / "demo.yaml", [f"--method={method}"])
+    changed = [f"--method={method}", "--uda.source_phase=0"]  # all losses from the first step on
+    cfg = load_config(Path(__file__).parents[1] / "configs" / "demo.yaml", changed)
     few = {name: replace(getattr(cfg, name), num_images=IMAGES) for name in ("source", "target", "test")}
     cfg = replace(cfg, **few, train=replace(cfg.train, log_with=()))
     accelerator = Accelerator(cpu=True)

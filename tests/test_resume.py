@@ -21,15 +21,19 @@ from faults.arena import RUN, digest, outcome, sign
 from filelock import FileLock
 from PIL import Image
 from running import undrawn
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from transformers import SegformerConfig, SegformerModel
 
+from t2sda_hf.batch import normalize
 from t2sda_hf.cli import main
 from t2sda_hf.commands import train as command
 from t2sda_hf.config import RunConfig, load_config
 from t2sda_hf.data.domains import Domain
 from t2sda_hf.data.pairs import PairDataset, PositionSampler
+from t2sda_hf.data.transforms import random_window
 from t2sda_hf.errors import LostFolder
 from t2sda_hf.evaluation import watch
 from t2sda_hf.evaluation.evaluator import Part, where
@@ -37,7 +41,9 @@ from t2sda_hf.evaluation.page import write_page
 from t2sda_hf.evaluation.pictures import save_grid
 from t2sda_hf.masking import mask
 from t2sda_hf.methods import METHODS
+from t2sda_hf.models import T2SDAForSemanticSegmentation
 from t2sda_hf.storage import read_lines
+from t2sda_hf.teacher import take_statistics
 from t2sda_hf.training import loop, scores, stopping, tracking
 from t2sda_hf.training.checkpoint import Progress, checkpoints
 from t2sda_hf.training.resume import kept_values, lock_run
@@ -236,6 +242,9 @@ def test_a_checkpoint_of_an_earlier_release_goes_on_and_says_what_was_not_compar
     for name in ("inputs", "scored", "rounding"):
         del state[name]
     (checkpoint / "state.json").write_text(json.dumps(state))
+    own = load_file(checkpoint / "processes.safetensors")
+    del own["0/memory.labelled_pixels"]
+    save_file(own, checkpoint / "processes.safetensors")
     sign(checkpoint)
     data = tmp_path / "data"
     (data / "source" / "s0.png").rename(data / "source" / "kept")
@@ -487,7 +496,9 @@ def _killed(position: int) -> None:
 def test_data_that_ends_a_run_costs_no_step(run, tmp_path: Path, capfd, monkeypatch, workers, read, said) -> None:
     """Nothing is due to be saved before the end; what was learned until then is there, and the run goes on from it."""
     often = (*SHORT, "--data.num_workers", str(workers))
-    getitem, killer = PairDataset.__getitem__, signal.getsignal(signal.SIGCHLD)
+    if workers:  # as an earlier loader of the process: torch's handler stays behind, and would raise in an update
+        list(DataLoader([0, 1], num_workers=1))
+    getitem, killer = PairDataset.__getitem__, signal.SIG_DFL if workers else signal.getsignal(signal.SIGCHLD)
 
     def planted(self: PairDataset, position: int) -> dict:
         read(position)
@@ -646,6 +657,37 @@ def test_a_run_that_is_stopped_before_its_first_step_goes_on(run, monkeypatch: p
         patch.setattr(StopRequest, "check", stopped_early)
         assert run("out", *short) == 143
     assert run("out", *short, "--resume", "auto") == 0
+
+
+def test_the_saved_student_has_the_statistics_of_the_target(run, tmp_path: Path, domains, monkeypatch, caplog) -> None:
+    """Of the crops at the two ends of the target, one a batch; of the one that is left, if the other is gone."""
+    first, last = (domains.target.resized_image(index) for index in (0, 5))
+    crops = [
+        random_window(image.shape[:2], (32, 64), np.random.default_rng(index)).of(image)
+        for index, image in ((0, first), (5, last))
+    ]
+    images = [normalize(torch.from_numpy(crop.copy()).permute(2, 0, 1)[None] / 255) for crop in crops]
+
+    def statistics(folder: Path) -> list[Tensor]:
+        return list(T2SDAForSemanticSegmentation.from_pretrained(folder).buffers())
+
+    assert run("out", "--train.max_steps=4", "--optim.warmup_steps=0") == 0
+    own = tmp_path / "out" / "t2sda"
+    by_hand = T2SDAForSemanticSegmentation.from_pretrained(own / "student")
+    take_statistics(by_hand, images)
+    for folder in (own / "student", checkpoints(own)[-1] / "student"):
+        for saved, expected in zip(statistics(folder), by_hand.buffers(), strict=True):
+            torch.testing.assert_close(saved, expected)
+
+    def resized_image(self: Domain, index: int) -> np.ndarray:
+        if self is domains.target and index == 0:
+            raise ValueError("it is gone")
+        return whole(self, index)
+
+    whole = Domain.resized_image
+    monkeypatch.setattr(Domain, "resized_image", resized_image)
+    assert run("again", "--train.max_steps=4", "--optim.warmup_steps=0") == 0
+    assert "1 images are left out of the target's statistics. The first: it is gone" in caplog.text
 
 
 def test_a_signal_in_the_evaluation_saves_the_step_before_it(run, tmp_path: Path, domains, monkeypatch) -> None:

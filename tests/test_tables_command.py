@@ -373,6 +373,31 @@ def test_every_row_is_searched_alike_and_its_best_rate_gets_all_seeds(compare, t
     assert capsys.readouterr().out == printed
 
 
+def test_all_rows_have_the_crop_of_the_adaptation(compare):
+    call, trainer = compare
+    assert call("--seeds", "0", "--data={crop_size: null, outer_crop_size: null}", "--target.resize=[64, 128]") == 0
+    crops = {(value(c, "--data.crop_size"), value(c, "--data.outer_crop_size")) for c in trainer.commands}
+    assert crops == {("[64, 128]", "[96, 192]")}
+
+
+def test_an_upper_bound_that_would_learn_test_images_is_refused(compare, capsys):
+    call, trainer = compare
+    assert call("--seeds", "0", "--target.split=validation") == 2
+    assert "3 of the images that the upper bound would learn are test images. Give" in capsys.readouterr().err
+    assert trainer.commands == []
+    assert call("--seeds", "0", "--target.split=validation", "--rows", "source_only,t2sda") == 0
+
+
+def test_figures_of_another_config_are_not_replaced(compare, tmp_path, capsys):
+    call, _ = compare
+    assert call("--seeds", "0", "--rows", "source_only") == 0
+    (tmp_path / "b").mkdir()
+    other = (tmp_path / "tiny.yaml").rename(tmp_path / "b" / "tiny.yaml")
+    words = ["tables", "fair", "--config", str(other), "--output", str(tmp_path / "out")]
+    assert main([*words, "--seeds", "0", "--rows", "source_only"]) == 2
+    assert "is of another config" in capsys.readouterr().err
+
+
 def test_rows_can_be_made_by_calls_of_their_own(compare, capsys):
     call, trainer = compare
     assert call("--seeds", "1,2", "--search_seeds", "0", "--rows", "source_only,t2sda") == 0

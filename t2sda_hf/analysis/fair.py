@@ -11,7 +11,8 @@ from .statistics import paired_difference
 
 # The rows, and what they are called in the table.
 ROWS = {"source_only": "source-only", "self_training": "self-training", "t2sda": "T2S-DA", "target_only": "upper bound"}
-CHOOSING, SHOWN = 0, 1  # the halves of the test images: the groups with even and with odd numbers
+CHOOSING, SHOWN = 0, 1  # the halves of the test images: the blocks of groups with even and with odd numbers
+BLOCKS = 10  # of neighbouring groups: the frames of a drive are alike, and every other one would be in both halves
 PAIRS = (("t2sda", "source_only"), ("t2sda", "self_training"), ("self_training", "source_only"))
 LOST = 1.0  # points of IoU below source-only from which a class is named
 
@@ -19,7 +20,7 @@ Results = Mapping[str, Mapping[float, Mapping[int, Result]]]  # row -> rate -> s
 
 
 def iou_of_half(result: Result, half: int) -> list[float | None]:
-    """IoU of each class in % on every other group of neighbouring test images; None for 0/0.
+    """IoU of each class in % on every other block of neighbouring test images; None for 0/0.
 
     Args:
         result: of `evaluate_model`.
@@ -34,13 +35,19 @@ def iou_of_half(result: Result, half: int) -> list[float | None]:
             f"{result['num_images']} test images of {result['domain']} cannot be halved: one half chooses the learning "
             "rates, the other one makes the figures. Test on at least two images, with this release."
         )
-    intersection, union = pixels[:, half::2].sum(axis=1)
+    intersection, union = pixels[:, halves(pixels.shape[1]) == half].sum(axis=1)
     return [100 * float(own / both) if both else None for own, both in zip(intersection, union, strict=True)]
+
+
+def halves(num_groups: int) -> np.ndarray:
+    """(G,) of `CHOOSING` and `SHOWN`, by group of test images."""
+    blocks = min(BLOCKS, num_groups)
+    return np.arange(num_groups) * blocks // num_groups % 2
 
 
 def images_of_halves(num_images: int, num_groups: int) -> tuple[int, int]:
     """How many test images choose, and of how many the figures are."""
-    of_half = np.bincount(np.arange(num_images) * num_groups // num_images % 2, minlength=2)
+    of_half = np.bincount(halves(num_groups)[np.arange(num_images) * num_groups // num_images], minlength=2)
     return int(of_half[CHOOSING]), int(of_half[SHOWN])
 
 
@@ -140,7 +147,8 @@ def fair_text(content: Mapping[str, Any]) -> str:
     said = [
         f"All figures are of {images['shown']} of the {sum(images.values())} test images, in %. The learning rate of "
         f"each row is the best of the same {num_rates} values{few}. It was chosen on the other {images['choosing']} "
-        f"test images, every other group of neighbours, with {_seeds(content['search_seeds'])}."
+        f"test images, every other block of neighbours, with {_seeds(content['search_seeds'])}, whose own figures may "
+        "be a little high for that. Source-only is the one row that has seen no image of the target."
     ]
     unfinished = [ROWS[name] for name, row in rows.items() if None in row["rates"].values() and row["rate"]]
     if unfinished:

@@ -65,10 +65,11 @@ def report(cfg: RunConfig, cost: Cost, here: Device, measured: tuple[int, float]
         "  images       " + ", ".join(f"{part} {number}" for part, number in sorted(cost.passes.items())),
         f"  {'':34} {'an update takes':>16} {f'{cfg.train.max_steps:,} updates':>16}   memory",
     ]
+    full = cfg.train.max_steps - cfg.adapts_from  # those before take less; a bound does without them
     for device in (here, *GPUS):
         seconds = cost.seconds(device, cfg.train.precision)
         fits = "fits" if cost.peak < 0.9 * device.memory - 1e9 * (device is not here) else "too small"
-        run = _time(seconds * cfg.train.max_steps)
+        run = _time(seconds * full)
         lines.append(f"  {device.name:34} {f'>= {_time(seconds)}':>16} {f'>= {run}':>16}   {fits}")
     if measured is not None:
         size, seconds = measured

@@ -50,12 +50,13 @@ from filelock import Timeout
 
 from ..analysis.fair import ROWS, best, fair_text, figures, tried
 from ..config import RECIPES, RunConfig, changes, differences, find_recipe, load_config, read_yaml
-from ..data.domains import load_domain
+from ..data.domains import load_domain, read_domain
+from ..data.streets import SCENES
 from ..evaluation.table import CLASS_SETS, markdown, spread, subset_miou
 from ..labels import THING_CLASSES
 from ..launching import Runner, refuse_keys, words_of
 from ..storage import foreign_json, read_json, write_json, write_text
-from ..training.derive import without_data
+from ..training.derive import Facts, derive, without_data
 from ..training.estimate import count_update, this_machine
 from ..training.resume import locked
 
@@ -259,7 +260,7 @@ def fair_table(args: Namespace) -> Table:
     if unknown := [name for name in trained if name not in FAIR]:
         raise ValueError(f"--rows must be some of {','.join(FAIR)}, got {', '.join(unknown)}.")
     rates = args.rates or [float(f"{cfg.optim.lr * factor:.3g}") for factor in (1 / 3, 1, 3)]
-    always = ("--baseline=none", '--push_to_hub.repo_id=""')
+    always = ("--baseline=none", '--push_to_hub.repo_id=""', *crops_of(cfg))
     rows: dict[str, dict[float, Row]] = {}
     for name, own in FAIR.items():
         rows[name] = {}
@@ -267,7 +268,8 @@ def fair_table(args: Namespace) -> Table:
             arguments = (*args.overrides, *own, f"--optim.lr={rate!r}", *always)
             label = ROWS[name], f"rate {rate:g}"
             rows[name][rate] = Row(label, (), args.config, arguments, load_config(args.config, arguments))
-    images = min(len(load_domain(cfg.test, cfg.classes)), cfg.evaluation.limit or sys.maxsize)
+    test = load_domain(cfg.test, cfg.classes)
+    images = min(len(test), cfg.evaluation.limit or sys.maxsize)
     if images < 2:
         raise ValueError(
             f"the test domain has {images} image to be scored, and the table fair needs at least two: one half of them "
@@ -276,20 +278,38 @@ def fair_table(args: Namespace) -> Table:
     if "target_only" in trained:
         bound = next(iter(rows["target_only"].values())).cfg
         assert bound is not None
+        others = ",".join(name for name in trained if name != "target_only") or "source_only,self_training,t2sda"
         try:
-            load_domain(bound.labelled, bound.classes)
+            learned = load_domain(bound.labelled, bound.classes)
+            digests = read_domain(learned, bound.classes).contents.digests[: len(learned)]
         except ValueError as error:
-            others = ",".join(name for name in trained if name != "target_only")
             raise ValueError(
                 f"the upper bound learns the labels of the target, and these cannot be read: {error} Or leave it out "
-                f"with --rows {others or 'source_only,self_training,t2sda'}."
+                f"with --rows {others}."
             ) from error
+        if shared := {*digests} & {*read_domain(test, cfg.classes).contents.digests[: len(test)]}:
+            raise ValueError(
+                f"{len(shared)} of the images that the upper bound would learn are test images. Give target and test "
+                f"different images, or leave it out with --rows {others}."
+            )
     question = f"How much of the gap between source-only and upper bound does T2S-DA close with {args.config}?"
     if not cfg.loss_weights.pull:
         question += " (Its loss_weights.pull is 0, so it is the self-training itself.)"
     seeds = tuple(args.search_seeds or (args.seeds or [0])[:1])
     every = tuple(row for of_name in rows.values() for row in of_name.values())
     return Table("fair", question, (), (), False, (), every, Search(rows, trained, seeds))
+
+
+def crops_of(cfg: RunConfig) -> tuple[str, ...]:
+    """The crop of an adaptation as flags, where it is left open: all rows have that one, also the upper bound, which
+    does not look at the source.
+    """
+    if cfg.data.crop_size is not None and cfg.data.outer_crop_size is not None:
+        return ()
+    source = read_domain(load_domain(cfg.source, cfg.classes), cfg.classes)
+    target = read_domain(load_domain(cfg.target, cfg.classes, labelled=False), cfg.classes)
+    data = derive(cfg, Facts(source.counts, source.sizes, target.sizes), 1).cfg.data
+    return f"--data.crop_size={list(data.crop_size)}", f"--data.outer_crop_size={list(data.outer_crop_size)}"
 
 
 def cells_of(table: Table, seeds: Sequence[int], folder: Path) -> Iterator[Cell]:
@@ -350,6 +370,9 @@ def refuse_foreign_table(table: Table, folder: Path) -> None:
     text = figures.with_suffix(".md")
     if foreign_json(figures, {"question", "seeds", "rows"}):
         raise ValueError(f"{figures} exists, and `t2sda tables` did not write it: pass another --output.")
+    other = (read_json(figures) or {}).get("question", table.question)
+    if table.search is not None and other != table.question:
+        raise ValueError(f"{figures} is of another config ({other!r}): pass another --output.")
     # Earlier releases wrote the Markdown first, and may have been ended after it.
     if text.exists() and not figures.exists() and not text.read_bytes().startswith(table.question.encode()):
         raise ValueError(f"{text} exists, and `t2sda tables` did not write it: pass another --output.")
@@ -364,6 +387,8 @@ def cell_of(row: Row, seed: int, folder: Path) -> Cell:
         for key, (_, value) in differences(FIRST_RELEASE, asdict(cfg)).items()
         if (changes(key) != "nothing" or key in COUNTED) and key != "seed"
     }
+    if any(domain.path.startswith("streets-") for domain in (cfg.source, cfg.target, cfg.test)):
+        changed["scenes"] = SCENES
     number = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
     return Cell(row, seed, folder / number / f"seed_{seed}")
 

@@ -288,8 +288,8 @@ class UdaConfig(Section):
     """Mean-teacher self-training."""
 
     section = "uda"
-    source_ce_on: Literal["source", "ptarget"] = key(
-        "source", 'what L_source sees (Tables 7, 11: "CE on p. target")', "O A7"
+    source_ce_on: Literal["source", "ptarget", "both"] = key(
+        "source", 'what L_source sees (Tables 7, 11: "CE on p. target"); both takes turns, update by update', "O A7"
     )
     ema_momentum: Derived[Number] = key(
         None,
@@ -303,6 +303,19 @@ class UdaConfig(Section):
     )
     weight_scope: Literal["batch", "image"] = key(
         "batch", "the share of sure pixels weighs pseudo-labels: one share for the batch, or one per image", "O A6"
+    )
+    target_statistics: Whole = key(
+        0,
+        "crops of the target, evenly spread, of which the evaluated and saved student has its batch norm statistics "
+        "(AdaBN), and the evaluated teacher, too: better on the target, worse on the source; 0 keeps the running ones, "
+        "which are of both",
+        at_least=0,
+    )
+    source_phase: Number = key(
+        0.0,
+        "share of the updates, at the start, that learn from the source's labels alone, without target losses and pull",
+        at_least=0,
+        below=1,
     )
     ignore_top: Whole = key(
         0, "rows at the top of the target crop whose pseudo-labels are not trusted; Cityscapes: 15", at_least=0
@@ -322,6 +335,19 @@ class UdaConfig(Section):
         "columns at the right of the resized target image whose pseudo-labels are not trusted",
         at_least=0,
     )
+
+
+@dataclass(frozen=True)
+class BalanceConfig(Section):
+    """Weights of classes in the cross-entropies, on labelled pixels only, also where these are pasted."""
+
+    section = "balance"
+    labelled: Literal["none", "inverse_root"] = key(
+        "none",
+        "weights of labelled pixels: all 1; or by class the inverse square root of its share of all labelled pixels so "
+        "far, those of all processes together with pull.sync_stats, scaled to 1 on average",
+    )
+    cap: Number = key(10.0, "largest weight, after the scaling", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -345,6 +371,9 @@ class AugmentConfig(Section):
         0.2, "largest relative change of brightness, contrast, saturation, and of the hue", "D", at_least=0, at_most=1
     )
     blur_probability: Number = key(0.5, "of a Gaussian blur", "D", at_least=0, at_most=1)
+    source: Literal["none", "photometric"] = key(
+        "none", "distortion of the source's colours in L_source under t2sda; the other methods have it always"
+    )
 
 
 @dataclass(frozen=True)
@@ -739,6 +768,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     rcs: RareClassSamplingConfig = RareClassSamplingConfig()
     uda: UdaConfig = UdaConfig()
+    balance: BalanceConfig = BalanceConfig()
     mix: MixConfig = MixConfig()
     augment: AugmentConfig = AugmentConfig()
     patch_mask: PatchMaskConfig = PatchMaskConfig()
@@ -828,8 +858,29 @@ class RunConfig(Section):
             f"below train.max_steps {self.train.max_steps}. For a run without a pull set loss_weights.pull to 0",
             self.pull.start_step,
         )
+        require(
+            not self.uda.source_phase or weights.source > 0 or self.supervised,
+            "uda.source_phase",
+            "0 when loss_weights.source is 0: nothing would be learned in it",
+            self.uda.source_phase,
+        )
+        require(
+            self.method != "t2sda"
+            or not self.uda.target_statistics
+            or not self.target.streaming
+            or self.target.num_images is not None,
+            "uda.target_statistics",
+            "0 with a target that is streamed without num_images: always the same crops are needed. Give num_images",
+            self.uda.target_statistics,
+        )
 
     def _check_hrda(self) -> None:
+        require(
+            not self.uda.target_statistics or self.hrda.crops_at_once is None,
+            "uda.target_statistics",
+            "0 with hrda.crops_at_once, which must not change what is saved",
+            self.uda.target_statistics,
+        )
         crop, detail, grid = self.data.crop_size, self.hrda.crop_size, 2 * self.model.logits_stride
         require(
             crop is None or all(side % 64 == 0 for side in crop),
@@ -917,6 +968,16 @@ class RunConfig(Section):
         return replace(target, **{name: getattr(test, name) for name in found})
 
     @property
+    def adapts_from(self) -> int:
+        """The first update that does not learn from the source alone, from 0."""
+        return 0 if self.supervised else round(self.uda.source_phase * self.train.max_steps)
+
+    @property
+    def full_from(self) -> int:
+        """The first update with all losses, from 0."""
+        return max(self.adapts_from, self.pull.start_step if self.loss_weights.pull and not self.supervised else 0)
+
+    @property
     def translates(self) -> bool:
         """Whether the objective needs pseudo-target images."""
         if self.supervised or self.translate.engine == "none":
@@ -924,7 +985,7 @@ class RunConfig(Section):
         pulls = self.loss_weights.pull > 0 and "ptarget" in (self.pull.query_domain, self.pull.key_domain)
         if self.method == "generalization":
             return pulls
-        return pulls or self.mix.source == "pseudo_target" or self.uda.source_ce_on == "ptarget"
+        return pulls or self.mix.source == "pseudo_target" or self.uda.source_ce_on != "source"
 
     @property
     def uses_outer_crop(self) -> bool:

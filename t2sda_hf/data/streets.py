@@ -39,6 +39,7 @@ _TRAIN_IDS = {
 }
 STREETS_CLASSES: tuple[str, ...] = tuple(_TRAIN_IDS)
 
+SCENES = 2  # to be counted up whenever the scenes are drawn otherwise
 _DEFAULT_NUM_IMAGES = {"train": 256, "validation": 64}
 _SMALLEST_SIDE = 32  # below this, people and signs are smaller than a pixel
 _FAR = 120.0  # metres; where the street ends
@@ -189,7 +190,7 @@ def _draw_source(height: int, width: int, rng: np.random.Generator) -> _Canvas:
         _saloon(canvas, things, rng, road - 1.1, z)
     for z in rng.uniform(9, 28, rng.integers(0, 3)):
         _saloon(canvas, things, rng, -road / 2 * rng.choice((-1, 1)), z)
-    for z in rng.uniform(6, 13, rng.integers(1, 3)):
+    for z in rng.uniform(5, 12, rng.integers(2, 5)):
         _standing_person(canvas, things, rng, rng.choice((-1, 1)) * rng.uniform(road + 0.3, wall - 0.5), z)
     if rng.random() < 0.3:
         _coach(canvas, things, rng, -road / 2, rng.uniform(11, 18))
@@ -228,12 +229,12 @@ def _lamp_post(canvas: _Canvas, things: _Things, rng: np.random.Generator, x: fl
     sign, shape = _pick(_GAME_SIGNS, rng), rng.integers(3)
 
     def paint() -> None:
-        canvas.box("pole", (165, 165, 175), z, x - 0.15, 0, x + 0.15, 6)
+        canvas.box("pole", (165, 165, 175), z, x - 0.2, 0, x + 0.2, 6)
         canvas.box("pole", (165, 165, 175), z, min(x, x - side * 1.5), 5.8, max(x, x - side * 1.5), 6)
         if shape == 0:
-            canvas.ellipse("traffic sign", sign, z, x, 3.0, 0.55, 0.55)
+            canvas.ellipse("traffic sign", sign, z, x, 3.1, 0.8, 0.8)
         elif shape == 1:
-            canvas.upright("traffic sign", sign, z, [(x - 0.6, 2.5), (x + 0.6, 2.5), (x, 3.6)])
+            canvas.upright("traffic sign", sign, z, [(x - 0.9, 2.4), (x + 0.9, 2.4), (x, 4.0)])
 
     things.add(z, paint)
 
@@ -338,7 +339,7 @@ def _draw_target(height: int, width: int, rng: np.random.Generator) -> _Canvas:
         for z in np.arange(rng.uniform(7, 12), 45, 7):
             if rng.random() < parked:
                 _van(canvas, things, rng, kerb - side * rng.uniform(0.9, 1.2), z)
-        for z in rng.uniform(5.5, 13, rng.integers(0, 3)):
+        for z in rng.uniform(5, 12, rng.integers(0, 4)):
             _walking_person(canvas, things, rng, kerb + side * rng.uniform(0.2, walk), z)
     for z in rng.uniform(10, 32, rng.integers(0, 3)):
         _van(canvas, things, rng, left / 2 if rng.random() < 0.6 else right / 3, z)
@@ -377,7 +378,7 @@ def _shaggy_tree(canvas: _Canvas, things: _Things, rng: np.random.Generator, x: 
     """A crown of many leafy clumps, wider than high, or (one in three) a bush without a trunk."""
     bush = rng.random() < 0.33
     centre, spread_x, spread_y = (0.8, 1.2, 0.5) if bush else (rng.uniform(3.6, 4.8), rng.uniform(1.5, 2.2), 1.2)
-    green = _vary((78, 122, 58), rng, 14)
+    green = _vary((70, 128, 62), rng, 14)
     clumps = rng.uniform(-1, 1, (8, 2)) * (spread_x, spread_y) + (x, centre)
     sizes, lights = rng.uniform(0.45, 1.0, 8), rng.uniform(0.75, 1.2, 8)
 
@@ -401,14 +402,14 @@ def _mast(canvas: _Canvas, things: _Things, rng: np.random.Generator, x: float, 
 
     def paint() -> None:
         canvas.upright(
-            "pole", colour, z, [(x - 0.17, 0), (x - 0.14 + lean, top), (x + 0.14 + lean, top), (x + 0.17, 0)]
+            "pole", colour, z, [(x - 0.22, 0), (x - 0.18 + lean, top), (x + 0.18 + lean, top), (x + 0.22, 0)]
         )
         if shape == 0:
-            canvas.ellipse("traffic sign", plate, z, x + lean / 2, 2.7, 0.5, 0.5)
+            canvas.ellipse("traffic sign", plate, z, x + lean / 2, 2.8, 0.75, 0.75)
         elif shape == 1:
-            canvas.box("traffic sign", plate, z, x - 0.42, 2.1, x + 0.46, 3.2)
+            canvas.box("traffic sign", plate, z, x - 0.65, 2.1, x + 0.7, 3.5)
         elif shape == 2:
-            canvas.upright("traffic sign", plate, z, [(x - 0.6, 3.2), (x + 0.6, 3.2), (x, 2.1)])
+            canvas.upright("traffic sign", plate, z, [(x - 0.9, 3.6), (x + 0.9, 3.6), (x, 2.0)])
 
     things.add(z, paint)
 
@@ -494,7 +495,7 @@ def _photograph(canvas: _Canvas, rng: np.random.Generator) -> tuple[np.ndarray, 
     colours += (roughness[labels] * texture)[..., None]
 
     # Air: everything fades towards one grey with distance. The sky is hazy near the horizon only.
-    haze = 1 - np.exp(-distances / rng.uniform(45, 90))
+    haze = 1 - np.exp(-distances / rng.uniform(60, 140))
     rows = (np.arange(height, dtype=np.float32)[:, None] + 0.5) / canvas.horizon
     haze = np.where(np.isinf(distances), np.clip(rows, 0, 1) ** 2 * 0.7, haze * 0.8)
     colours += haze[..., None] * (np.array(_vary((188, 178, 170), rng, 8), dtype=np.float32) - colours)
@@ -504,9 +505,9 @@ def _photograph(canvas: _Canvas, rng: np.random.Generator) -> tuple[np.ndarray, 
     down = np.linspace(0.06, -0.12, height, dtype=np.float32)[:, None]
     radius = np.hypot(np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)).astype(np.float32)
     light = (1.02 + across + down) * (1 - 0.16 * radius**2)
-    cast = np.array([1.15, 0.70, 0.35], dtype=np.float32) * rng.uniform(0.9, 1.05)
+    cast = np.array([1.1, 0.9, 0.68], dtype=np.float32) * rng.uniform(0.85, 1.15)
     colours = 255 * (np.clip(colours * light[..., None] * cast, 0, 255) / 255) ** 1.3
-    colours = np.clip(colours + np.array([30, 10, 0], dtype=np.float32), 0, 255)
+    colours = np.clip(colours + np.array([24, 14, 8], dtype=np.float32), 0, 255)
 
     # Lens and sensor.
     photo = Image.fromarray(colours.astype(np.uint8)).filter(

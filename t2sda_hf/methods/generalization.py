@@ -22,7 +22,7 @@ def generalization_losses(step: Step) -> Iterator[Graph]:
     """
     cfg, x_s = step.cfg, step.batch.source_images
     if cfg.loss_weights.source or cfg.loss_weights.feature_distance:
-        yield source_graph(step, photometric_distortion(x_s, step.generator), {})
+        yield source_graph(step, photometric_distortion(x_s, step.generator), {}, step.weigh_labelled())
 
     if step.pulls:
         x_st = x_s

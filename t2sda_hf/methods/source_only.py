@@ -16,4 +16,4 @@ def source_only_losses(step: Step) -> Iterator[Graph]:
     images = photometric_distortion(step.batch.source_images, step.generator)
     labels = step.batch.source_labels
     output = step.networks.student(normalize(images), detail_box=draw_box(step.cfg, labels, step.generator))
-    yield Graph({"source": fused_and_detail_loss(output, labels, step.cfg)}, {})
+    yield Graph({"source": fused_and_detail_loss(output, labels, step.cfg, step.weigh_labelled())}, {})

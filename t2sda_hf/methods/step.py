@@ -10,26 +10,29 @@ from torch import Generator, Tensor, nn
 from ..batch import UdaBatch
 from ..config import RunConfig
 from ..device import constant
+from ..losses.pull import class_counts
 from ..models import T2SDAForSemanticSegmentation
 from ..teacher import make_teacher
 from ..translate import TranslationEngine
 
 
 class ClassMemory(nn.Module):
-    """Running class statistics for the two choices that remember: prototypes, and confidences of absent classes.
+    """Running class statistics for the choices that remember: prototypes, confidences, and how often classes occur.
 
-    Buffers only, so it is saved and loaded like a model. Both start at 0; a class is remembered once it was seen.
+    Buffers only, so it is saved and loaded like a model. All start at 0; a class is remembered once it was seen.
     """
 
     prototypes: Tensor  # (K,D) float32
     seen: Tensor  # (K,) bool
     confidences: Tensor  # (K,) float64
+    labelled_pixels: Tensor  # (K,) float64, so far
 
     def __init__(self, num_classes: int, dim: int) -> None:
         super().__init__()
         self.register_buffer("prototypes", torch.zeros(num_classes, dim))
         self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
         self.register_buffer("confidences", torch.zeros(num_classes, dtype=torch.float64))
+        self.register_buffer("labelled_pixels", torch.zeros(num_classes, dtype=torch.float64))
 
     def remember_prototypes(self, prototypes: Tensor, present: Tensor, momentum: float) -> Tensor:
         """momentum·old + (1-momentum)·new for present classes, the new one at first sight; returns all, (K,D)."""
@@ -38,6 +41,14 @@ class ClassMemory(nn.Module):
         self.prototypes.copy_(torch.where(present[:, None], blended, self.prototypes))
         self.seen |= present
         return self.prototypes
+
+    def count_and_weigh(self, counts: Tensor, cap: float) -> Tensor:
+        """Add `counts` (K,) of labelled pixels; weights (K,) float32 of the classes: share^-1/2, of mean 1 over all
+        pixels so far, then capped.
+        """
+        self.labelled_pixels += counts
+        shares = (self.labelled_pixels / self.labelled_pixels.sum().clamp(min=1)).clamp(min=1e-12)
+        return (shares.rsqrt() / shares.sqrt().sum()).clamp(max=cap).float()
 
     def remember_confidences(self, confidences: Tensor, present: Tensor, momentum: float = 0.99) -> None:
         blended = momentum * self.confidences + (1 - momentum) * confidences
@@ -97,7 +108,24 @@ class Step:
     @property
     def pulls(self) -> bool:
         """Whether there is an L_pull in this update."""
-        return self.cfg.loss_weights.pull > 0 and self.index >= self.cfg.pull.start_step
+        return self.cfg.loss_weights.pull > 0 and self.index >= self.cfg.full_from
+
+    @property
+    def adapts(self) -> bool:
+        """Whether there is a loss on the target in this update, or it is still one of those on the source alone."""
+        return self.index >= self.cfg.adapts_from
+
+    def weigh_labelled(self) -> Tensor | None:
+        """(B,H,W) weights of the labelled pixels in a cross-entropy; None if all weigh 1.
+
+        To be called once per step, because it counts them. A collective, see `sum_over_processes`.
+        """
+        balance, labels = self.cfg.balance, self.batch.source_labels
+        if balance.labelled == "none":
+            return None
+        counts = self.sum_over_processes(class_counts(labels, len(self.cfg.classes)).double())
+        weights = self.memory.count_and_weigh(counts, balance.cap)
+        return torch.cat([weights, weights.new_zeros(256 - len(weights))])[labels]
 
     @property
     def num_members(self) -> int:

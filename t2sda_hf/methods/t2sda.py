@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..augment.class_mix import sample_class_mix
+from ..augment.color import photometric_distortion
 from ..augment.patch_mask import mask_patches
 from ..batch import normalize
 from ..config import RunConfig
@@ -39,32 +40,39 @@ def t2sda_losses(step: Step) -> Iterator[Graph]:
         raise ValueError("t2sda adapts to target images, and the batch has none: give a target, or use source_only.")
     seen: dict[str, Any] = {"source_images": x_s, "target_images": x_t}
 
+    weights_s = step.weigh_labelled()  # (B,H,W) or None
+
     # The teacher looks at the target first: labels, and keys of it (jointly: of both domains).
-    if weights.target or weights.masked_consistency or step.pulls:
+    if step.adapts and (weights.target or weights.masked_consistency or step.pulls):
         pseudo_labels, keys = look_at_target(step, x_t)
         y_t, trust = pseudo_labels.labels, pseudo_labels.pixel_weights  # (B,H,W), (B,H,W)
         seen |= pseudo_labels.seen
-    x_st = seen["pseudo_target_images"] = pseudo_target(step) if cfg.translates else x_s
+    on_source = cfg.uda.source_ce_on == "source" or (cfg.uda.source_ce_on == "both" and step.index % 2 == 0)
+    translates = cfg.translates and (step.adapts or not on_source)
+    x_st = seen["pseudo_target_images"] = pseudo_target(step) if translates else x_s
 
     # L_source: learn the source, and stay near ImageNet on things.
     if weights.source or weights.feature_distance:
-        yield source_graph(step, x_s if cfg.uda.source_ce_on == "source" else x_st, seen)
+        x_l = x_s if on_source else x_st
+        if cfg.augment.source == "photometric":
+            x_l = photometric_distortion(x_l, generator)
+        yield source_graph(step, x_l, seen, weights_s)
 
     # L_target: learn the target from the teacher, on source classes pasted into target images.
-    if weights.target:
+    if step.adapts and weights.target:
         from_source = sample_class_mix(y_s, step.batch.ids_shown(), cfg.mix.classes_from, generator)  # (B,H,W) bool
         x_m = torch.where(from_source[:, None], x_s if cfg.mix.source == "source" else x_st, x_t)
         x_m, y_m = augmented(step, x_m), torch.where(from_source, y_s, y_t)
         # DRW on the target has mean 1 over classes.
         w_t = trust * step.num_members * pseudo_labels.class_weights[y_t] if cfg.drw.apply_to == "target" else trust
-        w_m = torch.where(from_source, 1.0, w_t)
+        w_m = torch.where(from_source, 1.0 if weights_s is None else weights_s, w_t)
         mixed = student(normalize(x_m), detail_box=draw_box(cfg, y_m, generator))
         seen_m = {"mixed_images": x_m, "mixed_labels": y_m, "mixed_weights": w_m, "from_source": from_source}
         seen_m |= {"mixed_logits": mixed.logits.detach(), "trust": w_t.mean()}
         yield Graph({"target": fused_and_detail_loss(mixed, y_m, cfg, w_m)}, seen | seen_m)
 
     # L_mask (MIC): say the same of the target although patches of it are hidden.
-    if weights.masked_consistency:
+    if step.adapts and weights.masked_consistency:
         x_k = mask_patches(normalize(augmented(step, x_t)), cfg.patch_mask.block_size, cfg.patch_mask.ratio, generator)
         masked = student(x_k, detail_box=draw_box(cfg, y_t, generator))
         yield Graph({"masked_consistency": fused_and_detail_loss(masked, y_t, cfg, trust)}, seen)
@@ -74,7 +82,7 @@ def t2sda_losses(step: Step) -> Iterator[Graph]:
         yield pull_graph(step, {"source": x_s, "ptarget": x_st, "target": x_t}, keys, pseudo_labels, seen)
 
 
-def source_graph(step: Step, images: Tensor, seen: Mapping[str, Any]) -> Graph:
+def source_graph(step: Step, images: Tensor, seen: Mapping[str, Any], pixel_weights: Tensor | None = None) -> Graph:
     """L_source of labelled images, and their feature distance; those of weight 0 are left out.
 
     Args:
@@ -92,7 +100,7 @@ def source_graph(step: Step, images: Tensor, seen: Mapping[str, Any]) -> Graph:
     losses = {}
     if weights.source:
         seen = {**seen, "source_labels": labels, "source_logits": output.logits.detach()}
-        losses["source"] = fused_and_detail_loss(output, labels, cfg)
+        losses["source"] = fused_and_detail_loss(output, labels, cfg, pixel_weights)
     if weights.feature_distance and step.networks.imagenet is not None:
         with torch.no_grad():
             context = context_images(images) if cfg.hrda.enabled else images

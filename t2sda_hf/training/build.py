@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import KwargsHandler
 from torch import nn
+from torch.utils.data._utils import signal_handling
 
 from ..batch import UdaBatch
 from ..config import RunConfig, TranslateConfig
@@ -336,7 +337,8 @@ def run_method(
     if start.results is not None:
         return start.results
     parts, like = build_parts(cfg, initial, domains, accelerator)
-    evaluation = Evaluation(cfg, accelerator, domains.source, domains.test, like, stop)
+    target = domains.target if cfg.method == "t2sda" else None
+    evaluation = Evaluation(cfg, accelerator, domains.source, domains.test, like, stop, target)
     processor = T2SDAImageProcessor(size=domains.test.network_size(), resize="exact")
     store = Store(folder, cfg, accelerator, processor, like, record, owned)
     store.open()
@@ -388,8 +390,9 @@ def read_batches(
     workers = [child for child in active_children() if child not in others]
     if workers and current_thread() is main_thread():
         # torch would raise out of a signal's handler, in the middle of an update or of a save. It looks after its
-        # workers also while it waits for a batch.
-        signal.signal(signal.SIGCHLD, raised_anywhere or signal.SIG_DFL)
+        # workers also while it waits for a batch. Its handler stays from the first loader of a process on.
+        torchs = getattr(raised_anywhere, "__module__", None) == signal_handling.__name__
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if torchs or raised_anywhere is None else raised_anywhere)
     try:
         yield from loaded
     except RuntimeError as error:

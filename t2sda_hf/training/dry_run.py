@@ -72,9 +72,11 @@ def rehearse(
             rounds = 1 + (cfg.train.max_steps - 1) // cfg.train.evaluate_every
             whole = cfg.train.max_steps * step + rounds * images * image / accelerator.num_processes
             seconds += whole
+            # Updates of the source alone are quicker.
+            most = "at most " if config_of(cfg, method).adapts_from else ""
             lines.append(
-                f"{method}: {_time(whole)} = {cfg.train.max_steps} steps of {step:.3g} s + {rounds} evaluations of "
-                f"{images} images, {image:.3g} s each; a checkpoint has {size / 1e6:.0f} MB"
+                f"{method}: {most}{_time(whole)} = {cfg.train.max_steps} steps of {step:.3g} s + {rounds} evaluations "
+                f"of {images} images, {image:.3g} s each; a checkpoint has {size / 1e6:.0f} MB"
             )
         free = shutil.disk_usage(folder).free
     except (CheckpointError, FloatingPointError) as error:
@@ -105,7 +107,9 @@ def _folder_beside(output_dir: str) -> str:
 def _shortened(cfg: RunConfig) -> RunConfig:
     train = replace(cfg.train, log_every=1, save_every=1, evaluate_every=2)
     evaluation = replace(cfg.evaluation, limit=1, source_images=min(cfg.evaluation.source_images, 1))
-    return replace(cfg, train=train, evaluation=evaluation, pull=replace(cfg.pull, start_step=0))
+    few = min(cfg.uda.target_statistics, cfg.train.batch_size)
+    uda, pull = replace(cfg.uda, source_phase=0.0, target_statistics=few), replace(cfg.pull, start_step=0)
+    return replace(cfg, train=train, evaluation=evaluation, uda=uda, pull=pull)
 
 
 def _seconds_per_step(log: Path, cfg: RunConfig) -> float:

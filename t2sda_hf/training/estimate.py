@@ -215,9 +215,9 @@ def count_update(cfg: RunConfig) -> Cost:
     cost.flops, cost.bytes, cost.halves = [], [], []
     with torch.random.fork_rng(devices=[]), Counting(cost):
         for micro in range(cfg.train.micro_batches):
-            generators = seed_step(cfg.seed, cfg.pull.start_step, micro, torch.device("cpu"))
+            generators = seed_step(cfg.seed, cfg.full_from, micro, torch.device("cpu"))
             batch = random_batch(cfg).on(torch.device("cpu"))
-            step = Step(batch, stand_ins, cfg, memory, *generators, _unchanged, cfg.pull.start_step)
+            step = Step(batch, stand_ins, cfg, memory, *generators, _unchanged, cfg.full_from)
             for graph in METHODS[cfg.method](step):
                 weighted_sum(graph.losses, cfg.loss_weights).backward()
             del graph  # with all that was seen
@@ -312,7 +312,7 @@ def measure_updates(cfg: RunConfig, updates: int, folder: Path) -> tuple[int, fl
     run = Run(cfg, accelerator, parts, METHODS[cfg.method], itertools.repeat(random_batch(cfg)))
     times = []
     with Tracker(accelerator, folder, updates, Progress(), cfg.method, show=False) as tracker:
-        for step in range(cfg.pull.start_step, cfg.pull.start_step + updates):
+        for step in range(cfg.full_from, cfg.full_from + updates):
             began = time.process_time()
             update(run, step, tracker)
             times.append(time.process_time() - began)

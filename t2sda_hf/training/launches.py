@@ -272,7 +272,7 @@ def count_launches(cfg: RunConfig, updates: int = 2) -> Launches:
         _MODE,
         Tracker(accelerator, Path(folder), updates, Progress(), cfg.method, show=False) as tracker,
     ):
-        for step in range(cfg.pull.start_step, cfg.pull.start_step + updates):
+        for step in range(cfg.full_from, cfg.full_from + updates):
             _MODE.account, _MODE.counts = Launches(), True
             update(run, step, tracker)
             _MODE.counts = False

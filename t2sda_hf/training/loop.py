@@ -73,6 +73,7 @@ def train(
         for step in range(start.step, limit.max_steps):
             # At the start of the next step, so that a checkpoint is never younger than the evaluation of its weights.
             if step and step % limit.evaluate_every == 0:
+                evaluation.take_statistics(networks.student)
                 results = evaluation.results(networks)
                 at.watched = Buffers([] if run.parts.watch is None else [run.parts.watch])
                 at.watched.keep()
@@ -85,6 +86,8 @@ def train(
             if _due(done, limit.log_every, limit.max_steps):
                 tracker.flush(done, run.cfg.optim.lr * learning_rate_factor(step, run.cfg.optim, limit.max_steps))
             number = largest(stop.number, run.accelerator)
+            if done == limit.max_steps:  # before the last checkpoint, of which the teacher gets them
+                evaluation.take_statistics(networks.student)
             if number or _due(done, limit.save_every, limit.max_steps):
                 store.save_checkpoint(run.parts, tracker.progress(done))
                 at.saved = done

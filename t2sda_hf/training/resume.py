@@ -334,6 +334,10 @@ def plan(
     return starts
 
 
+# Buffers that checkpoints of earlier releases do not have. They start anew.
+ADDED = ("labelled_pixels",)
+
+
 def load_run(checkpoint: Path | None, parts: Parts, accelerator: Accelerator) -> Progress:
     """Put a checkpoint into the parts of a run. Collective; only the main process reads.
 
@@ -363,7 +367,8 @@ def load_run(checkpoint: Path | None, parts: Parts, accelerator: Accelerator) ->
         part, _, rest = name.replace("memory.watch.", "watch.").partition(".")
         own.setdefault(part, {})[rest] = value
     for part, module in parts.own.items():
-        module.load_state_dict(own[part])
+        added = {name: buffer for name, buffer in module.named_buffers() if name in ADDED}
+        module.load_state_dict(added | own[part])
     return Progress(state["step"], state["skipped"], own["log"])
 
 

@@ -12,14 +12,16 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from ..batch import normalize
 from ..config import RunConfig
 from ..data.domains import Domain
+from ..data.transforms import pad_image, random_window
 from ..errors import RunFailed
 from ..evaluation.evaluator import LabelledDomain, evaluate_model, evenly_spread
 from ..evaluation.figures import save_confusion
 from ..evaluation.report import save_panel
 from ..methods import Networks
-from ..teacher import with_statistics_of
+from ..teacher import take_statistics, with_statistics_of
 from .distributed import whole_network
 from .stopping import StopRequest
 
@@ -70,6 +72,7 @@ class Evaluation:
         cfg: of the method.
         accelerator: of this process.
         source, test: domains.
+        target: whose images the method adapts to; None for a method that does not.
         like: the student before it was sharded, see `whole_network`.
         stop: after a signal, one process alone ends in the middle of an evaluation. Several finish it together, or one
             would wait for the other.
@@ -81,6 +84,44 @@ class Evaluation:
     test: Domain
     like: nn.Module
     stop: StopRequest
+    target: Domain | None = None
+
+    def take_statistics(self, student: nn.Module) -> None:
+        """Give the student the batch norm statistics of the target, if uda.target_statistics asks for them. Collective.
+
+        Every process sees the same crops, so that all have the same statistics. Those of the training so far are lost,
+        which no training forward reads.
+
+        Raises:
+            RunFailed: if none of the images can be read any more.
+        """
+        if self.target is None or not self.cfg.uda.target_statistics:
+            return
+        crops, lost = self._target_crops(self.target)
+        if not crops:
+            raise RunFailed(f"no image of {self.target.name} can be read for uda.target_statistics: {lost[0]}")
+        if lost:  # as in training, which draws another one
+            logger.warning("%d images are left out of the target's statistics. The first: %s", len(lost), lost[0])
+        each = min(self.cfg.train.batch_size, len(crops))
+        whole = range(0, len(crops) - each + 1, each)  # a smaller batch would weigh as much as the others
+        stacked = (np.stack(crops[first : first + each]).transpose(0, 3, 1, 2) for first in whole)
+        with self._as_written():
+            take_statistics(
+                student, (normalize(torch.from_numpy(batch).to(self.accelerator.device) / 255) for batch in stacked)
+            )
+
+    def _target_crops(self, target: Domain) -> tuple[list[np.ndarray], list[str]]:
+        """(H,W,3) uint8 crops of evenly spread images, always the same ones, and why others are missing."""
+        crops, lost, size = list[np.ndarray](), list[str](), self.cfg.data.crop_size
+        for index in np.linspace(0, len(target) - 1, min(self.cfg.uda.target_statistics, len(target)), dtype=int):
+            try:
+                image = pad_image(target.resized_image(int(index)), size)
+            except (ValueError, OSError) as error:
+                lost.append(str(error))
+                continue
+            window = random_window((image.shape[0], image.shape[1]), size, np.random.default_rng(int(index)))
+            crops.append(window.of(image))
+        return crops, lost
 
     def results(self, networks: Networks) -> dict[str, dict[str, Any]]:
         """Results of `evaluate_model`: "student"; "teacher", unless it is never used; and both "..._source" if

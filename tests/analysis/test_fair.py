@@ -1,12 +1,13 @@
 """The table "fair" on planted results, whose figures are known in closed form."""
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import pytest
 
-from t2sda_hf.analysis.fair import best, fair_text, figures, images_of_halves, iou_of_half, tried
+from t2sda_hf.analysis.fair import best, fair_text, figures, halves, images_of_halves, iou_of_half, tried
 from t2sda_hf.evaluation.gain import pack
 
 CLASSES = ("road", "pole")
@@ -45,7 +46,8 @@ def test_each_half_has_every_other_group():
     assert iou_of_half(result((60, 50), (30, 10)), 0) == [60, 50]
     assert iou_of_half(result((60, 50), (30, 10)), 1) == [30, 10]
     assert images_of_halves(5, 4) == (3, 2)  # images 0 and 1 are the first group
-    assert images_of_halves(233, 100) == (117, 116)
+    assert sum(images_of_halves(233, 100)) == 233
+    assert [len(list(run)) for _, run in groupby(halves(100))] == [10] * 10  # neighbours stay together
     assert images_of_halves(2, 2) == (1, 1)
 
 

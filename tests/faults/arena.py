@@ -43,7 +43,8 @@ model: {{size: mit_b0, pretrained: null, head: all_mlp, depths: [1, 1, 1, 1], hi
 projector: {{hidden: 8, dim: 8}}
 data: {{crop_size: [32, 64], outer_crop_size: [64, 96], cat_max_ratio: 0.9}}
 rcs: {{min_pixels: 5}}
-uda: {{ignore_top: 0, ignore_bottom: 0, pseudo_threshold: 0.1}}
+uda: {{ignore_top: 0, ignore_bottom: 0, pseudo_threshold: 0.1, target_statistics: 2}}
+balance: {{labelled: inverse_root}}
 pull: {{num_queries: 8, num_negatives: 16, proto_momentum: 0.9}}
 drw: {{absent_conf: ema}}
 optim: {{lr: 1e-3, warmup_steps: 4}}

@@ -75,6 +75,9 @@ def measure(steps: int, folder: Path) -> bool:
         def results(self, networks: Networks) -> dict[str, dict]:
             return {"student": {"miou": 1.0, "pixel_accuracy": 1.0, "iou": {"road": 1.0}, "domain": "none"}}
 
+        def take_statistics(self, network: object) -> None:
+            pass
+
         def pictures(self, *given: object) -> dict[str, Path]:
             return {}
 

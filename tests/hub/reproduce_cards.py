@@ -24,7 +24,8 @@ def absent(facts: CardFacts) -> list[str]:
     """What the run reads and this machine does not have. The config of a card has names in place of paths."""
     words = shlex.split(facts.command)
     args = parser_of("train").read(words[words.index("--config") :])
-    cfg = load_config(ROOT / args.config, args.overrides)
+    file = ROOT / args.config
+    cfg = load_config(file if file.exists() else args.config, args.overrides)
     paths = [domain.path for domain in (cfg.source, cfg.target, cfg.test) if domain.path not in (*DRAWN, "")]
     return [path for path in (*paths, cfg.model.pretrained) if path and not (ROOT / path).exists()]
 

@@ -54,10 +54,10 @@ def made_for_real(cfg: RunConfig) -> Cost:
         allocate_state(optimizer)
         cost.lasting = cost.peak = cost.live
         for micro in range(cfg.train.micro_batches):
-            generators = seed_step(cfg.seed, cfg.pull.start_step, micro, torch.device("cpu"))
+            generators = seed_step(cfg.seed, cfg.full_from, micro, torch.device("cpu"))
             batch = random_batch(cfg).on(torch.device("cpu"))
             memory = ClassMemory(len(cfg.classes), cfg.projector.dim)
-            step = Step(batch, networks, cfg, memory, *generators, alone, cfg.pull.start_step)
+            step = Step(batch, networks, cfg, memory, *generators, alone, cfg.full_from)
             for graph in METHODS[cfg.method](step):
                 weighted_sum(graph.losses, cfg.loss_weights).backward()
     return cost
