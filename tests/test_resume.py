@@ -690,6 +690,21 @@ def test_the_saved_student_has_the_statistics_of_the_target(run, tmp_path: Path,
     assert "1 images are left out of the target's statistics. The first: it is gone" in caplog.text
 
 
+def test_statistics_that_were_not_taken_at_the_end_are_taken_by_the_next_start(run, tmp_path, monkeypatch) -> None:
+    few = ("--train.max_steps=4", "--optim.warmup_steps=0")
+    assert run("whole", *few) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(scores, "take_statistics", lambda *_: (_ for _ in ()).throw(MemoryError("none left")))
+        assert run("out", *few) == 1
+    assert [path.name for path in checkpoints(tmp_path / "out" / "t2sda")][-1] == "checkpoint-000004"
+    assert run("out", *few, "--resume", "auto") == 0
+    saved = [
+        T2SDAForSemanticSegmentation.from_pretrained(tmp_path / name / "t2sda" / "student") for name in ("whole", "out")
+    ]
+    for whole, own in zip(*(network.state_dict().values() for network in saved), strict=True):
+        assert torch.equal(whole, own)
+
+
 def test_a_signal_in_the_evaluation_saves_the_step_before_it(run, tmp_path: Path, domains, monkeypatch) -> None:
     """Step 5 is evaluated and not saved by the clock of save_every 3."""
     whole = Interruptible.labels

@@ -280,14 +280,13 @@ def fair_table(args: Namespace) -> Table:
         assert bound is not None
         others = ",".join(name for name in trained if name != "target_only") or "source_only,self_training,t2sda"
         try:
-            learned = load_domain(bound.labelled, bound.classes)
-            digests = read_domain(learned, bound.classes).contents.digests[: len(learned)]
+            learned = read_domain(load_domain(bound.labelled, bound.classes), bound.classes)
         except ValueError as error:
             raise ValueError(
                 f"the upper bound learns the labels of the target, and these cannot be read: {error} Or leave it out "
                 f"with --rows {others}."
             ) from error
-        if shared := {*digests} & {*read_domain(test, cfg.classes).contents.digests[: len(test)]}:
+        if shared := learned.images & read_domain(test, cfg.classes).images:
             raise ValueError(
                 f"{len(shared)} of the images that the upper bound would learn are test images. Give target and test "
                 f"different images, or leave it out with --rows {others}."

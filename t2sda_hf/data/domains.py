@@ -359,6 +359,11 @@ class Reading:
     sizes: np.ndarray
     contents: Contents
 
+    @property
+    def images(self) -> set[str]:
+        """Digests of the images with their label maps."""
+        return set(self.contents.digests[: len(self.counts)])
+
 
 def check_domain(domain: Domain, classes: Sequence[str]) -> np.ndarray:
     """The counts of `read_domain`, which says what it checks."""

@@ -115,6 +115,17 @@ class Step:
         """Whether there is a loss on the target in this update, or it is still one of those on the source alone."""
         return self.index >= self.cfg.adapts_from
 
+    @property
+    def source_ce_on(self) -> str:
+        """What L_source sees in this update: "source" or "ptarget"."""
+        on = self.cfg.uda.source_ce_on
+        return ("source", "ptarget")[self.index % 2] if on == "both" else on
+
+    @property
+    def translates(self) -> bool:
+        """Whether this update needs pseudo-target images."""
+        return self.cfg.translates and (self.adapts or self.source_ce_on == "ptarget")
+
     def weigh_labelled(self) -> Tensor | None:
         """(B,H,W) weights of the labelled pixels in a cross-entropy; None if all weigh 1.
 

@@ -39,24 +39,20 @@ def t2sda_losses(step: Step) -> Iterator[Graph]:
     if x_t is None:
         raise ValueError("t2sda adapts to target images, and the batch has none: give a target, or use source_only.")
     seen: dict[str, Any] = {"source_images": x_s, "target_images": x_t}
-
-    weights_s = step.weigh_labelled()  # (B,H,W) or None
+    w_s = step.weigh_labelled()  # (B,H,W), or None: all weigh 1
 
     # The teacher looks at the target first: labels, and keys of it (jointly: of both domains).
     if step.adapts and (weights.target or weights.masked_consistency or step.pulls):
         pseudo_labels, keys = look_at_target(step, x_t)
         y_t, trust = pseudo_labels.labels, pseudo_labels.pixel_weights  # (B,H,W), (B,H,W)
         seen |= pseudo_labels.seen
-    on_source = cfg.uda.source_ce_on == "source" or (cfg.uda.source_ce_on == "both" and step.index % 2 == 0)
-    translates = cfg.translates and (step.adapts or not on_source)
-    x_st = seen["pseudo_target_images"] = pseudo_target(step) if translates else x_s
+    x_st = seen["pseudo_target_images"] = pseudo_target(step) if step.translates else x_s
 
     # L_source: learn the source, and stay near ImageNet on things.
     if weights.source or weights.feature_distance:
-        x_l = x_s if on_source else x_st
-        if cfg.augment.source == "photometric":
-            x_l = photometric_distortion(x_l, generator)
-        yield source_graph(step, x_l, seen, weights_s)
+        x_l = x_s if step.source_ce_on == "source" else x_st
+        x_l = photometric_distortion(x_l, generator) if cfg.augment.source == "photometric" else x_l
+        yield source_graph(step, x_l, seen, w_s)
 
     # L_target: learn the target from the teacher, on source classes pasted into target images.
     if step.adapts and weights.target:
@@ -65,7 +61,7 @@ def t2sda_losses(step: Step) -> Iterator[Graph]:
         x_m, y_m = augmented(step, x_m), torch.where(from_source, y_s, y_t)
         # DRW on the target has mean 1 over classes.
         w_t = trust * step.num_members * pseudo_labels.class_weights[y_t] if cfg.drw.apply_to == "target" else trust
-        w_m = torch.where(from_source, 1.0 if weights_s is None else weights_s, w_t)
+        w_m = torch.where(from_source, 1.0 if w_s is None else w_s, w_t)
         mixed = student(normalize(x_m), detail_box=draw_box(cfg, y_m, generator))
         seen_m = {"mixed_images": x_m, "mixed_labels": y_m, "mixed_weights": w_m, "from_source": from_source}
         seen_m |= {"mixed_logits": mixed.logits.detach(), "trust": w_t.mean()}
@@ -89,6 +85,7 @@ def source_graph(step: Step, images: Tensor, seen: Mapping[str, Any], pixel_weig
         step: see `Step`.
         images: (B,3,H,W) in [0,1], of `step.batch.source_labels`.
         seen: what the objective has looked at already.
+        pixel_weights: (B,H,W) in the cross-entropy, or None.
     """
     cfg, labels, weights = step.cfg, step.batch.source_labels, step.cfg.loss_weights
     output = step.networks.student(

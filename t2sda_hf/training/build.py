@@ -19,7 +19,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import KwargsHandler
 from torch import nn
-from torch.utils.data._utils import signal_handling
 
 from ..batch import UdaBatch
 from ..config import RunConfig, TranslateConfig
@@ -66,6 +65,10 @@ class Domains:
     translated: TranslatedFolder | None
     contents: Mapping[str, Contents]  # of all that is read, but the weights to start from
 
+    def adapted_to(self, cfg: RunConfig) -> Domain | None:
+        """The target, if the method learns from its images: the baseline of a run does not."""
+        return self.target if cfg.method == "t2sda" else None
+
     @property
     def source_counts(self) -> np.ndarray:
         """(images, K) pixels per class of the source."""
@@ -90,9 +93,9 @@ def open_domains(cfg: RunConfig, accelerator: Accelerator) -> Domains:
         if target is not None:
             of_target = read_domain(target, cfg.classes)
             target_sizes, contents["target_data"] = of_target.sizes, of_target.contents
-        contents["test_data"] = read_domain(test, cfg.classes).contents
-    shared = {*read.contents.digests[: len(source)]} & {*contents["test_data"].digests[: len(test)]}
-    if shared:
+        of_test = read_domain(test, cfg.classes)
+        contents["test_data"] = of_test.contents
+    if shared := read.images & of_test.images:
         logger.warning(
             "warning: %d of the images that are learned with their labels are test images, too, so scores say nothing "
             "of new images: give %s and test different images.",
@@ -337,8 +340,7 @@ def run_method(
     if start.results is not None:
         return start.results
     parts, like = build_parts(cfg, initial, domains, accelerator)
-    target = domains.target if cfg.method == "t2sda" else None
-    evaluation = Evaluation(cfg, accelerator, domains.source, domains.test, like, stop, target)
+    evaluation = Evaluation(cfg, accelerator, domains.source, domains.test, like, stop, domains.adapted_to(cfg))
     processor = T2SDAImageProcessor(size=domains.test.network_size(), resize="exact")
     store = Store(folder, cfg, accelerator, processor, like, record, owned)
     store.open()
@@ -381,7 +383,7 @@ def read_batches(
     rare = None
     if cfg.rcs.enabled:
         rare = rare_classes(domains.source_counts, cfg.rcs.temperature, cfg.rcs.min_pixels)
-    target = domains.target if cfg.method == "t2sda" else None
+    target = domains.adapted_to(cfg)
     dataset = PairDataset(cfg, domains.source, target, rare, domains.translated)
     loader = batches(dataset, accelerator.process_index, accelerator.num_processes, step)
     loader.worker_init_fn = leave_signals_to_parent
@@ -391,7 +393,7 @@ def read_batches(
     if workers and current_thread() is main_thread():
         # torch would raise out of a signal's handler, in the middle of an update or of a save. It looks after its
         # workers also while it waits for a batch. Its handler stays from the first loader of a process on.
-        torchs = getattr(raised_anywhere, "__module__", None) == signal_handling.__name__
+        torchs = str(getattr(raised_anywhere, "__module__", "")).startswith("torch.utils.data")
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if torchs or raised_anywhere is None else raised_anywhere)
     try:
         yield from loaded

@@ -96,6 +96,8 @@ def train(
             del seen  # its maps are large
             if number:
                 raise Stopped(number)
+        if start.step == limit.max_steps:  # a run may have ended before it had them
+            evaluation.take_statistics(networks.student)
         student = store.save_student(networks.student)
         results = evaluation.results(networks)
         observe(run, limit.max_steps, tracker, store, results)
