@@ -1,11 +1,31 @@
-"""What a step must not do on a GPU: make constants, wait for small numbers, round products that must be exact."""
+"""How to compute on a GPU: at which precision, without making constants, without waiting for small numbers."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
+
+
+def allow_tf32(precision: str) -> None:
+    """Let products and convolutions of float32 be TF32 on GPUs that have it, unless `train.precision` is float32."""
+    torch.backends.cuda.matmul.allow_tf32 = precision != "float32"
+    torch.backends.cudnn.allow_tf32 = precision != "float32"
+
+
+def make_accelerator(precision: str, **settings: Any) -> Accelerator:
+    """The accelerator of this process. Every command that runs a network has it from here, so that all round alike.
+
+    Args:
+        precision: `train.precision`. With another than bf16 the launch decides whether networks compute in bfloat16.
+        settings: of `Accelerator`.
+    """
+    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else None, **settings)
+    allow_tf32(precision)
+    return accelerator
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
@@ -34,10 +54,17 @@ def per_channel(values: Sequence[float], images: Tensor) -> Tensor:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Matrix products in float32, whatever `train.precision` says: TF32 keeps 10 bits of what it multiplies."""
+    """Matrix products in the type of what is multiplied, whatever `train.precision` says: TF32 keeps 10 bits of it.
+
+    Not those of a backward, which comes later. No wait for the device.
+    """
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        yield
+        with ExitStack() as without:
+            for kind in ("cuda", "cpu"):
+                if torch.is_autocast_enabled(kind):
+                    without.enter_context(torch.autocast(kind, enabled=False))
+            yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before

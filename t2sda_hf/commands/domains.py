@@ -20,7 +20,7 @@ def test_domains(args: Namespace) -> list[DomainConfig]:
     """The test domain of the config and of the flags; one for each path of --domain.
 
     Without a config and a path it is that of the run that the first model comes from. Then `args.cfg` gets the
-    evaluation of the run, too: with other windows the same images would have another score.
+    evaluation and the precision of the run, too: with others the same images would have another score.
 
     Args:
         args: of a parser that `takes_a_test_domain`.
@@ -33,7 +33,12 @@ def test_domains(args: Namespace) -> list[DomainConfig]:
     run = None if args.config else _run_of([titled(given)[1] for given in models])
     if run is not None and not args.domain and not test.path:
         of_run = load_config(run, args.overrides, record=True)
-        test, args.cfg = of_run.test, replace(args.cfg, evaluation=of_run.evaluation)
+        test = of_run.test
+        args.cfg = replace(
+            args.cfg,
+            evaluation=of_run.evaluation,
+            train=replace(args.cfg.train, precision=of_run.train.precision),
+        )
         run = None
     if not args.domain and not test.path:
         raise ValueError("no labelled domain was named: give --config with a file or a recipe, or --domain PATH.")

@@ -23,11 +23,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from torch import nn
 
 from ..config import SUPERVISED
 from ..data.domains import domain_contents
+from ..device import make_accelerator
 from ..evaluation.evaluator import LabelledDomain, Part, evaluate_model
 from ..evaluation.inference import load_model, saved_image_size
 from ..evaluation.models import titled
@@ -52,7 +52,7 @@ def run(args: Namespace) -> int:
         raise ValueError(f"--output {args.output} needs a name of a file, and {folders[0]} is a folder: give another.")
     read = [path for config in domains for path in (config.path, config.label_path)]
     refuse_foreign("evaluate", files, read)
-    accelerator = Accelerator()
+    accelerator = make_accelerator(args.cfg.train.precision)
     models = [(title, *entry) for given in args.models for title, entry in models_of(given).items()]
     shown: dict[str, Any] = {}
     titled_alike: dict[str, tuple[str, ...]] = {}
@@ -74,7 +74,7 @@ def run(args: Namespace) -> int:
                 scored = Part(domain, range(0, len(domain), args.every), f"{domain.name}, one image of {args.every}")
             image_size = tuple(args.image_size) if args.image_size else saved_image_size(name)
             result = evaluate_model(
-                # Not wrapped: this is the device, and autocast in forward if the launcher asked for it.
+                # Not wrapped: this is the device, and autocast in forward where networks compute in bfloat16.
                 accelerator.prepare_model(model, evaluation_mode=True),
                 scored,
                 image_size=image_size,

@@ -31,11 +31,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
 from ..data.domains import Domain
+from ..device import make_accelerator
 from ..evaluation.evaluator import Part
 from ..evaluation.inference import load_model, naming, predict, saved_image_size, to_pixel_values
 from ..evaluation.models import model_of
@@ -147,8 +147,8 @@ def report(done: str, unread: Sequence[str], folder: Path, legend: bytes, in_par
 
 def seeing(model: T2SDAForSemanticSegmentation, args: Namespace) -> Predict:
     """What gives the class ids (H,W) of an image at its own size, and the confidence if it is asked for."""
-    device = Accelerator().device
-    model.to(device)
+    accelerator = make_accelerator(args.cfg.train.precision)
+    device, model = accelerator.device, accelerator.prepare_model(model, evaluation_mode=True)
     image_size = tuple(args.image_size) if args.image_size else saved_image_size(args.model)
     how = args.cfg.evaluation
 

@@ -59,10 +59,10 @@ from ..models import T2SDAForSemanticSegmentation
 from ..storage import read_json, read_lines, write_json
 from ..training.build import (
     Domains,
+    accelerator_of,
     build_student,
     contents_of_run,
     data_record,
-    make_accelerator,
     open_domains,
     records,
     run_method,
@@ -90,7 +90,7 @@ def run(args: Namespace) -> int:
     if args.cfg.train.num_threads is not None:
         torch.set_num_threads(args.cfg.train.num_threads)
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=args.cfg.train.timeout_seconds))
-    accelerator, cfg = make_accelerator(args.cfg, patience)
+    accelerator, cfg = accelerator_of(args.cfg, patience)
     log_to_stderr(logging.INFO if accelerator.is_main_process else logging.ERROR)
     derived, domains, initial = prepare(cfg, accelerator, rehearsal=args.dry_run)
     cfg = derived.cfg

@@ -30,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from PIL import Image, ImageDraw
 from torch import Generator, Tensor
@@ -40,6 +39,7 @@ from ..config import RunConfig, differences, load_config
 from ..data.domains import Domain, load_domain
 from ..data.transforms import resize_image
 from ..data.translated import open_translated, write_manifest
+from ..device import make_accelerator
 from ..launching import words_of
 from ..storage import outputs, refuse_inside
 from ..training.translator import TranslatorSettings, train_translator
@@ -74,7 +74,8 @@ def train(args: Namespace) -> None:
     settings = TranslatorSettings(
         args.steps, args.batch_size, tuple(args.crop), args.lr, args.width, args.blocks, cfg.seed, cfg.data.num_workers
     )
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    accelerator = make_accelerator(cfg.train.precision, kwargs_handlers=handlers)
     given = {key: value for key, (_, value) in differences({}, asdict(cfg)).items()}
     read = {key: value for key, value in given.items() if key.startswith(("source.", "target."))}
     train_translator(settings, source, target, folder, accelerator, {"domains": read})

@@ -27,6 +27,7 @@ from ..data.domains import Domain, load_domain, read_domain
 from ..data.pairs import PairDataset, batches, bytes_per_batch
 from ..data.rare_class_sampling import rare_classes
 from ..data.translated import TranslatedFolder, open_translated
+from ..device import make_accelerator
 from ..evaluation.watch import SELECTED, Watch, read_selected
 from ..listing import IMAGE_SUFFIXES, list_files, refuse_pointers
 from ..methods import METHODS
@@ -172,14 +173,10 @@ def build_student(cfg: RunConfig) -> T2SDAForSemanticSegmentation:
     return student
 
 
-def make_accelerator(cfg: RunConfig, *handlers: KwargsHandler) -> tuple[Accelerator, RunConfig]:
-    """The accelerator of this process, and the config with the precision that it has: a launch may ask for bf16, too.
-
-    Sets whether this process may use TF32, on devices that have it. `train.precision` float32 forbids it.
-    """
-    # None leaves it to the launch.
-    accelerator = Accelerator(
-        mixed_precision="bf16" if cfg.train.precision == "bf16" else None,
+def accelerator_of(cfg: RunConfig, *handlers: KwargsHandler) -> tuple[Accelerator, RunConfig]:
+    """The accelerator of this process, and the config with its precision: a launch may ask for bf16, too."""
+    accelerator = make_accelerator(
+        cfg.train.precision,
         log_with=list(cfg.train.log_with) or None,
         project_dir=cfg.output_dir,
         kwargs_handlers=list(handlers),
@@ -193,8 +190,6 @@ def make_accelerator(cfg: RunConfig, *handlers: KwargsHandler) -> tuple[Accelera
         )
     if accelerator.mixed_precision == "bf16":
         cfg = replace(cfg, train=replace(cfg.train, precision="bf16"))
-    torch.backends.cuda.matmul.allow_tf32 = cfg.train.precision != "float32"
-    torch.backends.cudnn.allow_tf32 = cfg.train.precision != "float32"
     return accelerator, cfg
 
 

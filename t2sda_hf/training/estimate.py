@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from accelerate import Accelerator
 from torch import Generator, Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -33,6 +32,7 @@ from transformers.utils import ModelOutput
 
 from ..batch import UdaBatch
 from ..config import RunConfig
+from ..device import make_accelerator
 from ..methods import METHODS, ClassMemory, Step, make_networks
 from ..models import T2SDAConfig, T2SDAForSemanticSegmentation
 from ..teacher import update_teacher
@@ -307,7 +307,7 @@ def measure_updates(cfg: RunConfig, updates: int, folder: Path) -> tuple[int, fl
         del network, output
     before = psutil.Process().memory_info().rss
 
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if cfg.train.precision == "bf16" else "no")
+    accelerator = make_accelerator(cfg.train.precision, cpu=True)
     parts = make_parts(cfg, random_student(cfg).train(), stand_in_engine(cfg), accelerator)
     run = Run(cfg, accelerator, parts, METHODS[cfg.method], itertools.repeat(random_batch(cfg)))
     times = []

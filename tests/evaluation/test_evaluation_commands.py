@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from PIL import Image
 from running import fork
 from safetensors.torch import load_file, save_file
@@ -296,6 +297,23 @@ def test_predicted_ids_are_those_of_the_model(model_folder, photos, tmp_path):
     np.testing.assert_array_equal(np.array(open_image(tmp_path / "out" / "wide_ids.png")), expected[0].numpy())
 
 
+def test_predict_and_evaluate_compute_as_the_precision_says(model_folder, photos, tmp_path, monkeypatch):
+    inside = []
+
+    def load(name):
+        model, classes = load_model(name)
+        model.decode_head.classifier.register_forward_hook(lambda module, given, made: inside.append(made.dtype))
+        return model, classes
+
+    monkeypatch.setattr("t2sda_hf.commands.predict.load_model", load)
+    monkeypatch.setattr("t2sda_hf.commands.evaluate.load_model", load)
+    AcceleratorState._reset_state()
+    predict(model_folder, photos / "wide.png", tmp_path / "out", "--train.precision=bf16")
+    main(["evaluate", str(model_folder), "--domain", "streets-target", "--limit", "1", "--train.precision=bf16"])
+    AcceleratorState._reset_state()
+    assert inside == [torch.bfloat16] * 2
+
+
 def test_exif_orientation_is_applied(model_folder, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright
@@ -558,7 +576,7 @@ def test_a_command_replaces_what_it_wrote_until_somebody_changed_it(model_folder
 
 
 def test_a_folder_is_no_file_for_scores(model_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("t2sda_hf.commands.evaluate.Accelerator", None)  # before anything is begun
+    monkeypatch.setattr("t2sda_hf.commands.evaluate.make_accelerator", None)  # before anything is begun
     (tmp_path / "b.csv").mkdir()
     for output, folder in ((tmp_path, tmp_path), (tmp_path / "b.json", tmp_path / "b.csv")):
         assert main(["evaluate", str(model_folder), "--domain", "streets-target", "--output", str(output)]) == 2

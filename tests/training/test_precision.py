@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from t2sda_hf.config import RunConfig, dump_config
 from t2sda_hf.methods import Networks
 from t2sda_hf.methods.t2sda import draw_box
 from t2sda_hf.training import loop
-from t2sda_hf.training.build import compile_networks, make_accelerator
+from t2sda_hf.training.build import accelerator_of, compile_networks
 from t2sda_hf.training.loop import weighted_sum
 
 # dynamo looks at .grad of whatever it captures.
@@ -44,14 +45,21 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ("precision", "tf32", "autocast"), [("tf32", True, "no"), ("float32", False, "no"), ("bf16", True, "bf16")]
 )
 def test_the_flags_are_those_of_the_config(fresh: None, precision: str, tf32: bool, autocast: str) -> None:
-    accelerator, cfg = make_accelerator(tiny_config(f"--train.precision={precision}", "--train.log_with=[]"))
+    accelerator, cfg = accelerator_of(tiny_config(f"--train.precision={precision}", "--train.log_with=[]"))
     assert (accelerator.mixed_precision, cfg.train.precision) == (autocast, precision)
     assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is tf32
 
 
+def test_every_command_has_its_accelerator_from_one_function() -> None:
+    """So training, evaluate and predict round alike; what they do with it is tested where they are."""
+    package = Path(__file__).parents[2] / "t2sda_hf"
+    makers = [path.name for path in package.rglob("*.py") if re.search(r"\bAccelerator\(", path.read_text("utf-8"))]
+    assert makers == ["device.py"]
+
+
 def test_a_launch_with_bf16_is_written_down_as_bf16(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    _, cfg = make_accelerator(tiny_config("--train.log_with=[]"))
+    _, cfg = accelerator_of(tiny_config("--train.log_with=[]"))
     assert "precision: bf16" in dump_config(cfg)
 
 
@@ -72,7 +80,7 @@ def three_steps(
 def test_bf16_is_inside_the_networks_alone(fresh: None) -> None:
     cfg = tiny_config("--train={precision: bf16, log_with: []}", "--loss_weights.masked_consistency=1")
     expected = three_steps(cfg, tiny_networks(cfg))
-    accelerator, cfg = make_accelerator(cfg)
+    accelerator, cfg = accelerator_of(cfg)
     networks = tiny_networks(cfg)
     inside: set[torch.dtype] = set()
     for network in (networks.student, networks.teacher):

@@ -7,7 +7,9 @@ import pytest
 import torch
 from reference.fda import fda, fda_by_real_transform
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from t2sda_hf.device import allow_tf32
 from t2sda_hf.translate.fda import fda_translate, low_amplitude, with_low_amplitude
 
 SIZES = [(16, 32), (17, 32), (16, 31), (17, 31), (40, 23), (5, 64)]
@@ -49,6 +51,46 @@ def test_window_of_the_specification_at_512_by_1024(beta, b):
     result = fda_translate(source, target, beta)
     np.testing.assert_allclose(result[0].numpy(), expected, atol=1e-2)
     assert np.abs(result[0].numpy() - expected).mean() < 1e-4
+
+
+class Tf32(TorchDispatchMode):
+    """Products of float32 as a GPU makes them where it may use TF32: of factors with 10 bits after the point."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if torch.backends.cuda.matmul.allow_tf32 and func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm"):
+            args = [_rounded(arg) if isinstance(arg, Tensor) else arg for arg in args]
+        return func(*args, **(kwargs or {}))
+
+
+def _rounded(factor: Tensor) -> Tensor:
+    if factor.is_complex():
+        return torch.complex(_rounded(factor.real), _rounded(factor.imag))
+    bits = factor.contiguous().view(torch.int32)
+    return (bits + 0x0FFF + (bits >> 13 & 1) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.fixture
+def may_be_tf32():
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    allow_tf32("tf32")
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_tf32_and_bfloat16_do_not_reach_it(may_be_tf32):
+    """Under TF32 it would be off by up to a tenth of a grey level."""
+    source, target = (255 * image[:1] for image in images((256, 512), dtype=torch.float32))
+    expected = fda_translate(source.double(), target.double(), 0.02)
+    plain = fda_translate(source, target, 0.02)
+    with Tf32():
+        amplitude = low_amplitude.__wrapped__.__wrapped__(target, 0.02)
+        rounded = with_low_amplitude.__wrapped__.__wrapped__(source, amplitude)
+        found = fda_translate(source, target, 0.02)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fda_translate(source, target, 0.02), plain)
+    assert (rounded - expected).abs().max() > 0.01
+    assert (found - expected).abs().max() < 1e-3
+    assert torch.equal(found, plain)
 
 
 def test_float32_is_within_a_ten_thousandth():
