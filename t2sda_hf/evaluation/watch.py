@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..device import constant
 from ..models.image_processing_t2sda import sample_nearest
 from ..storage import read_json
 from .confusion import scores
@@ -67,26 +68,27 @@ class Watch(nn.Module):
                 from_source (B,H,W) bool; source_logits (B,K,h,w) and source_labels (B,H,W). What is missing is not
                 counted.
         """
-        num_classes, counts = len(self.shares), list[Tensor]()
+        num_classes, one = len(self.shares), constant((1.0,), self.shares.device, torch.float64)
         if "teacher_logits" in seen:
-            log_shares = seen["teacher_logits"].float().log_softmax(dim=1)
-            sure = (log_shares.exp() * log_shares).sum(dim=1) / math.log(num_classes) + 1  # 1 - entropy
-            confidence, pseudo_labels = log_shares.max(dim=1)
-            pixels = sure.new_ones(()).expand_as(sure)
-            counts = [pixels, sure.clamp(min=0), confidence >= math.log(max(self.threshold, 1e-30))]
-            self.shares.index_add_(0, pseudo_labels.flatten(), self.shares.new_ones(()).expand(sure.numel()))
+            shares = seen["teacher_logits"].float().softmax(dim=1)
+            entropy = torch.special.entr(shares).sum(dim=1)
+            confidence, pseudo_labels = shares.max(dim=1)
+            pixels = constant((1.0,), entropy.device).view(1, 1, 1).expand_as(entropy)
+            certainty = torch.sub(pixels, entropy, alpha=1 / math.log(num_classes))
+            counts = [pixels, certainty, confidence >= self.threshold]
+            self.shares.index_add_(0, pseudo_labels.flatten(), one.expand(entropy.numel()))
             if "mixed_logits" in seen:
                 logits = seen["mixed_logits"]
                 of_target = ~sample_nearest(seen["from_source"], (logits.shape[-2], logits.shape[-1]))
                 counts += [of_target, (logits.argmax(dim=1) == pseudo_labels) & of_target]
-            self.sums[: len(counts)] += torch.stack(torch.broadcast_tensors(*counts)).double().sum(dim=(1, 2, 3))
+            self.sums[: len(counts)].add_(torch.stack(counts).sum(dim=(1, 2, 3), dtype=torch.float64))
         if "source_logits" in seen:
             logits = seen["source_logits"]
             labels = sample_nearest(seen["source_labels"], (logits.shape[-2], logits.shape[-1]))
-            pairs = (labels * num_classes + logits.argmax(dim=1)).flatten()
-            known = (labels < num_classes).flatten().double()
-            cells = self.confusion.view(-1)
-            cells.index_add_(0, pairs.clamp(max=len(cells) - 1), known)
+            pairs = torch.add(logits.argmax(dim=1), labels, alpha=num_classes).flatten()
+            found = one.new_zeros(256 * num_classes)  # also for ignored pixels
+            found.index_add_(0, pairs, one.expand(len(pairs)))
+            self.confusion.add_(found[: num_classes**2].view_as(self.confusion))
 
     def read(self, sum_over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The proxies of the updates since the last call; those that nothing was seen for are left out. Collective.
@@ -99,7 +101,7 @@ class Watch(nn.Module):
         sums, shares, confusion = sum_over_processes(flat).cpu().split([5, num_classes, num_classes**2])
         found: dict[str, float] = {}
         if sums[0]:
-            found["confidence"] = float(sums[1] / sums[0])
+            found["confidence"] = max(float(sums[1] / sums[0]), 0.0)  # where nothing is known, rounding gives less
             found["coverage"] = float(sums[2] / sums[0])
             shares = shares / shares.sum()
             if self.before.sum():

@@ -39,7 +39,7 @@ from ..teacher import update_teacher
 from ..translate import TranslationEngine, build_engine
 from .build import build_student
 from .checkpoint import Progress, allocate_state
-from .loop import Run, update, weighted_sum
+from .loop import Run, backward, update
 from .optim import make_optimizer
 from .parts import make_parts
 from .seeding import seed_step
@@ -219,7 +219,7 @@ def count_update(cfg: RunConfig) -> Cost:
             batch = random_batch(cfg).on(torch.device("cpu"))
             step = Step(batch, stand_ins, cfg, memory, *generators, _unchanged, cfg.full_from)
             for graph in METHODS[cfg.method](step):
-                weighted_sum(graph.losses, cfg.loss_weights).backward()
+                backward(graph.losses, cfg.loss_weights)
             del graph  # with all that was seen
     with fake, Counting(cost):
         for parameter in networks.student.parameters():

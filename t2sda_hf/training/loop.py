@@ -1,5 +1,6 @@
 """The loop: the only caller of backward and of the optimiser."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ..batch import UdaBatch
 from ..config import LossWeights, RunConfig
+from ..device import constant
 from ..errors import CheckpointError, DataFailed, LostFolder, NotFinite
 from ..evaluation.watch import panel_due, save_panel_of_step
 from ..methods import Method, Step
@@ -165,7 +167,7 @@ def update(run: Run, step: int, tracker: Tracker) -> Mapping[str, Any]:
     average_gradients(student, accelerator, cfg.train.micro_batches)  # collective: every rank, every step
     norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters() if p.grad is not None])
     numbers = [whole_tensor(norm), *(value.float() for terms in logged for value in terms.values())]
-    finite = torch.isfinite(torch.stack(numbers)).all()
+    finite = math.isfinite(torch.stack(numbers).sum(dtype=torch.float64))  # too wide for a sum of float32 to overflow
     if largest(int(not finite), accelerator):  # on every process or on none
         guilty = _broken_loss(logged) or own or (_broken_gradient(student) if accelerator.num_processes == 1 else None)
         parts.optimizer.zero_grad()
@@ -228,7 +230,7 @@ def learn(run: Run, step: Step, logged: list[dict[str, Tensor]]) -> Mapping[str,
     """
     seen: dict[str, Any] = {}
     for graph in run.method(step):  # one at a time
-        run.accelerator.backward(weighted_sum(graph.losses, run.cfg.loss_weights))
+        backward(graph.losses, run.cfg.loss_weights)
         logged.append(graph.logged)
         seen |= graph.seen
     if run.parts.watch is not None:
@@ -254,10 +256,10 @@ def picture(run: Run, done: int, tracker: Tracker, store: Store, seen: Mapping[s
             tracker.picture(done, "pseudo-labels", path)
 
 
-def weighted_sum(losses: Mapping[str, Tensor], weights: LossWeights) -> Tensor:
-    """Σ weight · loss."""
-    first, *rest = (vars(weights)[name] * value for name, value in losses.items())
-    return sum(rest, first)
+def backward(losses: Mapping[str, Tensor], weights: LossWeights) -> None:
+    """Add the gradients of Σ weight · loss, of one graph. The weights are its first gradients: the sum is not made."""
+    first = [constant((float(vars(weights)[name]),), loss.device, loss.dtype)[0] for name, loss in losses.items()]
+    torch.autograd.backward(list(losses.values()), first)
 
 
 def _say_compiled(took: list[float], seconds: float, backend: str, tracker: Tracker) -> None:

@@ -24,7 +24,7 @@ from t2sda_hf.methods import ClassMemory, Networks, Step, pull, t2sda
 from t2sda_hf.models import T2SDAForSemanticSegmentation
 from t2sda_hf.teacher import ema_momentum, make_teacher, update_teacher
 from t2sda_hf.training.derive import without_data
-from t2sda_hf.training.loop import weighted_sum
+from t2sda_hf.training.loop import backward
 from t2sda_hf.training.optim import make_optimizer
 from t2sda_hf.translate import build_engine
 
@@ -229,7 +229,7 @@ def test_training_steps(monkeypatch, case, network, file, count, side, block, ov
         with monkeypatch.context() as patch:
             Draws(f"{case}/{step}/", numbers).install(patch)
             for graph in t2sda.t2sda_losses(Step(batch, networks, cfg, memory, Generator(), Generator(), alone, step)):
-                weighted_sum(graph.losses, cfg.loss_weights).backward()
+                backward(graph.losses, cfg.loss_weights)
                 terms |= graph.losses
         optimizer.step()
         optimizer.zero_grad()

@@ -23,7 +23,7 @@ from t2sda_hf.training.estimate import (
     random_batch,
     refuse_too_large,
 )
-from t2sda_hf.training.loop import weighted_sum
+from t2sda_hf.training.loop import backward
 from t2sda_hf.training.optim import make_optimizer
 from t2sda_hf.training.seeding import seed_step
 
@@ -59,7 +59,7 @@ def made_for_real(cfg: RunConfig) -> Cost:
             memory = ClassMemory(len(cfg.classes), cfg.projector.dim)
             step = Step(batch, networks, cfg, memory, *generators, alone, cfg.full_from)
             for graph in METHODS[cfg.method](step):
-                weighted_sum(graph.losses, cfg.loss_weights).backward()
+                backward(graph.losses, cfg.loss_weights)
     return cost
 
 

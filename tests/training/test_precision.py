@@ -22,7 +22,7 @@ from t2sda_hf.methods import Networks
 from t2sda_hf.methods.t2sda import draw_box
 from t2sda_hf.training import loop
 from t2sda_hf.training.build import accelerator_of, compile_networks
-from t2sda_hf.training.loop import weighted_sum
+from t2sda_hf.training.loop import backward
 
 # dynamo looks at .grad of whatever it captures.
 from_tracing = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -70,7 +70,7 @@ def three_steps(
     seen = []
     for step in range(3):
         for graph in tiny_graphs(cfg, networks, index=step, seed=step):
-            weighted_sum(graph.losses, cfg.loss_weights).backward()
+            backward(graph.losses, cfg.loss_weights)
             assert graph.seen["teacher_logits"].dtype == torch.float32
             seen.append(graph.logged)
         after()
