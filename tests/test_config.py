@@ -472,7 +472,7 @@ WRONG_TYPES = [
     ("method", "dacs", "one of t2sda, source_only"),
     ("method", "null", "one of t2sda, source_only"),
     ("baseline", "dacs", "one of none, source_only"),
-    ("model.head", "segformer", "one of daformer, all_mlp, deeplabv2"),
+    ("model.head", "segformer", "one of daformer, all_mlp, linear, deeplabv2"),
     ("data.outer_crop", "yes please", "one of auto, true, false"),
     ("uda.weight_scope", "pixel", "one of batch, image"),
     ("mix.source", "target", "one of source, pseudo_target"),

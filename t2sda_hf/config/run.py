@@ -106,15 +106,27 @@ class DomainConfig(Section):
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
-    """The network: a Mix Transformer (MiT) or a ResNet as encoder, and a head."""
+    """The network: an encoder, and a head."""
 
     section = "model"
-    size: str = key("mit_b5", "mit_b0 ... mit_b5, resnet50c or resnet101c", "P")
+    size: str = key(
+        "mit_b5",
+        "mit_b0 ... mit_b5, resnet50c or resnet101c; auto is the encoder that model.pretrained names, any backbone of "
+        "transformers",
+        "P",
+    )
     pretrained: str | None = key(
         "nvidia/mit-b5",
-        "encoder weights: Hub id or folder of any SegFormer, of a ResNet v1c also a file; null starts at random",
+        "encoder weights: Hub id or folder of any SegFormer, with size auto of any backbone, of a ResNet v1c also a "
+        "file; null starts at random",
     )
-    head: Literal["daformer", "all_mlp", "deeplabv2"] = key("daformer", "what makes classes of features", "P")
+    random_start: Flag = key(False, "with size auto: take the sizes alone of model.pretrained, and random weights")
+    out_layers: tuple[Whole, ...] | None = key(
+        None,
+        "of a plain ViT the four layers that are read, or one, counted from 1; null is the ends of its four quarters",
+        at_least=1,
+    )
+    head: Literal["daformer", "all_mlp", "linear", "deeplabv2"] = key("daformer", "what makes classes of features", "P")
     head_dilations: tuple[Whole, ...] | None = key(
         None,
         "of the head's branches; null is 1, 6, 12, 18 for daformer and 6, 12 for deeplabv2",
@@ -141,6 +153,32 @@ class ModelConfig(Section):
     )
 
     def check(self) -> None:
+        automatic = self.size == "auto"
+        require(
+            not automatic or self.pretrained is not None,
+            "model.pretrained",
+            "a Hub id or a folder with model.size auto, which takes the encoder's sizes from it. For random weights "
+            "set model.random_start",
+            self.pretrained,
+        )
+        require(automatic or not self.random_start, "model.random_start", "false unless model.size is auto", True)
+        require(
+            automatic or self.out_layers is None, "model.out_layers", "null unless model.size is auto", self.out_layers
+        )
+        given = {name: getattr(self, name) for name in ("depths", "hidden_sizes", "num_attention_heads")}
+        given = {f"model.{name}": value for name, value in given.items() if value is not None}
+        require(
+            not automatic or not given,
+            " and ".join(given),
+            "null with model.size auto: model.pretrained has them",
+            given,
+        )
+        require(
+            not automatic or self.head != "deeplabv2",
+            "model.head",
+            "daformer, all_mlp or linear with model.size auto",
+            self.head,
+        )
         branches = self.head_dilations
         require(branches is None or 1 <= len(branches) <= 16, "model.head_dilations", "1 to 16 numbers", branches)
         heads, channels = self.num_attention_heads, self.hidden_sizes
@@ -811,9 +849,10 @@ class RunConfig(Section):
             rows,
         )
         require(
-            self.model.pretrained is not None or not self.loss_weights.feature_distance,
+            (self.model.pretrained is not None and not self.model.random_start)
+            or not self.loss_weights.feature_distance,
             "loss_weights.feature_distance",
-            "0 when model.pretrained is null: the encoder to stay near would be a random one",
+            "0 when model.pretrained is null or model.random_start true: the encoder to stay near would be random",
             self.loss_weights.feature_distance,
         )
         require(

@@ -205,8 +205,8 @@ def gather_facts(run_folder: Path, repo_id: str, given: Mapping[str, Any] | None
     return CardFacts(
         repo_id=repo_id,
         method=cfg.method,
-        host=_host(cfg, start),
-        base_model="" if start else cfg.model.pretrained or "",
+        host=_host(folder, cfg, start),
+        base_model="" if start or cfg.model.random_start else cfg.model.pretrained or "",
         parameters=parameters,
         classes=cfg.classes,
         domains=domains,
@@ -464,15 +464,25 @@ def own_license(cfg: RunConfig) -> str:
     return "apache-2.0" if drawn and cfg.model.pretrained is None else ""
 
 
-def _host(cfg: RunConfig, start: str) -> str:
-    heads = {"daformer": "DAFormer head", "all_mlp": "SegFormer's all-MLP head", "deeplabv2": "DeepLab-V2 head"}
+def _host(folder: Path, cfg: RunConfig, start: str) -> str:
+    heads = {
+        "daformer": "DAFormer head",
+        "all_mlp": "SegFormer's all-MLP head",
+        "linear": "linear head",
+        "deeplabv2": "DeepLab-V2 head",
+    }
+    name = cfg.model.size
+    if name == "auto":
+        built = _read_json(folder / "student" / "config.json")
+        name = (built.get("backbone_config") or built)["model_type"]
     sizes = f" reduced to depths {list(cfg.model.depths)}" if cfg.model.depths else ""
     if cfg.model.hidden_sizes:
         sizes += f"{' and' if sizes else ' with'} widths {list(cfg.model.hidden_sizes)}"
-    start = start or (f"`{cfg.model.pretrained}`" if cfg.model.pretrained else "random weights")
+    weights = cfg.model.pretrained if not cfg.model.random_start else None
+    start = start or (f"`{weights}`" if weights else "random weights")
     extras = ", two resolutions (HRDA)" if cfg.hrda.enabled else ""
     extras += ", trained with hidden patches (MIC)" if cfg.loss_weights.masked_consistency else ""
-    return f"`{cfg.model.size}` encoder{sizes}, {heads[cfg.model.head]}{extras}; the encoder starts from {start}"
+    return f"`{name}` encoder{sizes}, {heads[cfg.model.head]}{extras}; the encoder starts from {start}"
 
 
 def _scores(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSeg
 from .configuration_t2sda import MIT_SIZES, RESNET_SIZES, T2SDAConfig
 from .image_processing_t2sda import T2SDAImageProcessor
 from .modeling_t2sda import T2SDAForSemanticSegmentation, T2SDAOutput
-from .pretrained import load_pretrained_encoder
+from .pretrained import encoder_fields, load_pretrained_encoder
 
 AutoConfig.register(T2SDAConfig.model_type, T2SDAConfig, exist_ok=True)
 AutoModelForSemanticSegmentation.register(T2SDAConfig, T2SDAForSemanticSegmentation, exist_ok=True)
@@ -24,5 +24,6 @@ __all__ = [
     "T2SDAForSemanticSegmentation",
     "T2SDAImageProcessor",
     "T2SDAOutput",
+    "encoder_fields",
     "load_pretrained_encoder",
 ]

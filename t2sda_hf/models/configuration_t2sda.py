@@ -1,10 +1,12 @@
-"""Configuration of T2S-DA networks: SegFormer's own fields, and those of the other encoder, of heads and projector."""
+"""Configuration of T2S-DA networks: SegFormer's own fields, and those of other encoders, of heads and projector."""
 
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
-from transformers import SegformerConfig
+from transformers import AutoConfig, PreTrainedConfig, SegformerConfig
+from transformers.configuration_utils import SubConfigSpec
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 
 # The six Mix Transformers (method 1.1; Xie et al. 2021, table 6).
 MIT_SIZES: dict[str, dict[str, tuple[int, ...]]] = {
@@ -20,10 +22,10 @@ RESNET_SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     "resnet50c": {"depths": (3, 4, 6, 3), "hidden_sizes": (256, 512, 1024, 2048)},
     "resnet101c": {"depths": (3, 4, 23, 3), "hidden_sizes": (256, 512, 1024, 2048)},
 }
-ENCODERS = ("mit", "resnet")
+ENCODERS = ("mit", "resnet", "backbone")
 # Beyond all that there is, and little enough to be built: of names, of blocks of a stage, of channels.
 MOST_NAMES, MOST_BLOCKS, MOST_CHANNELS = 10_000, 256, 4096
-HEADS = ("daformer", "all_mlp", "deeplabv2")
+HEADS = ("daformer", "all_mlp", "linear", "deeplabv2")
 
 
 class T2SDAConfig(SegformerConfig):
@@ -33,9 +35,16 @@ class T2SDAConfig(SegformerConfig):
     is "all_mlp" there unless it is given.
 
     Attributes:
-        encoder: "mit" (Mix Transformer, method 1.1) or "resnet" (ResNet v1c of stride 8, method 1.4). Of SegFormer's
-            fields the latter reads `depths`, `hidden_sizes` and `num_channels`.
-        head: "daformer" (method 1.3, the paper's), "all_mlp" (SegFormer's own, method 1.2) or "deeplabv2" (method 1.4).
+        encoder: "mit" (Mix Transformer, method 1.1), "resnet" (ResNet v1c of stride 8, method 1.4) or "backbone" (any
+            that transformers has as an AutoBackbone). Of SegFormer's fields the second reads `depths`, `hidden_sizes`
+            and `num_channels`; the third reads none, and sets `hidden_sizes` to what the network is found to have.
+        backbone_config: of the backbone, a config or its dict; given, `encoder` is "backbone".
+        out_layers: layers of a plain ViT that are read, four or one, counted from 1; None takes the ends of its four
+            quarters. Hierarchical backbones have their levels.
+        image_mean, image_std: of the pixels that the backbone was trained with. Images come in with ImageNet's in any
+            case, and are brought to these by the model.
+        head: "daformer" (method 1.3, the paper's), "all_mlp" (SegFormer's own, method 1.2), "linear" (one 1x1
+            convolution on the levels) or "deeplabv2" (method 1.4, not on a backbone).
         decoder_hidden_size: channels of the head: E of the all-MLP head, 256 in the DAFormer head.
         classifier_dropout_prob: whole channels are dropped with this probability before the classifier.
         head_dilations: of the branches of the DAFormer head (1, 6, 12, 18; 1 is a 1x1 convolution, all others are
@@ -59,8 +68,13 @@ class T2SDAConfig(SegformerConfig):
     """
 
     model_type = "t2sda"
+    sub_configs_defaults = {"backbone_config": SubConfigSpec(AutoConfig, model_type="resnet", optional=True)}  # noqa: RUF012
 
     encoder: str = "mit"
+    backbone_config: dict | PreTrainedConfig | None = None
+    out_layers: list[int] | tuple[int, ...] | None = None
+    image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
+    image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
     head: str = "daformer"
     head_dilations: list[int] | tuple[int, ...] | None = None
     projector_dim: int = 256
@@ -81,6 +95,15 @@ class T2SDAConfig(SegformerConfig):
             raise ValueError(
                 f"id2label must name every id from 0 to {len(names) - 1}, without a gap; got {name_ids(names)}."
             )
+        if self.backbone_config is not None:
+            self.encoder = "backbone"
+            given = self.backbone_config
+            kind = given.get("model_type") if isinstance(given, dict) else given.model_type
+            if kind not in MODEL_FOR_BACKBONE_MAPPING_NAMES or kind == "timm_backbone":
+                raise ValueError(
+                    f"backbone_config must be of a backbone that transformers has itself; got {kind!r}. Take one of "
+                    f"{', '.join(name for name in MODEL_FOR_BACKBONE_MAPPING_NAMES if name != 'timm_backbone')}."
+                )
         super().__post_init__(**kwargs)
         # JSON knows no tuples: without this a reloaded config would differ from the one that was saved.
         if self.head_dilations is None:
@@ -88,8 +111,12 @@ class T2SDAConfig(SegformerConfig):
         self.head_dilations = tuple(self.head_dilations)
         self.projector_in_index = tuple(self.projector_in_index)
         self.detail_crop_size = tuple(self.detail_crop_size)
+        self.out_layers = None if self.out_layers is None else tuple(self.out_layers)
+        self.image_mean, self.image_std = tuple(self.image_mean), tuple(self.image_std)
         if self.encoder not in ENCODERS:
             raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}; got {self.encoder!r}.")
+        if self.encoder == "backbone":
+            self._check_backbone()
         if self.encoder == "resnet" and any(size % 8 for size in self.hidden_sizes):
             raise ValueError(f"hidden_sizes of a ResNet must be multiples of 8; got {tuple(self.hidden_sizes)}.")
         if self.head not in HEADS:
@@ -133,6 +160,21 @@ class T2SDAConfig(SegformerConfig):
             )
         if self.detail_crops_at_once is not None and self.detail_crops_at_once < 1:
             raise ValueError(f"detail_crops_at_once must be at least 1, or None; got {self.detail_crops_at_once}.")
+
+    def _check_backbone(self) -> None:
+        if self.backbone_config is None:
+            raise ValueError('encoder "backbone" needs a backbone_config.')
+        if self.head == "deeplabv2":
+            raise ValueError(
+                "the deeplabv2 head reads one map of a Mix Transformer or a ResNet v1c; on a backbone take daformer, "
+                "all_mlp or linear."
+            )
+        layers = self.out_layers
+        if layers is not None and (len(layers) not in (1, 4) or sorted(set(layers)) != list(layers) or min(layers) < 1):
+            raise ValueError(f"out_layers must be one or four layers in ascending order, from 1; got {layers}.")
+        for name, values in (("image_mean", self.image_mean), ("image_std", self.image_std)):
+            if len(values) != 3 or not all(0 < abs(value) < 1e3 for value in values) or min(self.image_std) <= 0:
+                raise ValueError(f"{name} must be 3 numbers, one for each colour; got {values}.")
 
     @property
     def logits_stride(self) -> int:

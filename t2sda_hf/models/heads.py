@@ -105,6 +105,37 @@ class AllMLPHead(nn.Module):
         return self.classifier(self.dropout(self.penultimate(features)))
 
 
+class LinearHead(nn.Module):
+    """A batch norm per level and one 1x1 convolution on all levels: what the encoder itself knows of the classes.
+
+    DINOv2's linear evaluation (arXiv 2304.07193, section 7.4) with more than the last map. No hidden layer, so little
+    that could be adapted badly; a baseline to judge other heads by.
+
+    Args:
+        hidden_sizes: channels of the encoder's maps, finest first.
+        num_labels: outputs.
+        dropout: probability of a channel to be dropped.
+    """
+
+    def __init__(self, hidden_sizes: Sequence[int], num_labels: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.sizes = list(hidden_sizes)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(size) for size in hidden_sizes)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classifier = nn.Conv2d(sum(hidden_sizes), num_labels, 1)
+
+    def penultimate(self, features: Sequence[Tensor]) -> Tensor:
+        """What the classifier reads, before dropout: all levels at the size of the finest, (B,ΣC_i,h_0,w_0)."""
+        size = features[0].shape[-2:]
+        return torch.cat([upsample(norm(level), size) for norm, level in zip(self.norms, features, strict=True)], dim=1)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Maps (B,C_i,h_i,w_i), finest first -> logits (B,num_labels,h_0,w_0)."""
+        levels = [self.dropout(norm(level)) for norm, level in zip(self.norms, features, strict=True)]
+        weights = self.classifier.weight.flatten(1).split(self.sizes, dim=1)
+        return conv1x1_of_concatenation(levels, weights, self.classifier.bias)
+
+
 class DAFormerHead(nn.Module):
     """DAFormer's head (method 1.3): context of several dilations over the fused levels. The paper's f for MiT.
 

@@ -14,8 +14,9 @@ from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 from transformers.utils import ModelOutput
 
+from .backbone import STRIDES, BackboneEncoder
 from .configuration_t2sda import T2SDAConfig
-from .heads import AllMLPHead, DAFormerHead, DeepLabV2Head, upsample
+from .heads import AllMLPHead, DAFormerHead, DeepLabV2Head, LinearHead, upsample
 from .multi_resolution import Box, context_images, cut, fuse, mean_of_crops, pad_to_grid, scaled, slide_boxes
 from .projector import Projector
 from .resnet import ResNetV1cEncoder
@@ -34,7 +35,8 @@ class T2SDAOutput(ModelOutput):
         embeddings: (B,D,H/4,W/4), with `project`; H/8 with a ResNet. Not normalised, channels_last. Of two
             resolutions, those of the context: half of that.
         hidden_states: the encoder's four maps (B,C_i,h_i,w_i) at strides 4, 8, 16, 32, each after its stage's norm;
-            with a ResNet 4, 8, 8, 8. Of two resolutions, those of the context.
+            with a ResNet 4, 8, 8, 8; of a backbone those of the image padded to 32. Of two resolutions, those of the
+            context.
         detail_logits: (B,num_labels,h,w) of the detail crop before fusion, with `detail_box`.
         detail_box: that box, (top, left, height, width) in pixels.
     """
@@ -52,14 +54,16 @@ class T2SDAForSemanticSegmentation(PreTrainedModel):
 
     The encoder is transformers' own `SegformerModel`, under the name it has in a plain SegFormer. So the files of
     SegFormer models load as they are, with `head="all_mlp"` their head too; only the projector is then new. With
-    `encoder="resnet"` it is `ResNetV1cEncoder`, named `resnet`. `encoder` is the one there is.
+    `encoder="resnet"` it is `ResNetV1cEncoder`, named `resnet`, and with a `backbone_config` any backbone of
+    transformers in a `BackboneEncoder`, named `backbone`. `encoder` is the one there is.
 
     With `multi_resolution` (HRDA, method 1.5) the same encoder and head see the image at half size, the context, and
     crops of it at full size, the detail. A second head on the context's maps says for every class and place how far
     the detail is to be believed. Embeddings and hidden states are the context's.
 
     A new model is a function of torch's seed: the encoder as transformers draws it, convolutions before a batch norm
-    (a ResNet's too) Kaiming-normal (fan out), linear layers as torch draws them, classifiers N(0, 0.01²) with bias 0.
+    (a ResNet's too) Kaiming-normal (fan out), linear layers and transposed convolutions as torch draws them,
+    classifiers N(0, 0.01²) with bias 0.
     """
 
     config_class = T2SDAConfig
@@ -79,19 +83,24 @@ class T2SDAForSemanticSegmentation(PreTrainedModel):
         super().__init__(config)
         if config.encoder == "resnet":
             self.resnet = ResNetV1cEncoder(config.hidden_sizes, config.depths, config.num_channels)
+        elif config.encoder == "backbone":
+            self.backbone = BackboneEncoder(config)
+            config.hidden_sizes = self.backbone.hidden_sizes
         else:
             self.segformer = SegformerModel(config)
             if config.encoder_ln_eps_fix:
                 set_block_and_stage_norm_eps(self.segformer, config.layer_norm_eps)
         sizes, dropout = config.hidden_sizes, config.classifier_dropout_prob
         num_labels = config.num_labels
-        self.decode_head: DAFormerHead | AllMLPHead | DeepLabV2Head
+        self.decode_head: DAFormerHead | AllMLPHead | LinearHead | DeepLabV2Head
         if config.head == "deeplabv2":
             self.decode_head = DeepLabV2Head(sizes[-1], num_labels, config.head_dilations)
         elif config.head == "daformer":
             self.decode_head = DAFormerHead(
                 sizes, config.decoder_hidden_size, num_labels, config.head_dilations, dropout
             )
+        elif config.head == "linear":
+            self.decode_head = LinearHead(sizes, num_labels, dropout)
         else:
             self.decode_head = AllMLPHead(sizes, config.decoder_hidden_size, num_labels, dropout)
         if config.multi_resolution:  # HRDA's attention head: DAFormer's with a 1x1 fusion, which is the all-MLP head
@@ -111,14 +120,25 @@ class T2SDAForSemanticSegmentation(PreTrainedModel):
         self.post_init()
 
     @property
-    def encoder(self) -> SegformerModel | ResNetV1cEncoder:
+    def encoder(self) -> SegformerModel | ResNetV1cEncoder | BackboneEncoder:
         """The encoder, by the same name whatever its kind."""
-        return self.resnet if self.config.encoder == "resnet" else self.segformer
+        kinds = {"resnet": "resnet", "backbone": "backbone", "mit": "segformer"}
+        return getattr(self, kinds[self.config.encoder])
+
+    @property
+    def pretrained_encoder(self) -> nn.Module:
+        """What of the encoder a checkpoint of somebody else holds: all of it but the pyramid on a plain ViT."""
+        return self.backbone.model if self.config.encoder == "backbone" else self.encoder
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Leaf by leaf come here: heads, projector, a ResNet. A SegFormer is a model of its own and draws its weights.
-        if isinstance(module, nn.Conv2d) and module.bias is None:
+        # Leaf by leaf come here: heads, projector, a ResNet, a pyramid. A SegFormer and a backbone are models of their
+        # own and draw their weights.
+        if isinstance(module, nn.ConvTranspose2d):
+            bound = 1 / math.sqrt(module.in_channels)  # kernel and stride are one: each output sees one input
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.Conv2d) and module.bias is None:
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, nn.Conv2d):
             init.normal_(module.weight, std=0.01)
@@ -147,7 +167,7 @@ class T2SDAForSemanticSegmentation(PreTrainedModel):
         model, info = loaded
         missing = sorted(info["missing_keys"])
         unfit = sorted(info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]})
-        encoder_unfit = [name for name in unfit if name.startswith(("segformer.", "resnet."))]
+        encoder_unfit = [name for name in unfit if name.startswith(("segformer.", "resnet.", "backbone."))]
         if encoder_unfit:
             raise ValueError(
                 f"{pretrained_model_name_or_path} has no weights for {len(encoder_unfit)} tensors of the encoder: "
@@ -223,10 +243,10 @@ class T2SDAForSemanticSegmentation(PreTrainedModel):
         features = self._encode(context, **kwargs)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        logits = self.decode_head(features) if segment else None
+        logits = self._cropped(self.decode_head(features), context) if segment else None
         detail_logits = None
         if two and logits is not None:
-            attention = self.scale_attention(features).sigmoid()
+            attention = self._cropped(self.scale_attention(features), context).sigmoid()
             detail_logits, box = self._detail(pixel_values, detail_box, **kwargs)
             logits = fuse(logits, detail_logits, attention, box)
             stride = self.config.logits_stride
@@ -235,7 +255,7 @@ class T2SDAForSemanticSegmentation(PreTrainedModel):
         output = T2SDAOutput(
             loss=None if labels is None else self._loss(logits, labels),
             logits=logits,
-            embeddings=self.projector(features) if project else None,
+            embeddings=self._cropped(self.projector(features), context, self._projector_stride) if project else None,
             hidden_states=features if output_hidden_states else None,
             detail_logits=None if detail_box is None else detail_logits,
             detail_box=detail_box,
@@ -246,6 +266,17 @@ class T2SDAForSemanticSegmentation(PreTrainedModel):
 
     def _encode(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Tensor, ...]:
         return self.encoder(pixel_values, output_hidden_states=True, return_dict=True, **kwargs).hidden_states
+
+    @property
+    def _projector_stride(self) -> int:
+        return STRIDES[self.config.projector_in_index[0]]
+
+    def _cropped(self, maps: Tensor, images: Tensor, stride: int = STRIDES[0]) -> Tensor:
+        """Without the cells that see only the padding of a backbone's images."""
+        if self.config.encoder != "backbone":
+            return maps
+        height, width = images.shape[-2:]
+        return maps[..., : -(-height // stride), : -(-width // stride)]
 
     def _detail(self, pixel_values: Tensor, box: Box | None, **kwargs: Any) -> tuple[Tensor, Box | None]:
         """Logits of one crop, and its box in cells of them; without a box those of the whole image, from many crops."""
@@ -259,13 +290,16 @@ class T2SDAForSemanticSegmentation(PreTrainedModel):
                     f"detail_box (top, left, height, width) must lie in the {size[0]}x{size[1]} image, all multiples "
                     f"of {config.detail_grid}; got {tuple(box)}."
                 )
-            return self.decode_head(self._encode(cut(pixel_values, box), **kwargs)), scaled(box, stride)
+            return self._logits(cut(pixel_values, box), **kwargs), scaled(box, stride)
         boxes = slide_boxes(size, config.detail_crop_size)
         crops = torch.cat([cut(pixel_values, one) for one in boxes])  # crop after crop, each of all images
         at_once = config.detail_crops_at_once or len(crops)
-        logits = torch.cat([self.decode_head(self._encode(part, **kwargs)) for part in crops.split(at_once)])
+        logits = torch.cat([self._logits(part, **kwargs) for part in crops.split(at_once)])
         cells = [scaled(one, stride) for one in boxes]
         return mean_of_crops(logits.chunk(len(boxes)), cells, (size[0] // stride, size[1] // stride)), None
+
+    def _logits(self, images: Tensor, **kwargs: Any) -> Tensor:
+        return self._cropped(self.decode_head(self._encode(images, **kwargs)), images)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         ignore_index = self.config.semantic_loss_ignore_index

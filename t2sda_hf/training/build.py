@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
 from threading import current_thread, main_thread
@@ -19,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import KwargsHandler
 from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..batch import UdaBatch
 from ..config import RunConfig, TranslateConfig
@@ -31,7 +33,13 @@ from ..device import make_accelerator
 from ..evaluation.watch import SELECTED, Watch, read_selected
 from ..listing import IMAGE_SUFFIXES, list_files, refuse_pointers
 from ..methods import METHODS
-from ..models import T2SDAConfig, T2SDAForSemanticSegmentation, T2SDAImageProcessor, load_pretrained_encoder
+from ..models import (
+    T2SDAConfig,
+    T2SDAForSemanticSegmentation,
+    T2SDAImageProcessor,
+    encoder_fields,
+    load_pretrained_encoder,
+)
 from ..translate import TranslationEngine, build_engine
 from ..translate.style_networks import ADAIN_FILES, RANDOMIZATION_FILES, find_weights
 from ..translate.trained import NetworkTranslation
@@ -135,9 +143,17 @@ def settle(cfg: RunConfig, facts: Facts, accelerator: Accelerator) -> Derived:
     return derive(cfg, facts, accelerator.num_processes, kept)
 
 
-def build_student(cfg: RunConfig) -> T2SDAForSemanticSegmentation:
-    """The student with initial weights: a function of the seed, and of the pretrained encoder if there is one."""
-    own_sizes = {
+def build_student(cfg: RunConfig, random: bool = False) -> T2SDAForSemanticSegmentation:
+    """The student with initial weights: a function of the seed, and of the pretrained encoder if there is one.
+
+    Args:
+        cfg: the run.
+        random: leave out the pretrained weights, for those who only ask what a network costs.
+
+    Raises:
+        ValueError: for an encoder that cannot be found, built or loaded whole, or that does not fit the run.
+    """
+    own_sizes: dict[str, Any] = {
         name: value
         for name in ("depths", "hidden_sizes", "num_attention_heads", "decoder_hidden_size")
         if (value := getattr(cfg.model, name)) is not None
@@ -146,8 +162,18 @@ def build_student(cfg: RunConfig) -> T2SDAForSemanticSegmentation:
         own_sizes["detail_crop_size"] = cfg.hrda.crop_size
     if cfg.projector.in_index is not None:
         own_sizes["projector_in_index"] = cfg.projector.in_index
-    config = T2SDAConfig.from_size(
-        cfg.model.size,
+    automatic = cfg.model.size == "auto"
+    if automatic:
+        assert cfg.model.pretrained is not None  # by `ModelConfig.check`
+        own_sizes |= encoder_fields(cfg.model.pretrained)
+        if cfg.model.out_layers is not None:
+            own_sizes["out_layers"] = cfg.model.out_layers
+        if "backbone_config" in own_sizes:
+            own_sizes["backbone_config"] = with_drop_path(own_sizes["backbone_config"], cfg.model.drop_path_rate)
+        elif own_sizes.get("encoder") == "resnet":
+            own_sizes.setdefault("projector_in_index", (3,))
+    make = T2SDAConfig if automatic else partial(T2SDAConfig.from_size, cfg.model.size)
+    config = make(
         head=cfg.model.head,
         head_dilations=cfg.model.head_dilations,
         classifier_dropout_prob=cfg.model.head_dropout,
@@ -164,13 +190,28 @@ def build_student(cfg: RunConfig) -> T2SDAForSemanticSegmentation:
     )
     seed_initial_weights(cfg.seed)
     student = T2SDAForSemanticSegmentation(config)
-    if cfg.model.pretrained is not None:
+    if cfg.model.pretrained is not None and not cfg.model.random_start and not random:
         refuse_pointers(Path(cfg.model.pretrained))
         load_pretrained_encoder(student, cfg.model.pretrained)
         logger.info("every tensor of the encoder was loaded from %s", cfg.model.pretrained)
     if cfg.model.activation_checkpointing:
+        encoder = student.pretrained_encoder
+        if not (isinstance(encoder, PreTrainedModel) and encoder.supports_gradient_checkpointing):
+            raise ValueError(
+                f"model.activation_checkpointing must be false for {cfg.model.pretrained}: {type(encoder).__name__} "
+                "cannot be computed twice. For less memory lower train.batch_size and raise train.micro_batches."
+            )
         student.activation_checkpointing_enable()
     return student
+
+
+def with_drop_path(config: Any, rate: float) -> PreTrainedConfig:
+    """The config of a backbone, or its dict, with the run's rate of dropped blocks, where the backbone knows one."""
+    if isinstance(config, dict):
+        config = AutoConfig.for_model(**config)
+    if "drop_path_rate" in config.to_dict():
+        config.drop_path_rate = rate
+    return config
 
 
 def accelerator_of(cfg: RunConfig, *handlers: KwargsHandler) -> tuple[Accelerator, RunConfig]:
@@ -206,8 +247,8 @@ def compile_networks(networks: Sequence[nn.Module], backend: str | Callable[...,
     """
     for network in networks:
         encoder: nn.Module = network.encoder  # type: ignore[assignment]
-        if network.config.encoder == "mit":  # type: ignore[union-attr]
-            # transformers takes a lock when an encoder runs for the first time, and a lock cannot be captured.
+        if network.config.encoder != "resnet":  # type: ignore[union-attr]
+            # transformers takes a lock when its encoder runs for the first time, and a lock cannot be captured.
             with torch.no_grad():
                 network(torch.zeros(1, 3, 64, 64, device=next(encoder.parameters()).device), segment=False)
         for part in (encoder, network.decode_head, getattr(network, "scale_attention", None), network.projector):
@@ -245,7 +286,8 @@ def weights_contents(network: nn.Module) -> Contents:
 
 def contents_of_run(cfg: RunConfig, domains: Domains, initial: T2SDAForSemanticSegmentation) -> dict[str, Contents]:
     """All that a run reads, by its name in the record of a run."""
-    start = {} if cfg.model.pretrained is None else {"start_weights": weights_contents(initial.encoder)}
+    read = cfg.model.pretrained is not None and not cfg.model.random_start
+    start = {"start_weights": weights_contents(initial.pretrained_encoder)} if read else {}
     return dict(domains.contents) | start
 
 

@@ -60,8 +60,9 @@ def shards(accelerator: Accelerator) -> bool:
 def shard(network: nn.Module, accelerator: Accelerator) -> None:
     """Leave on this process one piece of every parameter, in place; buffers stay whole. Collective."""
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    named = {name for module in network.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     for module in network.modules():
-        if isinstance(module, SegformerLayer | Bottleneck):
+        if isinstance(module, SegformerLayer | Bottleneck) or type(module).__name__ in named - {"SegformerStage"}:
             fully_shard(module, mesh=mesh)
     # By default the outermost part would stay whole after a forward, and so after those of the teacher.
     fully_shard(network, mesh=mesh, reshard_after_forward=True)

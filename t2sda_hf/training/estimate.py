@@ -15,7 +15,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -207,7 +207,7 @@ def count_update(cfg: RunConfig) -> Cost:
     networks = make_networks(cfg, meta.train(), stand_in_engine(cfg))
     with fake, Counting(cost):
         networks = networks.each(lambda _, network: _fake(network))
-        optimizer = make_optimizer(meta.encoder, meta, cfg.optim)
+        optimizer = make_optimizer(meta.pretrained_encoder, meta, cfg.optim)
         allocate_state(optimizer)
     cost.lasting = cost.live
     stand_ins = networks.each(lambda name, network: StandIn(network, name, fake, cost, cfg))
@@ -337,7 +337,9 @@ class StandIn(nn.Module):
         self._held = (network, fake, cost)  # in a tuple, so that none of it becomes part of this module
         self._bf16 = cfg.train.precision == "bf16"
         for part, module in network.named_children():
-            title = {"segformer": "encoder", "resnet": "encoder", "decode_head": "head"}.get(part, part)
+            title = {"segformer": "encoder", "resnet": "encoder", "backbone": "encoder", "decode_head": "head"}.get(
+                part, part
+            )
             module.register_forward_pre_hook(self._counted(f"{name} {title}"))
         if name == "imagenet":
             network.register_forward_pre_hook(self._counted(f"{name} encoder"))
@@ -440,9 +442,7 @@ def _fake(network: nn.Module) -> Any:
 
 def random_student(cfg: RunConfig) -> T2SDAForSemanticSegmentation:
     """The run's student from random weights: what it costs does not depend on them."""
-    # The feature distance needs pretrained weights, and something must be learned, or the config is refused.
-    weights = replace(cfg.loss_weights, feature_distance=0.0, source=1.0)
-    return build_student(replace(cfg, model=replace(cfg.model, pretrained=None), loss_weights=weights))
+    return build_student(cfg, random=True)
 
 
 def stand_in_engine(cfg: RunConfig) -> TranslationEngine:

@@ -254,7 +254,7 @@ def count_launches(cfg: RunConfig, updates: int = 2) -> Launches:
     assert isinstance(memory, ClassMemory)
     assert isinstance(watch, Watch)
     student: Any = networks.student
-    parts = Parts(networks, memory, make_optimizer(student.encoder, student, cfg.optim), watch)
+    parts = Parts(networks, memory, make_optimizer(student.pretrained_encoder, student, cfg.optim), watch)
     accelerator: Any = SimpleNamespace(
         device=DEVICE,
         num_processes=1,

@@ -86,4 +86,4 @@ def make_parts(
 
     networks = make_networks(cfg, student, translate).each(prepared)
     memory = ClassMemory(len(cfg.classes), cfg.projector.dim).to(accelerator.device)
-    return Parts(networks, memory, make_optimizer(student.encoder, student, cfg.optim), watch)
+    return Parts(networks, memory, make_optimizer(student.pretrained_encoder, student, cfg.optim), watch)

@@ -48,7 +48,7 @@ def test_from_size_lets_overrides_win():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("head", "dafomer", "head must be one of daformer, all_mlp, deeplabv2; got 'dafomer'"),
+        ("head", "dafomer", "head must be one of daformer, all_mlp, linear, deeplabv2; got 'dafomer'"),
         ("projector_kernel", 2, "projector_kernel must be 1 or 3; got 2"),
         ("projector_in_index", (1, 0), r"ascending order, each once; got \(1, 0\)"),
         ("projector_in_index", (0, 4), r"encoder levels \(0, 1, 2, 3\)"),

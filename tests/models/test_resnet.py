@@ -338,7 +338,7 @@ def test_the_run_builds_it(tmp_path, source):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"encoder": "vgg"}, "encoder must be one of mit, resnet; got 'vgg'"),
+        ({"encoder": "vgg"}, "encoder must be one of mit, resnet, backbone; got 'vgg'"),
         ({"hidden_sizes": (12, 16, 24, 32)}, r"multiples of 8; got \(12, 16, 24, 32\)"),
         ({"head_dilations": (0,)}, "head_dilations must be"),
     ],
