@@ -14,7 +14,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -41,7 +41,7 @@ from .build import build_student
 from .checkpoint import Progress, allocate_state
 from .loop import Run, backward, update
 from .optim import make_optimizer
-from .parts import make_parts
+from .parts import half_weights, make_parts
 from .seeding import seed_step
 from .tracking import Tracker
 
@@ -209,17 +209,26 @@ def count_update(cfg: RunConfig) -> Cost:
         networks = networks.each(lambda _, network: _fake(network))
         optimizer = make_optimizer(meta.pretrained_encoder, meta, cfg.optim)
         allocate_state(optimizer)
+        halves = half_weights(cfg, networks) if cfg.train.precision == "bf16" else None
     cost.lasting = cost.live
     stand_ins = networks.each(lambda name, network: StandIn(network, name, fake, cost, cfg))
     memory = ClassMemory(len(cfg.classes), cfg.projector.dim)
     cost.flops, cost.bytes, cost.halves = [], [], []
-    with torch.random.fork_rng(devices=[]), Counting(cost):
+    with ExitStack() as around:
+        around.enter_context(torch.random.fork_rng(devices=[]))
+        if halves is not None:
+            with fake, Counting(cost):
+                around.enter_context(halves.in_place())
+        around.enter_context(Counting(cost))
         for micro in range(cfg.train.micro_batches):
             generators = seed_step(cfg.seed, cfg.full_from, micro, torch.device("cpu"))
             batch = random_batch(cfg).on(torch.device("cpu"))
             step = Step(batch, stand_ins, cfg, memory, *generators, _unchanged, cfg.full_from)
             for graph in METHODS[cfg.method](step):
                 backward(graph.losses, cfg.loss_weights)
+                if halves is not None:
+                    with stand_ins.student.faked(), Counting(cost):  # type: ignore[operator]
+                        halves.hand_over()
             del graph  # with all that was seen
     with fake, Counting(cost):
         for parameter in networks.student.parameters():

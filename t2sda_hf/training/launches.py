@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _foreach_utils
@@ -41,10 +42,11 @@ from .derive import without_data
 from .estimate import random_batch, random_student, stand_in_engine
 from .loop import Run, update
 from .optim import make_optimizer
-from .parts import Parts
+from .parts import Parts, half_weights
 from .resume import config_of
 from .tracking import Tracker
 
+_AUTOCAST: Any = torch._C._parse_dispatch_key("AutocastPrivateUse1")
 _PACKAGE = f"{os.sep}t2sda_hf{os.sep}"
 # After these the host knows a value, or a size, that only the device knew. bincount asks for the least and the largest.
 _WAITS = {
@@ -238,7 +240,32 @@ class _OneAttention(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _autocast(half: bool, call: Any) -> Any:
+    """`call` as autocast makes it on a GPU: in bfloat16, or in float32. Nothing that was cast is kept."""
+    given, wanted = (torch.float32, torch.bfloat16) if half else (torch.bfloat16, torch.float32)
+
+    def cast(leaf: Any) -> Any:
+        return leaf.to(wanted) if isinstance(leaf, Played) and leaf.dtype == given else leaf
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_AUTOCAST)):
+            return call(*tree_map(cast, args), **tree_map(cast, kwargs))
+
+    return run
+
+
 _setup_privateuseone_for_python_backend("played", _Backend())
+_LIBRARIES = [torch.library.Library("_", "IMPL", "AutocastPrivateUse1"), torch.library.Library("aten", "IMPL")]
+_LIBRARIES[0].fallback(torch.library.fallthrough_kernel)
+# Of torch's lists for CUDA (AUTOCAST_FORALL_LOWER_PRECISION_FP and AUTOCAST_FORALL_FP32) those that networks call.
+for _half, _names in (
+    (True, "linear conv2d matmul mm bmm addmm baddbmm scaled_dot_product_attention _convolution"),
+    (False, "layer_norm softmax.int log_softmax.int rsqrt exp log sum pow.Tensor_Scalar group_norm"),
+):
+    for _name in _names.split():
+        _packet, _, _overload = _name.partition(".")
+        _call = getattr(getattr(torch.ops.aten, _packet), _overload or "default")
+        _LIBRARIES[1].impl(_name, _autocast(_half, _call), "AutocastPrivateUse1")
 torch._C._set_only_lift_cpu_tensors(True)  # a tensor made of Python numbers on the device is a copy
 _foreach_utils._foreach_supported_types.append(Played)  # type: ignore[arg-type]
 DEVICE = torch.device("played:0")
@@ -254,7 +281,11 @@ def count_launches(cfg: RunConfig, updates: int = 2) -> Launches:
     assert isinstance(memory, ClassMemory)
     assert isinstance(watch, Watch)
     student: Any = networks.student
-    parts = Parts(networks, memory, make_optimizer(student.pretrained_encoder, student, cfg.optim), watch)
+    halves = None
+    if cfg.train.precision == "bf16":
+        networks.each(lambda _, network: _with_autocast(network))
+        halves = half_weights(cfg, networks)
+    parts = Parts(networks, memory, make_optimizer(student.pretrained_encoder, student, cfg.optim), watch, halves)
     accelerator: Any = SimpleNamespace(
         device=DEVICE,
         num_processes=1,
@@ -292,6 +323,12 @@ def _part_of(functions: set[str], place: str) -> str:
         return "backward"
     found = (part for part, marks in _PARTS if marks & functions)
     return next(found, "backward" if place == "torch" else "update")
+
+
+def _with_autocast(network: nn.Module) -> nn.Module:
+    """As accelerate prepares it."""
+    network.forward = convert_outputs_to_fp32(torch.autocast(DEVICE.type, torch.bfloat16)(network.forward))
+    return network
 
 
 def _moved(module: nn.Module) -> nn.Module:

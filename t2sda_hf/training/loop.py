@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,9 +156,10 @@ def update(run: Run, step: int, tracker: Tracker) -> Mapping[str, Any]:
     logged: list[dict[str, Tensor]] = []
     seen: Mapping[str, Any] = {}
     try:
-        for micro in range(cfg.train.micro_batches):
-            seen = {}  # the maps of the micro-batch before are large
-            seen = learn(run, next_step(run, step, micro, batches.pop(0)), logged)
+        with nullcontext() if parts.halves is None else parts.halves.in_place():
+            for micro in range(cfg.train.micro_batches):
+                seen = {}  # the maps of the micro-batch before are large
+                seen = learn(run, next_step(run, step, micro, batches.pop(0)), logged)
     except BaseException:
         parts.buffers.restore()
         raise
@@ -231,6 +232,8 @@ def learn(run: Run, step: Step, logged: list[dict[str, Tensor]]) -> Mapping[str,
     seen: dict[str, Any] = {}
     for graph in run.method(step):  # one at a time
         backward(graph.losses, run.cfg.loss_weights)
+        if run.parts.halves is not None:
+            run.parts.halves.hand_over()
         logged.append(graph.logged)
         seen |= graph.seen
     if run.parts.watch is not None:

@@ -1,12 +1,15 @@
 """What learns in a run, and so what a checkpoint holds."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
+from transformers.models.segformer.modeling_segformer import SegformerLayer, SegformerSequenceReduction
 
 from ..config import RunConfig
 from ..evaluation.watch import Watch
@@ -40,6 +43,75 @@ class Buffers:
             torch._foreach_copy_(buffers, kept)
 
 
+class HalfWeights:
+    """bfloat16 copies of the weights of convolutions and linear layers, made once for an update.
+
+    Autocast casts every weight in every forward, and its gradient in every backward: as many kernels as a third of the
+    networks'. The copies stand in the layers meanwhile, and the gradients of one backward are cast and added together.
+    What several layers of an attention read is cast once for all of them, too. The losses are autocast's, bit by bit.
+
+    Args:
+        networks: whose layers use their weights in nothing but their own forward, which autocast surrounds.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        for module in (module for network in networks for module in network.modules()):
+            if isinstance(module, SegformerLayer):
+                module.layernorm_before.register_forward_hook(_halved)
+            if isinstance(module, SegformerSequenceReduction):
+                module.layer_norm.register_forward_hook(_halved)
+        layers = [m for network in networks for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        own = [(m._parameters, name, p) for m in layers for name, p in m._parameters.items() if p is not None]
+        self._places = [(held, name) for held, name, _ in own]
+        self._weights: list[Tensor] = [parameter for _, _, parameter in own]
+        self._copies: list[Tensor] = [
+            nn.Parameter(torch.empty_like(p, dtype=torch.bfloat16), p.requires_grad) for p in self._weights
+        ]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the layers have the copies, and their own weights again afterwards."""
+        with torch.no_grad():
+            torch._foreach_copy_(self._copies, self._weights)
+        self._put(self._copies)
+        try:
+            yield
+        finally:
+            self._put(self._weights)
+
+    @torch.no_grad()
+    def hand_over(self) -> None:
+        """Add the gradients of the copies to those of the weights; to be called after every backward."""
+        learned = [pair for pair in zip(self._weights, self._copies, strict=True) if pair[1].grad is not None]
+        halves = [copy.grad for _, copy in learned if copy.grad is not None]
+        if not halves:
+            return
+        cast = [torch.empty_like(weight) for weight, _ in learned]
+        torch._foreach_copy_(cast, halves)
+        old = [(w.grad, new) for (w, _), new in zip(learned, cast, strict=True) if w.grad is not None]
+        if old:
+            torch._foreach_add_([grad for grad, _ in old], [new for _, new in old])
+        for (weight, copy), new in zip(learned, cast, strict=True):
+            weight.grad = new if weight.grad is None else weight.grad
+            copy.grad = None
+
+    def _put(self, values: Iterable[Any]) -> None:
+        for (held, name), value in zip(self._places, values, strict=True):
+            held[name] = value
+
+
+def _halved(module: nn.Module, given: object, made: Tensor) -> Tensor:
+    return made.bfloat16() if torch.is_autocast_enabled(made.device.type) else made
+
+
+def half_weights(cfg: RunConfig, networks: Networks) -> HalfWeights:
+    """Of the encoders that an update of a run calls; heads multiply their weights with each other, too."""
+    student: Any = networks.student
+    teacher: Any = networks.teacher
+    others = [] if cfg.supervised else [teacher.encoder]
+    return HalfWeights([student.encoder, *others, *([] if networks.imagenet is None else [networks.imagenet])])
+
+
 @dataclass(frozen=True)
 class Parts:
     """Networks and optimiser are the same on every process; class memory and watch are its own."""
@@ -48,6 +120,7 @@ class Parts:
     memory: ClassMemory
     optimizer: torch.optim.Optimizer
     watch: Watch | None = None  # proxies; see `loop.observe`
+    halves: HalfWeights | None = None  # where networks compute in bfloat16
 
     @cached_property
     def buffers(self) -> Buffers:
@@ -86,4 +159,5 @@ def make_parts(
 
     networks = make_networks(cfg, student, translate).each(prepared)
     memory = ClassMemory(len(cfg.classes), cfg.projector.dim).to(accelerator.device)
-    return Parts(networks, memory, make_optimizer(student.pretrained_encoder, student, cfg.optim), watch)
+    halves = half_weights(cfg, networks) if accelerator.mixed_precision == "bf16" and not shards(accelerator) else None
+    return Parts(networks, memory, make_optimizer(student.pretrained_encoder, student, cfg.optim), watch, halves)

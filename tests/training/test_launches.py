@@ -24,6 +24,8 @@ RUNS = {
     "target to source, uniform": [CITY, *TINY, "--pull.query_domain=target", "--pull.query_sampling=uniform"],
     "memory": [CITY, *TINY, "--pull.proto_momentum=0.9", "--drw.absent_conf=ema", "--drw.normalise_over=queried"],
     "150 classes": [CITY, *TINY, f"--classes={json.dumps([f'class {number}' for number in range(150)])}"],
+    "as deep as B0": [CITY, *TINY, "--model.depths=[2,2,2,2]"],
+    "as deep as B0, bf16": [CITY, *TINY, "--model.depths=[2,2,2,2]", "--train.precision=bf16"],
     "source only": ["gta_cityscapes/source_only", *TINY],
 }
 
@@ -45,6 +47,12 @@ def test_the_host_waits_once_in_an_update(launches, name):
     assert launches[name]["waits"] == {next(iter(launches[name]["waits"])): 1}
     assert "loop.py" in next(iter(launches[name]["waits"]))
     assert "to host" not in launches[name]["copied"]
+
+
+def test_bf16_casts_the_weights_once_in_an_update(launches):
+    """With autocast alone there would be 1.4 times as many kernels."""
+    plain, half = (sum(launches[f"as deep as B0{more}"]["parts"].values()) for more in ("", ", bf16"))
+    assert half <= 1.1 * plain
 
 
 def test_the_pull_launches_as_many_kernels_for_any_number_of_classes(launches):

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from t2sda_hf.methods.t2sda import draw_box
 from t2sda_hf.training import loop
 from t2sda_hf.training.build import accelerator_of, compile_networks
 from t2sda_hf.training.loop import backward
+from t2sda_hf.training.parts import half_weights
 
 # dynamo looks at .grad of whatever it captures.
 from_tracing = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -100,6 +102,40 @@ def test_bf16_is_inside_the_networks_alone(fresh: None) -> None:
                 name != "trust"
             ):  # a share of pixels above a threshold may jump, and the pull draws among pixels below one
                 assert value.item() == pytest.approx(others[name].item(), rel=0.1 if name == "pull" else 0.05)
+
+
+@pytest.mark.parametrize(("size", "checkpointed"), [("mit_b0", False), ("mit_b0", True), ("resnet101", False)])
+def test_weights_that_are_cast_once_give_the_losses_and_gradients_of_autocast(
+    fresh: None, size: str, checkpointed: bool
+) -> None:
+    head = ("--model={head: deeplabv2, hidden_sizes: [16, 16, 24, 32]}", "--projector.in_index=[3]")
+    own = () if size == "mit_b0" else (f"--model.size={size}", *head)
+    weights = "--loss_weights={feature_distance: 0.005, masked_consistency: 1}"
+    words = ("--train={precision: bf16, log_with: []}", weights)
+    accelerator, cfg = accelerator_of(tiny_config(*words, *own, "--model.drop_path_rate=0.5"))
+
+    def learned(cast_once: bool) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        networks = tiny_networks(cfg)
+        networks.each(lambda _, network: accelerator.prepare_model(network, evaluation_mode=True))
+        if checkpointed:
+            networks.student.activation_checkpointing_enable()
+        weights = dict(networks.student.named_parameters())
+        halves, seen = half_weights(cfg, networks) if cast_once else None, []
+        with nullcontext() if halves is None else halves.in_place():
+            for graph in tiny_graphs(cfg, networks):
+                backward(graph.losses, cfg.loss_weights)
+                seen.append(graph.logged)
+                if halves is not None:
+                    halves.hand_over()
+        assert dict(networks.student.named_parameters()) == weights  # the same objects
+        return seen, {name: p.grad for name, p in weights.items() if p.grad is not None}
+
+    (expected, gradients), (found, others) = learned(False), learned(True)
+    assert found == expected
+    assert others.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert others[name].dtype == torch.float32
+        torch.testing.assert_close(others[name], gradient, rtol=0, atol=0.02 * gradient.abs().max().item(), msg=name)
 
 
 def test_checkpointed_activations_change_no_loss() -> None:
