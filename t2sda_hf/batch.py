@@ -1,13 +1,18 @@
 """What travels from the data to the objective. There is no field for target labels, so none can leak."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .device import constant
+from .errors import Ended
+
+Item = TypeVar("Item")
+Prepared = TypeVar("Prepared")
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -47,11 +52,11 @@ class UdaBatch:
     redrawn: tuple[str, ...] = ()
 
     def on(self, device: torch.device) -> "UdaBatch":
-        """The batch on `device`: uint8 crosses the bus, floats are made there."""
+        """The batch on `device`: uint8 crosses the bus, floats are made there. One that is there already stays."""
         moved: dict[str, Any] = {}
         for name, value in self._of_device():
             value = value.to(device, non_blocking=True)
-            if value.ndim == 4:
+            if value.dtype == torch.uint8 and value.ndim == 4:
                 value = value / 255
             elif name == "source_labels":
                 value = value.long()
@@ -62,6 +67,11 @@ class UdaBatch:
         """The same in memory that a GPU reads by itself; for the loader."""
         pinned: dict[str, Any] = {name: value.pin_memory() for name, value in self._of_device()}
         return replace(self, **pinned)
+
+    def used_by(self, stream: torch.cuda.Stream) -> None:
+        """Keep its memory until `stream` has done what it was asked so far; for a batch that another stream made."""
+        for _, value in self._of_device():
+            value.record_stream(stream)
 
     def _of_device(self) -> Iterator[tuple[str, Tensor]]:
         for name in (field.name for field in fields(self) if field.name not in _OF_HOST):
@@ -92,6 +102,48 @@ class UdaBatch:
                 for image, (top, left) in zip(outer_images, corners, strict=True)
             ]
         )
+
+
+def sent_ahead(batches: Iterable[UdaBatch], device: torch.device) -> Iterator[UdaBatch]:
+    """The same batches on `device`. A GPU copies each while it still learns from the one before it."""
+    if device.type != "cuda":
+        yield from (batch.on(device) for batch in batches)
+        return
+    beside = torch.cuda.Stream(device)
+
+    def send(batch: UdaBatch) -> tuple[UdaBatch, torch.cuda.Event]:
+        with torch.cuda.stream(beside):
+            return batch.on(device), beside.record_event()
+
+    for batch, sent in one_ahead(batches, send):
+        learning = torch.cuda.current_stream(device)
+        learning.wait_event(sent)  # the device waits, not the host
+        batch.used_by(learning)
+        yield batch
+
+
+def one_ahead(items: Iterable[Item], prepare: Callable[[Item], Prepared]) -> Iterator[Prepared]:
+    """`prepare` of every item, called before the item ahead of it is handed out.
+
+    An error that stands for an item comes in its turn, not before: what is ahead of it can still be learned from. But
+    an `Ended` comes at once.
+    """
+    waiting: list[Prepared] = []
+    stream = iter(items)
+    while True:
+        late: Exception | None = None
+        try:
+            prepared = [prepare(item) for item in itertools.islice(stream, 1)]
+        except Ended:
+            raise
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+            prepared, late = [], error
+        yield from waiting
+        if late is not None:
+            raise late
+        if not prepared:
+            return
+        waiting = prepared
 
 
 def shown_ids(labels: Tensor) -> Tensor:

@@ -1,11 +1,17 @@
 """What travels to the objective, and how it is put on the device."""
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
 import torch
+from torch import Generator
 
-from t2sda_hf.batch import UdaBatch, normalize
+from t2sda_hf.batch import UdaBatch, normalize, one_ahead, sent_ahead
+from t2sda_hf.errors import Stopped
+
+CPU = torch.device("cpu")
 
 
 def loaded(**more: torch.Tensor) -> UdaBatch:
@@ -66,3 +72,69 @@ def test_normalisation_is_that_of_the_specification_on_grey_levels():
     mean, deviation = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
     expected = (images * 255 - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
     torch.testing.assert_close(normalize(images), expected)
+
+
+def numbered(count: int) -> list[UdaBatch]:
+    random = Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 2, 3, 4, 6), generator=random).byte()
+    return [UdaBatch(own, own[:, 0] % 5) for own in images]
+
+
+def test_what_is_on_the_device_already_stays() -> None:
+    (batch,) = numbered(1)
+    once = batch.on(CPU)
+    assert once.source_images.equal(batch.source_images / 255)
+    twice = once.on(CPU)
+    assert twice.source_images is once.source_images
+    assert twice.source_labels is once.source_labels
+
+
+def test_a_gpu_is_sent_the_next_batch_before_it_learns_from_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And waits for its copy before it reads it, without the host. The batches are those that a CPU gets."""
+    said: list[str] = []
+
+    class Stream:
+        def __init__(self, device: object = None) -> None:
+            self.device = device
+
+        def record_event(self) -> int:
+            return said.count("sent")
+
+        def wait_event(self, event: int) -> None:
+            said.append(f"waits for {event}")
+
+    on = UdaBatch.on
+
+    def sent(batch: UdaBatch, device: torch.device) -> UdaBatch:
+        said.append("sent")
+        return on(batch, CPU)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    expected = list(sent_ahead(numbered(3), CPU))
+    monkeypatch.setattr(UdaBatch, "on", sent)
+    monkeypatch.setattr(UdaBatch, "used_by", lambda batch, stream: said.append("kept"))
+    found = []
+    for batch in sent_ahead(numbered(3), torch.device("cuda")):
+        said.append("learned")
+        found.append(batch)
+    turns = [[f"waits for {number}", "kept", "learned"] for number in (1, 2, 3)]
+    assert said == ["sent", "sent", *turns[0], "sent", *turns[1], *turns[2]]
+    for one, other in zip(found, expected, strict=True):
+        assert one.source_images.equal(other.source_images)
+        assert one.source_labels.equal(other.source_labels)
+
+
+def test_an_error_comes_in_its_turn_and_a_stop_at_once() -> None:
+    def items(error: Exception) -> Iterator[int]:
+        yield 1
+        yield 2
+        raise error
+
+    for error, before in ((ValueError("cut"), [10, 20]), (Stopped(15), [10])):
+        seen = []
+        with pytest.raises(type(error)):
+            seen.extend(one_ahead(items(error), lambda item: 10 * item))
+        assert seen == before
+    assert list(one_ahead([], lambda item: item)) == []

@@ -114,7 +114,8 @@ def refuse_unlike(planned: Sequence[Planned]) -> None:
             continue
         given = flatten(asdict(run.cfg))
         done = flatten(asdict(load_config(run.folder / run.cfg.method / "resolved_config.yaml", record=True)))
-        derived = {key: done[key] for key in DERIVED if given[key] is None and done[key] is not None}
+        learned = [key for key in DERIVED if key != "data.num_workers"]  # a matter of the machine
+        derived = {key: done[key] for key in learned if given[key] is None and done[key] is not None}
         folder, before = first.setdefault(run.name, (run.folder, derived))
         if other := [key for key in before.keys() & derived.keys() if before[key] != derived[key]]:
             raise ValueError(

@@ -72,7 +72,14 @@ def train(args: Namespace) -> None:
     folder = empty(args.output, cfg)
     source, target = (load_domain(domain, cfg.classes, labelled=False) for domain in (cfg.source, cfg.target))
     settings = TranslatorSettings(
-        args.steps, args.batch_size, tuple(args.crop), args.lr, args.width, args.blocks, cfg.seed, cfg.data.num_workers
+        args.steps,
+        args.batch_size,
+        tuple(args.crop),
+        args.lr,
+        args.width,
+        args.blocks,
+        cfg.seed,
+        cfg.data.num_workers or 0,
     )
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
     accelerator = make_accelerator(cfg.train.precision, kwargs_handlers=handlers)

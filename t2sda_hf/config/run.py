@@ -272,8 +272,13 @@ class DataConfig(Section):
         0.75, "largest share of a source crop that one class may cover", "D", above=0, at_most=1
     )
     flip: Flag = key(True, "mirror with probability 1/2, source and target on their own", "D")
-    num_workers: Whole = key(
-        0, "processes that load ahead; 0 loads in the training process", changes="nothing", at_least=0, at_most=1024
+    num_workers: Derived[Whole] = key(
+        None,
+        "processes that load ahead; 0 loads in the training process; null is one less than its cores, at most 8, and 0 "
+        "for two cores or fewer",
+        changes="nothing",
+        at_least=0,
+        at_most=1024,
     )
 
     def check(self) -> None:

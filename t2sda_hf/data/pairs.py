@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 # Of a crop that is too uniform, and of one that misses its rare class; the last one is kept (DAFormer). Also of images
 # that could be read when the run began, and cannot any more.
 RETRIES = 10
+AHEAD = 2  # batches that each worker has ready
 _DATA_STREAM = 1  # tells the random numbers of the data from those of the training step
 
 
@@ -190,11 +191,12 @@ def bytes_per_batch(config: RunConfig) -> int:
 
 
 def batches(
-    dataset: PairDataset, process_index: int = 0, num_processes: int = 1, start_step: int = 0
+    dataset: PairDataset, process_index: int = 0, num_processes: int = 1, start_step: int = 0, pin: bool = False
 ) -> DataLoader[UdaBatch]:
-    """The micro-batches of one process from `start_step` to the last step, in order.
+    """The micro-batches of one process from `start_step` to the last step, in order: one pass, whose workers stay.
 
-    A function of the seed and the step; but a streamed target begins anew at `start_step`, in another order.
+    A function of the seed and the step; but a streamed target begins anew at `start_step`, in another order. `pin`
+    puts batches where a GPU reads them by itself.
     """
     train = dataset.config.train
     target = dataset.target
@@ -212,13 +214,15 @@ def batches(
         train.max_steps,
         train.overfit_batch,
     )
+    workers = dataset.config.data.num_workers or 0
     return DataLoader(
         dataset,
         batch_size=train.batch_size,
         sampler=sampler,
-        num_workers=dataset.config.data.num_workers,
+        num_workers=workers,
+        prefetch_factor=AHEAD if workers else None,
         collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin,
         generator=torch.Generator(),  # otherwise starting the loader would move the global random state
     )
 

@@ -22,11 +22,11 @@ from accelerate.utils import KwargsHandler
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..batch import UdaBatch
+from ..batch import UdaBatch, sent_ahead
 from ..config import RunConfig, TranslateConfig
 from ..data.contents import Contents, digest, file_contents
 from ..data.domains import Domain, load_domain, read_domain
-from ..data.pairs import PairDataset, batches, bytes_per_batch
+from ..data.pairs import AHEAD, PairDataset, batches, bytes_per_batch
 from ..data.rare_class_sampling import rare_classes
 from ..data.translated import TranslatedFolder, open_translated
 from ..device import make_accelerator
@@ -140,7 +140,13 @@ def settle(cfg: RunConfig, facts: Facts, accelerator: Accelerator) -> Derived:
         ValueError: see `derive`.
     """
     kept = decided_by_main(lambda: kept_values(cfg), accelerator, ValueError)
-    return derive(cfg, facts, accelerator.num_processes, kept)
+    cores = len(os.sched_getaffinity(0)) // processes_here(accelerator)
+    return derive(cfg, facts, accelerator.num_processes, kept, cores)
+
+
+def processes_here(accelerator: Accelerator) -> int:
+    """How many processes of the run this machine has."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))  # set by a launcher
 
 
 def build_student(cfg: RunConfig, random: bool = False) -> T2SDAForSemanticSegmentation:
@@ -415,14 +421,14 @@ def read_batches(
     Raises:
         RuntimeError: where a batch is asked for and a worker that would read it is gone.
     """
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))  # of a launcher: those of this machine
-    cfg = replace(cfg, data=replace(cfg.data, num_workers=workers_that_fit(cfg, here)))
+    cfg = replace(cfg, data=replace(cfg.data, num_workers=workers_that_fit(cfg, processes_here(accelerator))))
     rare = None
     if cfg.rcs.enabled:
         rare = rare_classes(domains.source_counts, cfg.rcs.temperature, cfg.rcs.min_pixels)
     target = domains.adapted_to(cfg)
     dataset = PairDataset(cfg, domains.source, target, rare, domains.translated)
-    loader = batches(dataset, accelerator.process_index, accelerator.num_processes, step)
+    on_gpu = accelerator.device.type == "cuda"
+    loader = batches(dataset, accelerator.process_index, accelerator.num_processes, step, pin=on_gpu)
     loader.worker_init_fn = leave_signals_to_parent
     others, raised_anywhere = active_children(), signal.getsignal(signal.SIGCHLD)
     loaded = iter(loader)
@@ -433,7 +439,7 @@ def read_batches(
         torchs = str(getattr(raised_anywhere, "__module__", "")).startswith("torch.utils.data")
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if torchs or raised_anywhere is None else raised_anywhere)
     try:
-        yield from loaded
+        yield from sent_ahead(loaded, accelerator.device)
     except RuntimeError as error:
         ended = [worker.exitcode for worker in workers if worker.exitcode]
         if not ended:
@@ -458,16 +464,15 @@ def workers_that_fit(cfg: RunConfig, num_processes: int) -> int:
     asked, memory = cfg.data.num_workers, Path("/dev/shm")
     if not asked or not memory.is_dir():
         return asked
-    free, ahead = shutil.disk_usage(memory).free / num_processes, 2  # batches that a worker is ahead, torch's default
-    batch = 1.25 * bytes_per_batch(cfg)
-    fits = max(0, int((free - batch) // (ahead * batch)))
+    free, batch = shutil.disk_usage(memory).free / num_processes, 1.25 * bytes_per_batch(cfg)
+    fits = max(0, int((free - batch) // (AHEAD * batch)))
     if fits < asked:
         logger.warning(
             "/dev/shm has %.0f MB free, and %d data workers would hand over up to %.0f MB there: %d of them work. Give "
             "the container more (docker run --shm-size=1g), or lower data.num_workers.",
             free * num_processes / 1e6,
             asked,
-            (asked * ahead + 1) * batch / 1e6,
+            (asked * AHEAD + 1) * batch / 1e6,
             fits,
         )
     return min(asked, fits)

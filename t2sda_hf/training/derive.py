@@ -32,10 +32,12 @@ DERIVED = (
     "optim.warmup_steps",
     "train.evaluate_every",
     "train.save_every",
+    "data.num_workers",
 )
 _TEMPERATURES = [float(f"{temperature:.2g}") for temperature in np.geomspace(0.01, 10, 61)]  # 0.01 is DAFormer's
 _SHARE_OF_IMAGE = 0.0015  # 3,000 pixels of GTA5's 1914x1052, the floor of DAFormer
 _SMALL = 10  # per cent of the images that may be smaller than a derived crop, in either side
+_MOST_WORKERS = 8  # they read 18 batches of the paper a second from the raw files (444 CPU-ms each)
 _REACHED = 0.5  # share of its base that the learning rate must reach
 
 
@@ -78,14 +80,18 @@ class Derived:
     warnings: list[str]
 
 
-def derive(cfg: RunConfig, facts: Facts, num_processes: int = 1, kept: Mapping[str, Any] | None = None) -> Derived:
+def derive(
+    cfg: RunConfig, facts: Facts, num_processes: int = 1, kept: Mapping[str, Any] | None = None, cores: int = 1
+) -> Derived:
     """Put values in the place of nulls. A function of its arguments alone, so equal on every process.
 
     Args:
         cfg: as it was given.
         facts: of the domains that were checked.
         num_processes: that train.
-        kept: dotted keys of the run that goes on: what it derived at its start stays, whatever would come out now.
+        kept: dotted keys of the run that goes on: what it derived at its start stays, whatever would come out now,
+            unless it depends on the machine.
+        cores: of the machine, for each process.
 
     Raises:
         ValueError: if values contradict each other now that all are known, or a crop is more than twice as large as
@@ -123,6 +129,10 @@ def derive(cfg: RunConfig, facts: Facts, num_processes: int = 1, kept: Mapping[s
     put("rcs.min_crop_ratio", float(f"{0.5 * min(np.median(source.prod(axis=1)) / pixels, 1):.3g}"))
     put("rcs.temperature", _temperature(facts.counts, cfg.rcs.min_pixels))
     said, warnings = [_said_of_crops(cfg, domains), _said_of_schedule(cfg)], _warnings(cfg, domains, kept)
+    if cfg.data.num_workers is None:
+        workers = values["data.num_workers"] = _workers(cfg, cores)
+        cfg = _with(cfg, {"data.num_workers": workers})
+        said.append(f"{workers} processes load data ahead, of {cores} cores (data.num_workers)")
     if cfg.rcs.enabled and facts.counts.any():
         derived = {"rcs.temperature", "rcs.min_pixels"} <= values.keys()
         text, spoils = _said_of_draws(cfg, facts.counts, num_processes, derived)
@@ -262,6 +272,11 @@ def _said_of_schedule(cfg: RunConfig) -> str:
 
 def _frequencies(cfg: RunConfig) -> int:
     return math.floor(_fda_side(cfg) * cfg.translate.fda.beta)
+
+
+def _workers(cfg: RunConfig, cores: int) -> int:
+    """Processes that load data: none where they would take a core that trains, or would each open a stream anew."""
+    return 0 if cores <= 2 or cfg.target.streaming else min(cores - 1, _MOST_WORKERS)
 
 
 def _warnings(cfg: RunConfig, domains: Mapping[str, np.ndarray], kept: Mapping[str, Any]) -> list[str]:

@@ -209,3 +209,19 @@ def test_without_data_crops_are_those_of_large_images():
     cfg = without_data(config())
     assert (cfg.data.crop_size, cfg.data.outer_crop_size) == ((512, 512), (512, 1024))
     assert without_data(config("--data.crop_size=[2048, 2048]")).data.outer_crop_size == (2048, 2048)
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 0), (2, 0), (3, 2), (4, 3), (16, 8), (96, 8)])
+def test_data_is_loaded_by_the_cores_that_do_not_train(cores, workers):
+    derived = derive(config(), pictures(), cores=cores)
+    assert derived.cfg.data.num_workers == workers
+    assert f"{workers} processes load data ahead, of {cores} cores (data.num_workers)" in derived.said
+    streamed = derive(config("--target={path: somebody/images, streaming: true}"), pictures(), cores=cores)
+    assert streamed.cfg.data.num_workers == 0
+
+
+def test_another_machine_has_its_own_workers_and_a_given_number_stays():
+    kept = {"data.num_workers": 3, "optim.warmup_steps": 7}
+    derived = derive(config(), pictures(), kept=kept, cores=8)
+    assert (derived.cfg.data.num_workers, derived.cfg.optim.warmup_steps) == (7, 7)
+    assert derive(config("--data.num_workers=1"), pictures(), cores=8).cfg.data.num_workers == 1
