@@ -15,11 +15,13 @@ def make_teacher(student: nn.Module) -> nn.Module:
     """A frozen copy of the student, parameters and buffers, in the mode the teacher keeps for ever.
 
     Dropout and drop path are off, but batch norm uses the statistics of the batch at hand, as in DAFormer: the
-    average covers parameters only, so running statistics would be stale.
+    average covers parameters only, so running statistics would be stale. Parameters that the student does not train
+    are the student's own, in the same memory.
     """
-    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    frozen = {id(parameter): parameter for parameter in student.parameters() if not parameter.requires_grad}
+    teacher = copy.deepcopy(student, dict(frozen)).requires_grad_(False).eval()
     for module in teacher.modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, _BatchNorm) and id(module.weight) not in frozen:
             module.train()
     return teacher
 
@@ -36,8 +38,10 @@ def ema_momentum(num_updates: int, final: float) -> float:
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """θ_t <- a·θ_t + (1-a)·θ_s for every parameter; buffers (batch norm's running statistics) stay."""
-    torch._foreach_lerp_([p.data for p in teacher.parameters()], [p.data for p in student.parameters()], 1 - momentum)
+    """θ_t <- a·θ_t + (1-a)·θ_s for every parameter that is trained; buffers (batch norm's running statistics) stay."""
+    pairs = zip(teacher.parameters(), student.parameters(), strict=True)
+    averaged, trained = zip(*((old.data, new.data) for old, new in pairs if new.requires_grad), strict=True)
+    torch._foreach_lerp_(averaged, trained, 1 - momentum)
 
 
 def make_pseudo_labels(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -115,12 +119,12 @@ def take_statistics(network: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 def with_statistics_of(teacher: nn.Module, student: nn.Module) -> nn.Module:
-    """A copy of the teacher that can be evaluated: its parameters with the student's running statistics.
+    """The teacher as it can be evaluated: its parameters, not copied, with the student's running statistics.
 
     The average covers parameters only, and in training the teacher normalises by the batch; for single test images
     it needs running statistics, and the student's belong to nearly the same weights.
     """
-    copied = copy.deepcopy(teacher)
+    copied = copy.deepcopy(teacher, {id(parameter): parameter for parameter in teacher.parameters()})
     for own, given in zip(copied.buffers(), student.buffers(), strict=True):
         own.copy_(given)
     return copied.eval()

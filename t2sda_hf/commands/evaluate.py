@@ -34,7 +34,7 @@ from ..evaluation.models import titled
 from ..evaluation.table import class_sets_of, format_table, summarise
 from ..storage import outputs, refuse_foreign, write_json
 from ..teacher import with_statistics_of
-from ..training.checkpoint import checkpoints
+from ..training.checkpoint import WHOLE, checkpoints
 from .domains import open_labelled, test_domains
 
 Loaded = tuple[nn.Module, tuple[str, ...]]
@@ -110,7 +110,8 @@ def models_of(given: str) -> dict[str, tuple[str, Callable[[], Loaded]]]:
         prefix = "" if title == name else f"{title} "
         found[f"{prefix}{student.parent.name}"] = str(student), partial(load_model, str(student))
         newest = checkpoints(student.parent)[-1:]
-        if newest and student.parent.name not in SUPERVISED:
+        whole = newest and (newest[0] / "teacher" / WHOLE).is_file()  # not of an encoder that is frozen or adapted
+        if whole and student.parent.name not in SUPERVISED:
             found[f"{prefix}{student.parent.name} (teacher)"] = str(student), partial(load_teacher, newest[0])
     return found
 

@@ -647,9 +647,32 @@ class OptimConfig(Section):
     )
     warmup_ratio: Number = key(1e-6, "share of the rate at the first update", "D", at_least=0, at_most=1)
     power: Number = key(1.0, "of the decay; 1 is linear", "P", at_least=0)
+    layer_decay: Number = key(
+        1.0,
+        "the encoder's blocks learn at optim.lr times this to the power of how many lie between them and the head; "
+        "1 is the same for all",
+        above=0,
+        at_most=1,
+    )
     max_grad_norm: Number | None = key(
         None, "longer gradients are shortened to this norm; null clips nothing", "D", above=0
     )
+
+
+@dataclass(frozen=True)
+class LoraConfig(Section):
+    """Low-rank adapters (arXiv 2106.09685), with train.encoder lora. student/ has them merged into its weights."""
+
+    section = "lora"
+    rank: Whole = key(16, "r, of the two matrices that are learned beside each layer; 16 in SoMA", at_least=1)
+    alpha: Whole = key(16, "what they add counts alpha / rank times", at_least=1)
+    dropout: Number = key(0.0, "share of their input that is dropped in training", at_least=0, below=1)
+    targets: tuple[str, ...] = key(
+        ("all-linear",), "names of the linear layers, [q_proj, v_proj] for example; [all-linear] is all of the encoder"
+    )
+
+    def check(self) -> None:
+        require(bool(self.targets), "lora.targets", "names of layers, or [all-linear]", self.targets)
 
 
 @dataclass(frozen=True)
@@ -658,6 +681,10 @@ class TrainConfig(Section):
 
     section = "train"
     max_steps: Whole = key(40_000, "updates", "P", at_least=1)
+    encoder: Literal["full", "frozen", "lora"] = key(
+        "full",
+        "what of the pretrained encoder learns: all of it, nothing, or low-rank adapters beside its layers, see lora",
+    )
     batch_size: Whole = key(2, "source images and as many target images, per process and micro-batch", "P", at_least=1)
     micro_batches: Whole = key(1, "per update and process; prototypes and class weights stay those of each", at_least=1)
     precision: Literal["tf32", "float32", "bf16"] = key(
@@ -821,6 +848,7 @@ class RunConfig(Section):
     feature_distance: FeatureDistanceConfig = FeatureDistanceConfig()
     loss_weights: LossWeights = LossWeights()
     optim: OptimConfig = OptimConfig()
+    lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     push_to_hub: PushConfig = PushConfig()
@@ -858,6 +886,18 @@ class RunConfig(Section):
             or not self.loss_weights.feature_distance,
             "loss_weights.feature_distance",
             "0 when model.pretrained is null or model.random_start true: the encoder to stay near would be random",
+            self.loss_weights.feature_distance,
+        )
+        require(
+            self.train.encoder == "full" or (self.model.pretrained is not None and not self.model.random_start),
+            "train.encoder",
+            "full with a random start (model.pretrained null or model.random_start true), of which nothing is known",
+            self.train.encoder,
+        )
+        require(
+            self.train.encoder != "frozen" or not self.loss_weights.feature_distance,
+            "loss_weights.feature_distance",
+            "0 with train.encoder frozen: an encoder that does not move has no distance to itself",
             self.loss_weights.feature_distance,
         )
         require(

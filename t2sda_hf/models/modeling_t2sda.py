@@ -130,6 +130,13 @@ class T2SDAForSemanticSegmentation(PreTrainedModel):
         """What of the encoder a checkpoint of somebody else holds: all of it but the pyramid on a plain ViT."""
         return self.backbone.model if self.config.encoder == "backbone" else self.encoder
 
+    def train(self, mode: bool = True) -> "T2SDAForSemanticSegmentation":
+        """As in torch; an encoder that is frozen as a whole keeps to one function: no dropout, no batch statistics."""
+        super().train(mode)
+        if mode and not any(parameter.requires_grad for parameter in self.pretrained_encoder.parameters()):
+            self.pretrained_encoder.eval()
+        return self
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Leaf by leaf come here: heads, projector, a ResNet, a pyramid. A SegFormer and a backbone are models of their

@@ -119,9 +119,7 @@ def _statistics(name_or_path: str | PathLike[str], hub_kwargs: dict[str, Any]) -
     try:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path, **hub_kwargs)
     except OSError:
-        logger.warning(
-            "%s has no preprocessor_config.json: its pixels are taken to be normalised as ImageNet's", name_or_path
-        )
+        logger.warning_once(f"{name_or_path} has no preprocessor_config.json: its pixels are taken to be ImageNet's")
         return {}
     if not processor.get("do_normalize", True):
         return {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}

@@ -43,6 +43,7 @@ from ..models import (
 from ..translate import TranslationEngine, build_engine
 from ..translate.style_networks import ADAIN_FILES, RANDOMIZATION_FILES, find_weights
 from ..translate.trained import NetworkTranslation
+from .adapters import limit_training, merged
 from .derive import Derived, Facts, derive
 from .distributed import broadcast_from_main, decided_by_main, shards
 from .loop import Run, train
@@ -200,6 +201,7 @@ def build_student(cfg: RunConfig, random: bool = False) -> T2SDAForSemanticSegme
         refuse_pointers(Path(cfg.model.pretrained))
         load_pretrained_encoder(student, cfg.model.pretrained)
         logger.info("every tensor of the encoder was loaded from %s", cfg.model.pretrained)
+    limit_training(student, cfg)
     if cfg.model.activation_checkpointing:
         encoder = student.pretrained_encoder
         if not (isinstance(encoder, PreTrainedModel) and encoder.supports_gradient_checkpointing):
@@ -489,7 +491,7 @@ def finish(
     accelerator = store.accelerator
     kept = decided_by_main(lambda: read_selected(store.folder), accelerator)  # the folder may lie on its disk alone
     if store.cfg.select != "last" and kept is not None:
-        selected: Any = deepcopy(initial).to(accelerator.device)
+        selected: Any = deepcopy(merged(initial)).to(accelerator.device)
         if accelerator.is_main_process:
             weights = T2SDAForSemanticSegmentation.from_pretrained(store.folder / SELECTED).state_dict()
             selected.load_state_dict(weights)

@@ -4,7 +4,8 @@ The live run goes into `.checkpoint-000020.partial/`, becomes `checkpoint-000020
 comes back from the newest folder whose manifest verifies. Only safetensors and JSON are written and read, no pickle.
 
     checkpoint-000020/
-      student/, teacher/      from_pretrained folders
+      student/, teacher/      from_pretrained folders; where the encoder is not trained as a whole, config.json and
+                              what is trained, in trained.safetensors
       optimizer.safetensors   "<parameter>/exp_avg", "<parameter>/exp_avg_sq", "<parameter>/step"
       processes.safetensors   "<process>/memory.*" of its ClassMemory, "<process>/watch.*" of its Watch,
                               "<process>/log.*" for its next log line
@@ -31,11 +32,13 @@ from transformers import PreTrainedModel
 from ..errors import CheckpointError, DamagedCheckpoint
 from ..evaluation.run_folder import BASELINE
 from ..storage import share_weights, sync
+from .adapters import frozen_names, without
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+WHOLE, TRAINED = "model.safetensors", "trained.safetensors"  # the weights of a network, all or what is trained
 _STEP = re.compile(r"checkpoint-(\d+)")
 
 
@@ -126,6 +129,7 @@ def write_checkpoint(
     optimizer: Mapping[str, Tensor],
     processes: list[dict[str, Tensor]],
     state: Mapping[str, Any],
+    frozen: frozenset[str] = frozenset(),
 ) -> None:
     """Write one checkpoint. Call it on one process.
 
@@ -136,11 +140,14 @@ def write_checkpoint(
         optimizer: `optimizer_tensors`, whole.
         processes: per process what only it has, by name.
         state: JSON.
+        frozen: names of the parameters that are not trained, and are left out.
 
     Raises:
         CheckpointError: see `write_folder`; also if a number to be saved is not finite: nobody can go on from it.
     """
-    named = {"student": dict(student.state_dict()), "teacher": dict(teacher.state_dict()), "optimizer": dict(optimizer)}
+    networks = {"student": student, "teacher": teacher}
+    named = {part: without(network.state_dict(), frozen) for part, network in networks.items()}
+    named["optimizer"] = dict(optimizer)
     for part, tensors in named.items():
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -150,10 +157,14 @@ def write_checkpoint(
     together = {f"{index}/{name}": value for index, own in enumerate(processes) for name, value in own.items()}
 
     def write(folder: Path) -> None:
-        save(student, folder / "student")
-        save(teacher, folder / "teacher")
-        for part in ("student", "teacher"):
-            if not (folder / part / "model.safetensors").is_file():
+        for part, network in networks.items():
+            if frozen:
+                network.config.save_pretrained(folder / part)  # type: ignore[operator, union-attr]
+                own = {name: value.contiguous() for name, value in named[part].items()}
+                save_file(own, folder / part / TRAINED)
+            else:
+                save(network, folder / part)
+            if not (folder / part / (TRAINED if frozen else WHOLE)).is_file():
                 raise FileNotFoundError(f"no weights were written into {part}")
         save_file(
             {name: value.contiguous() for name, value in named["optimizer"].items()}, folder / "optimizer.safetensors"
@@ -199,7 +210,8 @@ def verify(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedCheckpoint(f"{folder / MANIFEST} is missing or not readable ({type(error).__name__})") from error
     needed = ["optimizer.safetensors", "processes.safetensors", "state.json"]
-    needed += [f"{part}/{name}" for part in ("student", "teacher") for name in ("config.json", "model.safetensors")]
+    for part in ("student", "teacher"):
+        needed += [f"{part}/config.json", f"{part}/{TRAINED if f'{part}/{TRAINED}' in expected else WHOLE}"]
     for name in needed:
         if name not in expected:
             raise DamagedCheckpoint(f"{folder / MANIFEST} does not list {name}")
@@ -283,7 +295,8 @@ def live_tensors(
 ) -> dict[str, dict[str, Tensor]]:
     """What of a run a checkpoint is put into, by part and name, in the same order on every process."""
     allocate_state(optimizer)
-    live = {"student": dict(student.state_dict()), "teacher": dict(teacher.state_dict())}
+    frozen = frozen_names(student)
+    live = {"student": without(student.state_dict(), frozen), "teacher": without(teacher.state_dict(), frozen)}
     return live | {"optimizer": optimizer_tensors(student, optimizer)}
 
 
@@ -324,6 +337,8 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _read_network(folder: Path, network: type[PreTrainedModel]) -> dict[str, Tensor]:
+    if (folder / TRAINED).is_file():
+        return load_file(folder / TRAINED)
     loaded: Any = network.from_pretrained(folder, use_safetensors=True, local_files_only=True, output_loading_info=True)
     model, report = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

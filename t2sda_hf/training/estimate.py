@@ -206,7 +206,8 @@ def count_update(cfg: RunConfig) -> Cost:
         meta = random_student(cfg)
     networks = make_networks(cfg, meta.train(), stand_in_engine(cfg))
     with fake, Counting(cost):
-        networks = networks.each(lambda _, network: _fake(network))
+        known: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # what is not trained is one tensor in all networks
+        networks = networks.each(lambda _, network: _fake(network, known))
         optimizer = make_optimizer(meta.pretrained_encoder, meta, cfg.optim)
         allocate_state(optimizer)
         halves = half_weights(cfg, networks) if cfg.train.precision == "bf16" else None
@@ -232,7 +233,7 @@ def count_update(cfg: RunConfig) -> Cost:
             del graph  # with all that was seen
     with fake, Counting(cost):
         for parameter in networks.student.parameters():
-            if parameter.grad is None:
+            if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
@@ -247,9 +248,10 @@ def least_memory(cfg: RunConfig) -> dict[str, float]:
     logits of a batch, where the size of the crop is given.
     """
     with torch.device("meta"):
-        numbers = sum(parameter.numel() for parameter in random_student(cfg).parameters())
+        parameters = list(random_student(cfg).parameters())
     adapts = not cfg.supervised
-    needed = {"model.depths, model.hidden_sizes and the other sizes": 4.0 * numbers * (5 if adapts else 4)}
+    numbers = sum(p.numel() * ((5 if adapts else 4) if p.requires_grad else 1) for p in parameters)
+    needed = {"model.depths, model.hidden_sizes and the other sizes": 4.0 * numbers}
     if adapts and cfg.loss_weights.pull:
         queries, negatives = cfg.pull.num_queries, cfg.pull.num_negatives
         cells = queries * negatives + (queries + negatives) * cfg.projector.dim
@@ -436,13 +438,20 @@ class _Behind(torch.autograd.Function):
         return (None,) * (4 + len(gradients))
 
 
-def _fake(network: nn.Module) -> Any:
-    """The network with parameters and buffers of the running FakeTensorMode, on the CPU."""
+def _fake(network: nn.Module, known: dict[int, tuple[nn.Parameter, nn.Parameter]]) -> Any:
+    """The network with parameters and buffers of the running FakeTensorMode, on the CPU.
+
+    Args:
+        network: on the meta device.
+        known: by id a parameter and its fake, of the networks before.
+    """
     for module in network.modules():
         for name, value in module._parameters.items():
             if value is not None:
-                fresh = torch.empty(value.shape, dtype=value.dtype)
-                module._parameters[name] = nn.Parameter(fresh, requires_grad=value.requires_grad)
+                if id(value) not in known:
+                    fresh = torch.empty(value.shape, dtype=value.dtype)
+                    known[id(value)] = value, nn.Parameter(fresh, requires_grad=value.requires_grad)
+                module._parameters[name] = known[id(value)][1]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)

@@ -17,6 +17,7 @@ from ..evaluation.watch import SELECTED, SELECTED_FILE, describe_selected, drop_
 from ..masking import mask_known
 from ..models import T2SDAImageProcessor
 from ..storage import write_text
+from .adapters import frozen_names, merged
 from .checkpoint import (
     CheckpointError,
     Progress,
@@ -116,8 +117,8 @@ class Store:
         self.accelerator.wait_for_everyone()
 
     def save(self, network: nn.Module, target: Path) -> None:
-        """Write a from_pretrained folder. Of one process, with a network that is whole."""
-        self.accelerator.unwrap_model(network).save_pretrained(target)
+        """Write a from_pretrained folder, adapters merged. Of one process, with a network that is whole."""
+        merged(self.accelerator.unwrap_model(network)).save_pretrained(target)
         self.processor.save_pretrained(target)
 
     def save_student(self, student: nn.Module) -> nn.Module:
@@ -182,6 +183,7 @@ class Store:
                 teacher=teacher,
                 optimizer=optimizer,
                 processes=processes,
+                frozen=frozen_names(parts.networks.student),
                 state={
                     "method": self.cfg.method,
                     "step": progress.step,

@@ -1,6 +1,7 @@
 """Every family of backbones in training: two updates, what learns, the files, and predictions at odd sizes."""
 
 import itertools
+import sys
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -10,18 +11,25 @@ import torch
 import yaml
 from accelerate import Accelerator
 from encoders import FAMILIES, ONE_SIZE, write_encoder
-from tiny import tiny_config
+from safetensors.torch import load_file
+from tiny import tiny_config, tiny_model
+from transformers import AutoBackbone
 
 from t2sda_hf.cli import main
 from t2sda_hf.config import RunConfig
+from t2sda_hf.config.run import OptimConfig
 from t2sda_hf.evaluation.inference import load_model, predict_labels
 from t2sda_hf.methods import METHODS
-from t2sda_hf.models import T2SDAImageProcessor
+from t2sda_hf.models import T2SDAForSemanticSegmentation, T2SDAImageProcessor
+from t2sda_hf.training.adapters import limit_training, merged
 from t2sda_hf.training.build import build_student
-from t2sda_hf.training.checkpoint import Progress
+from t2sda_hf.training.checkpoint import Progress, checkpoint_folder, optimizer_tensors
 from t2sda_hf.training.estimate import random_batch, stand_in_engine
 from t2sda_hf.training.loop import Run, learn, next_step, update
+from t2sda_hf.training.optim import blocks_of, layer_scales, make_optimizer
 from t2sda_hf.training.parts import make_parts
+from t2sda_hf.training.resume import load_run
+from t2sda_hf.training.store import Store
 from t2sda_hf.training.tracking import Tracker
 
 # What the maps do not pass: a token of masked pretraining, and norms after the last stage. Nothing else.
@@ -150,3 +158,173 @@ def test_activation_checkpointing_changes_no_gradient(tmp_path):
 def test_what_means_nothing_with_an_encoder_of_its_own_is_refused(override, message):
     with pytest.raises(ValueError, match=message):
         automatic(Path("anywhere"), override)
+
+
+# Less to train
+
+
+LORA = ("--train.encoder=lora", "--lora.rank=2", "--lora.alpha=4")
+ADAPTED = [family for family in FAMILIES if family not in ("bit", "resnet")]  # those have no linear layers
+
+
+def trained_names(student: Any) -> set[str]:
+    return {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("family", ADAPTED)
+def test_adapters_learn_alone_and_vanish_in_the_model_that_is_saved(family, tmp_path):
+    folder = write_encoder(family, tmp_path / "encoder")
+    size = ["--data={crop_size: [64, 64], outer_crop_size: [64, 96]}"] if family in ONE_SIZE else []
+    run = started(automatic(folder, *size, *LORA, "--optim.lr=0.01", "--optim.warmup_steps=0"))
+    networks = run.parts.networks
+    student: Any = networks.student
+    inside = {name for name in trained_names(student) if name.startswith("backbone.model.")}
+    assert inside
+    assert all(".lora_A." in name or ".lora_B." in name for name in inside)
+    fixed = {name: p.clone() for name, p in student.named_parameters() if not p.requires_grad}
+
+    make_updates(run, tmp_path)
+
+    own = dict(student.named_parameters())
+    assert all(torch.equal(own[name], value) for name, value in fixed.items())
+    assert all(own[name].any() for name in inside if ".lora_B." in name)  # they begin as 0
+    shared = {p.data_ptr() for p in networks.teacher.parameters()}
+    assert all(own[name].data_ptr() in shared for name in fixed)
+    assert not any(own[name].data_ptr() in shared for name in trained_names(student))
+    assert len(run.parts.optimizer.state) == len(trained_names(student))
+
+    whole = merged(student.eval())
+    assert student.state_dict().keys() != whole.state_dict().keys()
+    whole.save_pretrained(tmp_path / "student")
+    loaded = T2SDAForSemanticSegmentation.from_pretrained(tmp_path / "student").eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        adapted = student(images).logits
+        assert torch.equal(loaded(images).logits, whole(images).logits)
+        torch.testing.assert_close(loaded(images).logits, adapted, atol=1e-5, rtol=1e-5)
+        assert torch.equal(student(images).logits, adapted)  # the original keeps its adapters
+
+
+def test_adapters_on_a_mix_transformer(tmp_path):
+    cfg = tiny_config(*LORA)
+    with pytest.raises(ValueError, match="no checkpoint at 'no file'"):
+        build_student(cfg)
+    student = tiny_model(cfg)
+    limit_training(student, cfg)
+    assert sum("lora_" in name for name in trained_names(student)) == 2 * 4 * 6
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(merged(student.eval())(images).logits, student(images).logits)  # B is 0
+
+
+def test_named_layers_alone_are_adapted(tmp_path):
+    folder = write_encoder("dinov2", tmp_path)
+    student = build_student(automatic(folder, *LORA, "--lora.targets=[q_proj, v_proj]"))
+    adapted = {name.split(".lora_")[0].split(".")[-1] for name in trained_names(student) if ".lora_" in name}
+    assert adapted == {"q_proj", "v_proj"}
+
+
+def test_adapters_that_would_do_nothing_are_refused(tmp_path, monkeypatch):
+    folder = write_encoder("dinov2", tmp_path / "dinov2")
+    with pytest.raises(ValueError, match=r"lora.targets query match no linear layer of Dinov2Backbone; its are"):
+        build_student(automatic(folder, *LORA, "--lora.targets=[query, v_proj]"))
+    with pytest.raises(ValueError, match="needs linear layers, and ResNetBackbone has none"):
+        build_student(automatic(write_encoder("resnet", tmp_path / "resnet"), *LORA))
+    with pytest.raises(ValueError, match=r"train\.encoder must be full with a random start"):
+        automatic(folder, *LORA, "--model.random_start=true")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match=r"needs peft: pip install 't2sda_hf\[lora\]'"):
+        build_student(automatic(folder, *LORA))
+
+
+def test_a_frozen_encoder_is_one_function_in_one_memory(tmp_path):
+    """With batch norm: neither its weights nor its statistics move, in student and teacher, and no gradient is made."""
+    folder = write_encoder("resnet", tmp_path / "encoder")
+    run = started(automatic(folder, "--train.encoder=frozen"))
+    student: Any = run.parts.networks.student.train()
+    before = {name: value.clone() for name, value in student.pretrained_encoder.state_dict().items()}
+
+    make_updates(run, tmp_path)
+
+    for network in (student, run.parts.networks.teacher):
+        for name, value in network.pretrained_encoder.state_dict().items():
+            assert torch.equal(value, before[name]), name
+    pairs = zip(student.encoder.parameters(), run.parts.networks.teacher.encoder.parameters(), strict=True)
+    assert all(one is other for one, other in pairs)
+    assert {name.split(".")[0] for name in trained_names(student)} == {"decode_head", "projector"}
+    assert not any(module.training for module in student.pretrained_encoder.modules())
+    with pytest.raises(ValueError, match=r"loss_weights\.feature_distance must be 0 with train\.encoder frozen"):
+        automatic(folder, "--train.encoder=frozen", "--loss_weights.feature_distance=0.1")
+
+
+def everything(run: Run) -> dict[str, torch.Tensor]:
+    networks = run.parts.networks
+    named = {f"student {name}": value for name, value in networks.student.state_dict().items()}
+    named |= {f"teacher {name}": value for name, value in networks.teacher.state_dict().items()}
+    return named | optimizer_tensors(networks.student, run.parts.optimizer)
+
+
+@pytest.mark.parametrize("how", ["full", "frozen", "lora"])
+def test_four_updates_equal_two_and_two_after_a_checkpoint_of_what_is_trained(how, tmp_path):
+    folder = write_encoder("dinov2", tmp_path / "encoder")
+    cfg = automatic(folder, f"--train.encoder={how}", "--lora={rank: 2, dropout: 0.1}", "--optim.layer_decay=0.5")
+    straight, first = started(cfg), started(cfg)
+    make_updates(straight, tmp_path, updates=4)
+    make_updates(first, tmp_path)
+    student = build_student(cfg)
+    store = Store(tmp_path / "run", cfg, first.accelerator, T2SDAImageProcessor(), student, {"config": {}})
+    store.save_checkpoint(first.parts, Progress(2))
+
+    checkpoint = checkpoint_folder(tmp_path / "run", 2)
+    second = started(cfg)
+    load_run(checkpoint, second.parts, second.accelerator)
+    make_updates(second, tmp_path, first=2)
+
+    found, expected = everything(second), everything(straight)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    files = {path.name for path in (checkpoint / "student").iterdir()}
+    assert ("trained.safetensors" in files, "model.safetensors" in files) == (how != "full", how == "full")
+    if how != "full":
+        held = load_file(checkpoint / "teacher" / "trained.safetensors")
+        assert trained_names(second.parts.networks.student) <= held.keys()
+        assert not any(name.endswith("base_layer.weight") or "norm1" in name for name in held)
+    loaded = T2SDAForSemanticSegmentation.from_pretrained(_saved(store, second, tmp_path))
+    assert not any("lora" in name for name in loaded.state_dict())
+
+
+def _saved(store: Store, run: Run, folder: Path) -> Path:
+    store.save(run.parts.networks.student, folder / "whole")
+    return folder / "whole"
+
+
+def test_blocks_learn_slower_the_further_they_are_from_the_head(tmp_path):
+    """BEiT's rule: decay^(N + 1 - i). Embeddings have i = 0, block i of N its number, the last norm N + 1."""
+    folder = write_encoder("dinov2", tmp_path)
+    student = build_student(automatic(folder))
+    scales = layer_scales(student.pretrained_encoder, 0.5)
+    named = {name: scales[id(p)] for name, p in student.pretrained_encoder.named_parameters()}
+    assert {scale for name, scale in named.items() if name.startswith("embeddings.")} == {0.5**5}
+    for block in range(4):
+        inside = {scale for name, scale in named.items() if f"layer.{block}." in name or f"layers.{block}." in name}
+        assert inside == {0.5 ** (4 - block)}
+    assert named["layernorm.weight"] == 1
+
+    optimizer = make_optimizer(
+        student.pretrained_encoder, student, OptimConfig(lr=1.0, head_lr_multiplier=10.0, layer_decay=0.5)
+    )
+    rates = {id(p): group["base_lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in student.named_parameters():
+        if name.startswith("backbone.model."):
+            assert rates[id(parameter)] == named[name.removeprefix("backbone.model.")]
+        else:  # the pyramid, too: it is new
+            assert rates[id(parameter)] == 10
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_block_for_each_of_its_layers(family):
+    with torch.device("meta"):
+        encoder = AutoBackbone.from_config(FAMILIES[family])
+    assert len(blocks_of(encoder)) == 4
+    scales = layer_scales(encoder, 0.5)
+    assert len(scales) == len(list(encoder.parameters()))
+    assert min(scales.values()) == 0.5**5
