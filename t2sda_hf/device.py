@@ -1,5 +1,6 @@
 """How to compute on a GPU: at which precision, without making constants, without waiting for small numbers."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
@@ -14,6 +15,19 @@ def allow_tf32(precision: str) -> None:
     """Let products and convolutions of float32 be TF32 on GPUs that have it, unless `train.precision` is float32."""
     torch.backends.cuda.matmul.allow_tf32 = precision != "float32"
     torch.backends.cudnn.allow_tf32 = precision != "float32"
+
+
+def choose_algorithms(deterministic: bool) -> None:
+    """Which algorithms a training uses on a GPU: those that are fastest for its crops, or those that repeat.
+
+    Which one is fastest is measured, and may be another one in another process. What has no algorithm that repeats
+    warns and runs (`torch.use_deterministic_algorithms`).
+    """
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    if deterministic:  # cuBLAS reads it when its first product is made
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def make_accelerator(precision: str, **settings: Any) -> Accelerator:

@@ -50,6 +50,7 @@ def test_statistics_equal_those_of_the_joined_batch(tmp_path: Path) -> None:
     )
     assert "target_data: 1 of 2 images differ from those there, first: b.png. Start all" in said[0][2]
     assert [int(rank["num_processes"]) for rank in ranks] == [2, 2]
+    assert said[0][3] == ["done", True, False, False, True]
 
     cfg, arrays = case()
     joined = statistics(arrays, cfg, lambda tensor: tensor)

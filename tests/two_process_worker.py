@@ -1,7 +1,9 @@
 """Run by test_two_processes.py under accelerate: every process writes what it computed from its share of a batch."""
 
 import json
+import math
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from two_process_case import case, share_of, statistics
 
 from t2sda_hf.config import RunConfig
 from t2sda_hf.data.contents import Contents
+from t2sda_hf.training import distributed
 from t2sda_hf.training.resume import check_agreement
 
 
@@ -22,6 +25,24 @@ def refusal(cfg: RunConfig, images: list[str], accelerator: Accelerator) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def slowly(accelerator: Accelerator) -> list[object]:
+    """What all hear of work that takes the main process several signs of life, and of whose numbers are finite."""
+    heard, enough, largest = [], threading.Event(), distributed.largest
+
+    def counted(value: int, accelerator: Accelerator) -> int:
+        heard.append(value)
+        if len(heard) == 3:
+            enough.set()
+        return largest(value, accelerator)
+
+    distributed.largest, distributed.SIGN_OF_LIFE = counted, 0.01
+    done = distributed.done_by_main(lambda: enough.wait(60) and "done", accelerator)
+    distributed.largest = largest
+    number = torch.tensor([1.0, math.inf][accelerator.process_index])
+    finite = [distributed.all_finite([number, one], accelerator) for one in (torch.ones(()), -number)]
+    return [done, len(heard) > 3, *finite, distributed.all_finite([torch.ones(())], accelerator)]
 
 
 if __name__ == "__main__":
@@ -41,5 +62,5 @@ if __name__ == "__main__":
         refusal(replace(cfg, seed=rank, optim=replace(cfg.optim, lr=(1 + rank) * 1e-3)), same, accelerator),
         refusal(cfg, ["0" * 64, f"{1 + rank}" * 64], accelerator),
     ]
-    (Path(sys.argv[1]) / f"rank{rank}.json").write_text(json.dumps(said))
+    (Path(sys.argv[1]) / f"rank{rank}.json").write_text(json.dumps([*said, slowly(accelerator)]))
     accelerator.end_training()

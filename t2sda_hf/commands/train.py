@@ -43,6 +43,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwargs
+from accelerate.utils.environment import parse_flag_from_env
 
 from ..config import RunConfig, dump_config
 from ..data.domains import read_domain
@@ -70,7 +71,7 @@ from ..training.build import (
 )
 from ..training.checkpoint import checkpoints, left_in
 from ..training.derive import Derived, rate_is_too_low
-from ..training.distributed import decided_by_main, lost_contact, shards
+from ..training.distributed import decided_by_main, done_by_main, lost_contact, shards
 from ..training.dry_run import rehearse
 from ..training.estimate import refuse_too_large
 from ..training.resume import Claim, Start, check_agreement, check_folder, config_of, lock_run, plan
@@ -90,6 +91,8 @@ def run(args: Namespace) -> int:
     if args.cfg.train.num_threads is not None:
         torch.set_num_threads(args.cfg.train.num_threads)
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=args.cfg.train.timeout_seconds))
+    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        patience.backend = "cuda:nccl,cpu:gloo"  # what processes say to each other waits for no GPU
     accelerator, cfg = accelerator_of(args.cfg, patience)
     log_to_stderr(logging.INFO if accelerator.is_main_process else logging.ERROR)
     derived, domains, initial = prepare(cfg, accelerator, rehearsal=args.dry_run)
@@ -255,7 +258,7 @@ def train_all(
         return run_method(*own, start=start, record=record, stop=stop, owned=owned)
 
     results = {method: evaluated(method, start, described[method]) for method, start in starts.items()}
-    now = decided_by_main(lambda: read_domain(domains.test, cfg.classes).contents.fingerprint, accelerator, ValueError)
+    now = done_by_main(lambda: read_domain(domains.test, cfg.classes).contents.fingerprint, accelerator, ValueError)
     if now != domains.contents["test_data"].fingerprint:
         logger.warning("the test images or labels were changed in the middle of the run: all models are scored again.")
         for method in starts:

@@ -690,6 +690,9 @@ class TrainConfig(Section):
     precision: Literal["tf32", "float32", "bf16"] = key(
         "tf32", "of matrix products and convolutions; weights and losses are float32", "O A4"
     )
+    deterministic: Flag = key(
+        False, "on a GPU, only algorithms that give the same result every time; slower", changes="nothing"
+    )
     compile: Literal["none", "inductor", "eager"] = key(
         "none", "backend of torch.compile for encoder, heads and projector; eager only captures graphs"
     )
@@ -718,7 +721,7 @@ class TrainConfig(Section):
     )
     timeout_seconds: Number = key(
         60.0,
-        "how long a process waits for the others, also while one writes a checkpoint",
+        "how long a process waits for the others; one that writes a checkpoint may take longer",
         changes="nothing",
         above=0,
         at_most=864_000,

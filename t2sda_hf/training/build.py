@@ -29,7 +29,7 @@ from ..data.domains import Domain, load_domain, read_domain
 from ..data.pairs import AHEAD, PairDataset, batches, bytes_per_batch
 from ..data.rare_class_sampling import rare_classes
 from ..data.translated import TranslatedFolder, open_translated
-from ..device import make_accelerator
+from ..device import choose_algorithms, make_accelerator
 from ..evaluation.watch import SELECTED, Watch, read_selected
 from ..listing import IMAGE_SUFFIXES, list_files, refuse_pointers
 from ..methods import METHODS
@@ -230,6 +230,7 @@ def accelerator_of(cfg: RunConfig, *handlers: KwargsHandler) -> tuple[Accelerato
         project_dir=cfg.output_dir,
         kwargs_handlers=list(handlers),
     )
+    choose_algorithms(cfg.train.deterministic)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:  # each would train alone, into the same folder
         raise ValueError(

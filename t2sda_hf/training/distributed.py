@@ -8,8 +8,10 @@ teacher's copy a process keeps one piece. torch's `fully_shard` puts a block tog
 gradient after each backward. All else is elementwise on the pieces, or asks here for whole tensors.
 """
 
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from copy import deepcopy
 from typing import Any
 
@@ -26,6 +28,7 @@ from transformers.models.segformer.modeling_segformer import SegformerLayer
 
 from ..models.resnet import Bottleneck
 
+SIGN_OF_LIFE = 0.5  # seconds between two of the main process while it is busy
 BUCKET_ELEMENTS = 16_000_000  # 64 MB of float32 in flight
 
 
@@ -125,13 +128,44 @@ def decided_by_main(decide: Callable[[], Any], accelerator: Accelerator, *refusa
     return result
 
 
+def done_by_main(do: Callable[[], Any], accelerator: Accelerator, *refusals: type[Exception]) -> Any:
+    """`decided_by_main` of what may take longer than processes wait for each other. Collective.
+
+    It is done in a thread, and the others hear of the main process meanwhile: they end if it dies, and only then.
+    """
+    if accelerator.num_processes == 1:
+        return decided_by_main(do, accelerator, *refusals)
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(do) if accelerator.is_main_process else None
+        while True:
+            if running is not None:
+                wait([running], timeout=SIGN_OF_LIFE)
+            if largest(int(running is not None and running.done()), accelerator):
+                break
+    return decided_by_main(running.result if running is not None else _nothing, accelerator, *refusals)
+
+
+def _nothing() -> None:
+    pass
+
+
 def largest(value: int, accelerator: Accelerator) -> int:
-    """The largest `value` of all processes. Collective."""
+    """The largest `value` of all processes. Collective; the host waits for other hosts, not for its device."""
     if accelerator.num_processes == 1:
         return value
-    shared = torch.tensor(value, device=accelerator.device)
+    on_host = "gloo" in accelerator.state.backend
+    shared = torch.tensor(value, device=torch.device("cpu") if on_host else accelerator.device)
     torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
     return int(shared)
+
+
+def all_finite(numbers: Sequence[Tensor], accelerator: Accelerator) -> bool:
+    """Whether all these numbers, () each, are finite on every process. Collective; one wait for the device."""
+    # too wide for a sum of float32 to overflow
+    total = torch.stack(list(numbers)).sum(dtype=torch.float64)
+    if accelerator.num_processes > 1:
+        torch.distributed.all_reduce(total)  # inf - inf is not finite either
+    return math.isfinite(total)
 
 
 def lost_contact(error: RuntimeError) -> bool:

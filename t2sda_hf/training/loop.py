@@ -20,7 +20,7 @@ from ..evaluation.watch import panel_due, save_panel_of_step
 from ..methods import Method, Step
 from ..teacher import ema_momentum, update_teacher
 from .checkpoint import Progress
-from .distributed import average_gradients, decided_by_main, largest, whole_tensor
+from .distributed import all_finite, average_gradients, decided_by_main, largest, whole_tensor
 from .optim import learning_rate_factor, set_learning_rate
 from .parts import Buffers, Parts
 from .scores import Evaluation
@@ -28,6 +28,8 @@ from .seeding import seed_step
 from .stopping import Stopped, StopRequest
 from .store import Store
 from .tracking import Tracker
+
+_FAILED = 1000  # greater than the number of any signal
 
 
 @dataclass(frozen=True)
@@ -164,13 +166,12 @@ def update(run: Run, step: int, tracker: Tracker) -> Mapping[str, Any]:
         parts.buffers.restore()
         raise
     # Before the average spreads it. Of a sharded student it is in the pieces of all processes already.
-    own = _broken_gradient(student) if accelerator.num_processes > 1 else None
+    own = _gradient_norms(student) if accelerator.num_processes > 1 else None
     average_gradients(student, accelerator, cfg.train.micro_batches)  # collective: every rank, every step
     norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters() if p.grad is not None])
     numbers = [whole_tensor(norm), *(value.float() for terms in logged for value in terms.values())]
-    finite = math.isfinite(torch.stack(numbers).sum(dtype=torch.float64))  # too wide for a sum of float32 to overflow
-    if largest(int(not finite), accelerator):  # on every process or on none
-        guilty = _broken_loss(logged) or own or (_broken_gradient(student) if accelerator.num_processes == 1 else None)
+    if not all_finite(numbers, accelerator):  # on every process or on none
+        guilty = _broken_loss(logged) or _broken_gradient(own or _gradient_norms(student))
         parts.optimizer.zero_grad()
         parts.buffers.restore()
         _skip_or_stop(step, guilty, run, tracker)
@@ -206,10 +207,11 @@ def read(run: Run, step: int, tracker: Tracker) -> list[UdaBatch]:
         name, last = type(error).__name__, (str(error).strip().splitlines() or [""])[-1]
         reason = last if last.startswith(name) else f"{name}: {last}"
     tracker.waited(time.perf_counter() - asked)
-    if largest(int(bool(reason)), run.accelerator):
+    told = largest(_FAILED if reason else number, run.accelerator)
+    if told == _FAILED:
         raise DataFailed("; ".join(gather_object([reason] if reason else [])))
-    if number := largest(number, run.accelerator):
-        raise Stopped(number)
+    if told:
+        raise Stopped(told)
     return read
 
 
@@ -299,11 +301,18 @@ def _broken_loss(logged: list[dict[str, Tensor]]) -> str | None:
     return next((f"loss {name!r} is {value.item()}" for name, value in broken), None)
 
 
-def _broken_gradient(student: nn.Module) -> str | None:
+def _gradient_norms(student: nn.Module) -> dict[str, Tensor]:
+    """The norm of each gradient, by the name of its parameter. No wait."""
     gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
-    if torch.isfinite(whole_tensor(torch.nn.utils.get_total_norm(list(gradients.values())))):
+    return dict(zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True))
+
+
+def _broken_gradient(norms: Mapping[str, Tensor]) -> str | None:
+    """Collective if the student is sharded: the pieces of all processes make a norm."""
+    whole = torch.stack([whole_tensor(norm) for norm in norms.values()])
+    if torch.isfinite(torch.linalg.vector_norm(whole)):
         return None
-    broken = (name for name, gradient in gradients.items() if not torch.isfinite(whole_tensor(gradient)).all())
+    broken = (name for name, norm in zip(norms, whole.tolist(), strict=True) if not math.isfinite(norm))
     return f"the gradient of {next(broken, 'several parameters together')} is not finite"
 
 

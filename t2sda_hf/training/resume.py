@@ -42,7 +42,7 @@ from .checkpoint import (
     sweep,
     verify,
 )
-from .distributed import decided_by_main, shards, take_from_main
+from .distributed import done_by_main, shards, take_from_main
 from .parts import Parts
 from .store import inputs_of_result
 
@@ -330,7 +330,7 @@ def plan(
         ValueError: if a checkpoint is damaged beyond falling back, or was made by a run that differs in what
             influences the result and is not in `allow_changes`. All differences are listed.
     """
-    starts: dict[str, Start] = decided_by_main(lambda: _plan(cfg, records, contents), accelerator, ValueError)
+    starts: dict[str, Start] = done_by_main(lambda: _plan(cfg, records, contents), accelerator, ValueError)
     return starts
 
 
@@ -356,7 +356,7 @@ def load_run(checkpoint: Path | None, parts: Parts, accelerator: Accelerator) ->
         read.append(content)
         return content.state, content.processes
 
-    state, processes = decided_by_main(load, accelerator, DamagedCheckpoint)
+    state, processes = done_by_main(load, accelerator, DamagedCheckpoint)
     for part, tensors in live.items():
         for name, tensor in tensors.items():
             take_from_main(tensor, getattr(read[0], part)[name] if read else None, accelerator)

@@ -28,7 +28,7 @@ from .checkpoint import (
     write_checkpoint,
     write_folder,
 )
-from .distributed import decided_by_main, whole_network, whole_tensor
+from .distributed import decided_by_main, done_by_main, whole_network, whole_tensor
 from .parts import Parts
 
 
@@ -133,7 +133,7 @@ class Store:
             self.owned()
             write_folder(self.folder / "student", lambda folder: self.save(student, folder), manifest=False)
 
-        decided_by_main(write, self.accelerator, CheckpointError, LostFolder)
+        done_by_main(write, self.accelerator, CheckpointError, LostFolder)
         return student
 
     def save_selected(self, student: nn.Module, proxies: Mapping[str, float], done: int) -> None:
@@ -155,7 +155,7 @@ class Store:
             self.owned()
             write_folder(self.folder / SELECTED, write, manifest=False)
 
-        decided_by_main(keep, self.accelerator, CheckpointError, LostFolder)
+        done_by_main(keep, self.accelerator, CheckpointError, LostFolder)
 
     def save_checkpoint(self, parts: Parts, progress: Progress) -> None:
         """Write a checkpoint, then delete old ones.
@@ -193,4 +193,4 @@ class Store:
             )
             keep_newest(self.folder, self.cfg.train.keep_checkpoints)
 
-        decided_by_main(write, self.accelerator, CheckpointError, LostFolder)
+        done_by_main(write, self.accelerator, CheckpointError, LostFolder)

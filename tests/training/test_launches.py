@@ -45,7 +45,7 @@ def launches() -> dict[str, dict]:
 def test_the_host_waits_once_in_an_update(launches, name):
     """For the check that everything is finite. Nothing but that number comes back."""
     assert launches[name]["waits"] == {next(iter(launches[name]["waits"])): 1}
-    assert "loop.py" in next(iter(launches[name]["waits"]))
+    assert "distributed.py" in next(iter(launches[name]["waits"]))
     assert "to host" not in launches[name]["copied"]
 
 

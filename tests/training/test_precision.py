@@ -59,6 +59,20 @@ def test_every_command_has_its_accelerator_from_one_function() -> None:
     assert makers == ["device.py"]
 
 
+def test_a_run_may_ask_for_algorithms_that_repeat(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = torch.backends.cudnn.benchmark, torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        for asked in (True, False):
+            accelerator_of(tiny_config(f"--train={{deterministic: {asked}, log_with: []}}"))
+            assert torch.are_deterministic_algorithms_enabled() == asked
+            assert torch.backends.cudnn.benchmark != asked
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.backends.cudnn.benchmark, torch.utils.deterministic.fill_uninitialized_memory = before
+        del os.environ["CUBLAS_WORKSPACE_CONFIG"]
+
+
 def test_a_launch_with_bf16_is_written_down_as_bf16(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     _, cfg = accelerator_of(tiny_config("--train.log_with=[]"))
