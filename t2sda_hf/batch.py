@@ -126,7 +126,7 @@ def one_ahead(items: Iterable[Item], prepare: Callable[[Item], Prepared]) -> Ite
     """`prepare` of every item, called before the item ahead of it is handed out.
 
     An error that stands for an item comes in its turn, not before: what is ahead of it can still be learned from. But
-    an `Ended` comes at once.
+    an `Ended` comes at once, and so does the end of the device's memory.
     """
     waiting: list[Prepared] = []
     stream = iter(items)
@@ -134,7 +134,7 @@ def one_ahead(items: Iterable[Item], prepare: Callable[[Item], Prepared]) -> Ite
         late: Exception | None = None
         try:
             prepared = [prepare(item) for item in itertools.islice(stream, 1)]
-        except Ended:
+        except (Ended, torch.OutOfMemoryError):
             raise
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             prepared, late = [], error

@@ -10,6 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from .errors import OutOfMemory
+
 
 def allow_tf32(precision: str) -> None:
     """Let products and convolutions of float32 be TF32 on GPUs that have it, unless `train.precision` is float32."""
@@ -64,6 +66,25 @@ def integers(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def per_channel(values: Sequence[float], images: Tensor) -> Tensor:
     """(1,3,1,1), a constant for each channel, where the images are."""
     return constant(tuple(values), images.device).view(1, 3, 1, 1)
+
+
+@contextmanager
+def advised(keys: str) -> Iterator[None]:
+    """Make an error of torch that no memory is left an `OutOfMemory` that says what to do: `keys`, a sentence.
+
+    Not one inside another: the innermost knows best.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise OutOfMemory(f"{str(error).splitlines()[0].rstrip('. ')}. {keys}") from error
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether no memory is left. torch has a type for that on a GPU, and only words on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 @contextmanager

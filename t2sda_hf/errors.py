@@ -64,6 +64,12 @@ class RunFailed(Ended):
     alone = True
 
 
+class OutOfMemory(Ended):
+    """No memory is left, of the device or of the machine; the text says which keys to lower."""
+
+    alone = True
+
+
 class LostFolder(Ended):
     """The folder of a run is not the one that it made; nothing was written into it."""
 

@@ -28,6 +28,8 @@ WITHIN_ROW = {
     ("files", "labels"),
     ("files", "listing"),
     ("batch", "device"),
+    ("batch", "errors"),
+    ("device", "errors"),
     ("translate", "augment"),
     ("training", "evaluation"),
     ("hub", "evaluation"),

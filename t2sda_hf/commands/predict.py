@@ -31,13 +31,25 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
 from ..data.domains import Domain
-from ..device import make_accelerator
+from ..data.transforms import Size
+from ..device import advised, make_accelerator
+from ..errors import OutOfMemory
 from ..evaluation.evaluator import Part
-from ..evaluation.inference import load_model, naming, predict, saved_image_size, to_pixel_values
+from ..evaluation.inference import (
+    Mode,
+    load_model,
+    naming,
+    needing_less,
+    predict,
+    saved_image_size,
+    smaller_windows,
+    to_pixel_values,
+)
 from ..evaluation.models import model_of
 from ..evaluation.pictures import Column, draw_legend, errors, save_grid
 from ..files import VideoFrames, read_image
@@ -152,12 +164,38 @@ def seeing(model: T2SDAForSemanticSegmentation, args: Namespace) -> Predict:
     image_size = tuple(args.image_size) if args.image_size else saved_image_size(args.model)
     how = args.cfg.evaluation
 
+    windows: list[tuple[Mode, Size | None, Size | None]] = [(how.mode, how.window, how.stride)]
+
     def see(image: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         pixel_values = to_pixel_values(image, image_size, device)
-        seen = predict(model, pixel_values, image.shape[:2], how.mode, how.window, how.stride, args.confidence)
-        return seen.labels[0].cpu().numpy(), None if seen.confidence is None else seen.confidence[0].cpu().numpy()
+        while True:
+            mode, window, stride = windows[-1]
+            size = pixel_values.shape[-2], pixel_values.shape[-1]
+            less = smaller_windows(size, mode, window)
+            try:
+                with advised(needing_less(mode, window)):
+                    seen = predict(model, pixel_values, image.shape[:2], mode, window, stride, args.confidence)
+                    labels, sure = seen.labels[0].cpu().numpy(), seen.confidence
+                    return labels, None if sure is None else sure[0].cpu().numpy()
+            except OutOfMemory:
+                if less is None:
+                    raise
+            # Here, where the error and what it held are gone.
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            windows.append(("slide", *less))
+            tqdm.write(
+                f"The memory does not suffice for {_sized(window if mode == 'slide' and window else size)} pixels at "
+                f"once: from here on in windows of {_sized(less[0])}, as with --mode slide --window "
+                f"{less[0][0]} {less[0][1]} --stride {less[1][0]} {less[1][1]}.",
+                file=sys.stderr,
+            )
 
     return see
+
+
+def _sized(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
 
 
 def stem_of(domain: Domain, row: int) -> str:

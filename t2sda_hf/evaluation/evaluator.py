@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from ..data.domains import Domain
 from ..data.transforms import Size
+from ..device import advised
 from ..errors import NotFinite
 from .confusion import confusion_matrix, scores
 from .gain import GroupCounts, pack
-from .inference import Mode, predict_labels, to_pixel_values
+from .inference import Mode, needing_less, predict_labels, to_pixel_values
 
 
 class LabelledDomain(Protocol):
@@ -132,6 +133,7 @@ def evaluate_model(
         ValueError: if the domain is empty or nothing in it can be read, an image and its labels differ in size, or a
             label or prediction is not a class id. Domain and image are named.
         NotFinite: if what the model makes of an image is not, on all processes alike. The image is named.
+        OutOfMemory: with what to lower; it is not done here, because other windows give other scores.
     """
     num_images = len(domain) if limit is None else min(limit, len(domain))
     if num_images < 1:
@@ -157,7 +159,8 @@ def evaluate_model(
             _refuse_another_size(domain, index, image, labels)
             pixel_values = to_pixel_values(image, image_size, device)
             try:
-                predictions = predict_labels(model, pixel_values, labels.shape, mode, window, stride)[0]
+                with advised(needing_less(mode, window)):
+                    predictions = predict_labels(model, pixel_values, labels.shape, mode, window, stride)[0]
             except NotFinite as error:
                 broken.append(f"{where(domain, index)}: {error}")  # all processes must know before one ends
                 break

@@ -283,6 +283,25 @@ def _raw_logits(model: SegmentationModel, pixel_values: Tensor) -> Tensor:
     return logits
 
 
+def needing_less(mode: str, window: Size | None) -> str:
+    """Which keys to change where an image needs too much memory."""
+    if mode == "whole":
+        return "Set evaluation.mode slide, with evaluation.window and evaluation.stride, which takes less at once."
+    return f"Lower evaluation.window {list(window or ())} and evaluation.stride."
+
+
+def smaller_windows(size: Size, mode: Mode, window: Size | None) -> tuple[Size, Size] | None:
+    """Window and stride for an image of `size` that needed too much memory: half the sides; None if they get too small.
+
+    Windows overlap by a quarter.
+    """
+    sides = size if mode == "whole" or window is None else (min(size[0], window[0]), min(size[1], window[1]))
+    half = (-(-sides[0] // 64) * 32, -(-sides[1] // 64) * 32)  # of multiples of 32, the encoder's coarsest stride
+    if min(half) < 2 * MIN_SIDE or half[0] >= sides[0] or half[1] >= sides[1]:
+        return None
+    return half, (half[0] * 3 // 4, half[1] * 3 // 4)
+
+
 @contextmanager
 def naming(image: str) -> Iterator[None]:
     """Say at which image a `NotFinite` was met."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..batch import UdaBatch
 from ..config import LossWeights, RunConfig
-from ..device import constant
+from ..device import advised, constant
 from ..errors import CheckpointError, DataFailed, LostFolder, NotFinite
 from ..evaluation.watch import panel_due, save_panel_of_step
 from ..methods import Method, Step
@@ -83,7 +83,8 @@ def train(
                 at.watched.keep()
                 observe(run, step, tracker, store, results)
             began = time.perf_counter()
-            seen = update(run, step, tracker)
+            with advised(_needing_less(run.cfg)):
+                seen = update(run, step, tracker)
             _say_compiled(took, time.perf_counter() - began, limit.compile, tracker)
             done = at.done = step + 1  # the number of finished updates is the only counter there is
             at.watched = Buffers([])
@@ -202,6 +203,8 @@ def read(run: Run, step: int, tracker: Tracker) -> list[UdaBatch]:
         tracker.redrawn([text for batch in read for text in batch.redrawn], step)
     except Stopped as error:
         number = error.exit_code - 128
+    except torch.OutOfMemoryError:  # of the device, while the next batch was sent there
+        raise
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         # a worker hands on its traceback as the text of the error; what went wrong is its last line
         name, last = type(error).__name__, (str(error).strip().splitlines() or [""])[-1]
@@ -314,6 +317,21 @@ def _broken_gradient(norms: Mapping[str, Tensor]) -> str | None:
         return None
     broken = (name for name, norm in zip(norms, whole.tolist(), strict=True) if not math.isfinite(norm))
     return f"the gradient of {next(broken, 'several parameters together')} is not finite"
+
+
+def _needing_less(cfg: RunConfig) -> str:
+    """Which keys to change where an update needs too much memory, those first that change the result least."""
+    keys = [] if cfg.model.activation_checkpointing else ["set model.activation_checkpointing true"]
+    if cfg.train.precision != "bf16":
+        keys.append("set train.precision bf16")
+    if cfg.hrda.enabled and cfg.hrda.crops_at_once != 1:
+        keys.append("set hrda.crops_at_once 1")
+    if cfg.train.batch_size > 1:
+        size, micro = cfg.train.batch_size, cfg.train.micro_batches
+        keys.append(f"lower train.batch_size {size} and raise train.micro_batches {micro}")
+    keys.append(f"lower data.crop_size {list(cfg.data.crop_size)}")
+    text = ", or ".join(keys)
+    return f"{text[:1].upper()}{text[1:]}. `t2sda estimate` says what each of them needs."
 
 
 def _due(done: int, every: int, last: int) -> bool:

@@ -20,7 +20,13 @@ from t2sda_hf.commands.predict import find_images
 from t2sda_hf.config import DomainConfig, dump_config, load_config
 from t2sda_hf.data.domains import domain_contents, load_domain
 from t2sda_hf.evaluation.evaluator import evaluate_model
-from t2sda_hf.evaluation.inference import load_model, predict_labels, saved_image_size, to_pixel_values
+from t2sda_hf.evaluation.inference import (
+    load_model,
+    predict_labels,
+    saved_image_size,
+    smaller_windows,
+    to_pixel_values,
+)
 from t2sda_hf.evaluation.models import called, model_of
 from t2sda_hf.evaluation.pictures import draw_legend
 from t2sda_hf.labels import palette
@@ -312,6 +318,64 @@ def test_predict_and_evaluate_compute_as_the_precision_says(model_folder, photos
     main(["evaluate", str(model_folder), "--domain", "streets-target", "--limit", "1", "--train.precision=bf16"])
     AcceleratorState._reset_state()
     assert inside == [torch.bfloat16] * 2
+
+
+def short_of_memory(monkeypatch, most):
+    """No input of the network may have more pixels than that, as on a small GPU."""
+    forward = T2SDAForSemanticSegmentation.forward
+
+    def limited(self, pixel_values, *args, **kwargs):
+        if pixel_values.shape[-2] * pixel_values.shape[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return forward(self, pixel_values, *args, **kwargs)
+
+    monkeypatch.setattr(T2SDAForSemanticSegmentation, "forward", limited)
+
+
+def test_predict_takes_smaller_windows_where_memory_runs_out_and_says_so(
+    model_folder, photos, tmp_path, monkeypatch, capsys
+):
+    size = ("--image_size", "256", "384")
+    slide = ("--mode", "slide", "--window", "64", "96", "--stride", "48", "72")
+    assert predict(model_folder, photos / "wide.png", tmp_path / "slide", *size, *slide) == 0
+    short_of_memory(monkeypatch, 64 * 96)
+    capsys.readouterr()
+    assert predict(model_folder, photos / "wide.png", tmp_path / "out", *size) == 0
+
+    said = re.findall("The memory does not suffice.*", capsys.readouterr().err)
+    assert said == [
+        f"The memory does not suffice for {before} pixels at once: from here on in windows of {now}, as with --mode "
+        f"slide --window {now.replace('x', ' ')} --stride {stride}."
+        for before, now, stride in (("256x384", "128x192", "96 144"), ("128x192", "64x96", "48 72"))
+    ]
+    ids = [np.array(open_image(tmp_path / name / "wide_ids.png")) for name in ("slide", "out")]
+    np.testing.assert_array_equal(*ids)
+
+    short_of_memory(monkeypatch, 0)
+    assert predict(model_folder, photos / "wide.png", tmp_path / "none", *size) == 1
+    advice = "OutOfMemory: CUDA out of memory. Tried to allocate 20.00 GiB. Lower evaluation.window [64, 96] and"
+    assert advice in capsys.readouterr().err
+
+
+def test_evaluate_says_what_to_lower_where_memory_runs_out(model_folder, monkeypatch, capsys):
+    """It takes no smaller windows by itself: the score would be another one."""
+    short_of_memory(monkeypatch, 0)
+    assert main(["evaluate", str(model_folder), "--domain", "streets-target", "--limit", "1"]) == 1
+    assert "Tried to allocate 20.00 GiB. Set evaluation.mode slide, with evaluation.window" in last_error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("size", "mode", "window", "less"),
+    [
+        ((1024, 2048), "whole", None, ((512, 1024), (384, 768))),
+        ((1080, 1914), "whole", None, ((544, 960), (408, 720))),
+        ((1024, 2048), "slide", (1024, 1024), ((512, 512), (384, 384))),
+        ((128, 2048), "slide", (1024, 1024), ((64, 512), (48, 384))),
+        ((64, 2048), "whole", None, None),
+    ],
+)
+def test_smaller_windows_are_half_as_large_and_overlap_by_a_quarter(size, mode, window, less):
+    assert smaller_windows(size, mode, window) == less
 
 
 def test_exif_orientation_is_applied(model_folder, tmp_path):
