@@ -25,7 +25,7 @@ def differences(left: RunConfig, right: RunConfig) -> dict[str, tuple[Any, Any]]
 def test_every_recipe_writes_to_its_own_folder() -> None:
     folders = [load_config(name).output_dir for name in recipe_names()]
     assert all(folder.startswith("outputs/") for folder in folders)
-    assert len(set(folders)) == len(folders) == 25
+    assert len(set(folders)) == len(folders) == 24
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -61,15 +61,6 @@ def test_a_config_names_the_schema_that_editors_check_it_by(path: Path) -> None:
 def test_the_schema_is_that_of_the_code() -> None:
     """Written by `t2sda config --schema`."""
     assert json.loads((CONFIGS / "schema.json").read_text(encoding="utf-8")) == json_schema()
-
-
-def test_the_camvid_rows_differ_in_the_method_alone() -> None:
-    t2sda, self_training, source_only = (
-        load_config(CONFIGS / "camvid" / f"{name}.yaml") for name in ("t2sda", "self_training", "source_only")
-    )
-    assert set(differences(t2sda, self_training)) == {"output_dir", "loss_weights.pull"}
-    assert self_training.loss_weights.pull == 0
-    assert set(differences(t2sda, source_only)) == {"output_dir", "method"}
 
 
 def test_the_demo_compares_with_source_only() -> None:

@@ -26,7 +26,7 @@ RECIPES = next(
 COMMAND_LINE = "the command line"  # in messages, where a value was given
 _CODE = "translate.trained.architecture"  # the key that names code
 _LARGEST_YAML, _DEEPEST_YAML = 100_000, 32  # values, with every alias written out, and levels
-_NO_RUNS = ("ablations", "accelerate", "base")  # folders of RECIPES whose files are no runs
+_NO_RUNS = ("ablations", "accelerate", "base", "small_data.yaml")  # of RECIPES, what says no whole run
 # Keys of earlier releases with the one value that still means what the code does.
 GONE: dict[str, float] = {f"{domain}.drawing_seed": 0 for domain in ("source", "target", "test")}
 GONE |= {"translate.style.random_share": 0.5, "model.encoder_ln_eps_fix": True}
