@@ -53,14 +53,14 @@ class UdaBatch:
 
     def on(self, device: torch.device) -> "UdaBatch":
         """The batch on `device`: uint8 crosses the bus, floats are made there. One that is there already stays."""
-        moved: dict[str, Any] = {}
-        for name, value in self._of_device():
-            value = value.to(device, non_blocking=True)
-            if value.dtype == torch.uint8 and value.ndim == 4:
-                value = value / 255
-            elif name == "source_labels":
-                value = value.long()
-            moved[name] = value
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in self._of_device()}
+        moved["source_labels"] = moved["source_labels"].long()
+        names = [name for name, value in moved.items() if value.dtype == torch.uint8 and value.ndim == 4]
+        if names:
+            floats = [torch.empty_like(moved[name], dtype=torch.float32) for name in names]
+            torch._foreach_copy_(floats, [moved[name] for name in names])
+            torch._foreach_div_(floats, 255)
+            moved |= dict(zip(names, floats, strict=True))
         return replace(self, **moved, shown=self.ids_shown())
 
     def pin_memory(self) -> "UdaBatch":

@@ -78,8 +78,8 @@ def pseudo_label_weights(
     Returns:
         (B,H,W) float32 in [0,1].
     """
-    sure = (confidence >= threshold).float()
-    share = sure.mean() if scope == "batch" else sure.mean(dim=(1, 2), keepdim=True)
+    over = (0, 1, 2) if scope == "batch" else (1, 2)
+    share = (confidence >= threshold).mean(dim=over, keepdim=True, dtype=torch.float32)
     return share * trusted_rows(confidence, ignore_top, ignore_bottom)
 
 

@@ -3,13 +3,15 @@
 Hue, saturation and value follow the usual hexagon: hue in [0,1) of a full turn, saturation and value in [0,1].
 """
 
+import itertools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from ..device import per_channel, sent
+from ..device import exact_products, per_channel, sent
 
 
 def rgb_to_hsv(images: Tensor) -> Tensor:
@@ -33,16 +35,46 @@ def hsv_to_rgb(images: Tensor) -> Tensor:
     return value[:, None] * (1 - saturation[:, None] * ramp)
 
 
-def scale_saturation(images: Tensor, factors: Tensor) -> Tensor:
-    """Multiply the saturation of HSV, up to 1: images (B,3,H,W) in [0,1], factors that broadcast with (B,1,H,W).
+def change_colors(images: Tensor, hue: Tensor | None = None, saturation: Tensor | None = None) -> Tensor:
+    """Turn the hue of HSV and multiply its saturation, up to 1, without the way into HSV and back.
 
-    Hue and value stay, so every channel only moves towards or away from the largest one: no turn into HSV and back.
+    V and L, the largest and the smallest of the three channels, stay what they are under a turn. Along the circle of
+    hues a channel goes from V to L, stays there, and comes back. Let it go on beyond both at the same slope: this
+    triangular wave of channel c is 2·x_c + V + L - Σx. After a whole sixth of a turn it is the wave of another channel,
+    or V + L minus that. Between two sixths it is linear, except beyond V and L, where it is cut off anyway. So a turned
+    image is a matrix product, clamped to [L,V]. For the saturation all channels move away from V.
+
+    Args:
+        images: (B,3,H,W) in [0,1].
+        hue: (B,3,5) of `hue_matrix`, or (B,15,1,1); None leaves the hue.
+        saturation: (B,1,1,1) factors >= 0; None leaves the saturation.
+
+    Returns:
+        (B,3,H,W) in [0,1].
     """
-    value = images.amax(dim=1, keepdim=True)
-    below = value - images
-    chroma = below.amax(dim=1, keepdim=True)
-    full = value / chroma.clamp(min=torch.finfo(images.dtype).tiny)  # the factor that brings the saturation to 1
-    return torch.addcmul(value, below, torch.minimum(full, factors), value=-1)
+    value, lowest = images.amax(dim=1, keepdim=True), images.amin(dim=1, keepdim=True)
+    if hue is not None:
+        known = torch.cat([images, value, lowest], dim=1).flatten(2)
+        with exact_products():
+            turned = torch.bmm(hue.view(-1, 3, 5), known)
+        images = turned.view(images.shape).clamp(lowest, value)
+    if saturation is not None:
+        full = value / (value - lowest)  # brings the saturation to 1; no number for black
+        images = torch.lerp(value, images, torch.fmin(full, saturation))
+    return images.clamp(0, 1)
+
+
+def hue_matrix(turns: Tensor) -> Tensor:
+    """(B,3,5), for `change_colors`: turns (B,) of the hue, in full turns, as a matrix on red, green, blue, V and L."""
+    sixths = turns.double() * 6 % 6
+    whole = sixths.floor()
+    of_even = torch.where(whole % 2 == 0, 1 - (sixths - whole), sixths - whole)[
+        :, None, None
+    ]  # share of that neighbour
+    even, odd = ((whole + 1) // 2)[:, None, None], (whole // 2 - 1)[:, None, None]  # by how many channels it is moved
+    moved = torch.arange(3)[:, None] - torch.arange(3)
+    matrix = (1 - of_even) * (1 - 2.0 * ((moved - odd) % 3 == 0)) - of_even * (1 - 2.0 * ((moved - even) % 3 == 0))
+    return torch.cat([matrix, of_even.expand(-1, 3, 2)], dim=2).to(turns.dtype)
 
 
 def _uniform(num: int, low: float, high: float, generator: Generator) -> Tensor:
@@ -51,8 +83,26 @@ def _uniform(num: int, low: float, high: float, generator: Generator) -> Tensor:
 
 
 def _per_image(images: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
-    """Numbers (B,) that were drawn on the host, each as (B,1,1,1) where the images are; they travel together."""
-    return sent(torch.stack(numbers), images.device).view(len(numbers), -1, 1, 1, 1).unbind()
+    """Numbers (B,...) of the host, each as (B,number,1,1) where the images are; they travel together."""
+    columns = [values.view(len(values), -1).to(images.dtype) for values in numbers]
+    there = sent(torch.cat(columns, dim=1), images.device)[..., None, None]
+    return there.split([values.shape[1] for values in columns], dim=1)
+
+
+def _affine(*steps: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Several steps factor · x + shift, factor >= 0, each clamped to [0,1], as one: a, b, low, high (B,) of
+    clamp(a · x + b, low, high).
+    """
+    (scale, shift), *others = steps
+    low, high = torch.zeros_like(scale), torch.ones_like(scale)
+    for factor, added in others:
+        scale, shift = factor * scale, factor * shift + added
+        low, high = ((factor * end + added).clamp(0, 1) for end in (low, high))
+    return scale, shift, low, high
+
+
+def _apply(images: Tensor, scale: Tensor, shift: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return torch.addcmul(shift, images, scale).clamp(low, high)
 
 
 def color_jitter(images: Tensor, strength: float, generator: Generator) -> Tensor:
@@ -73,18 +123,25 @@ def color_jitter(images: Tensor, strength: float, generator: Generator) -> Tenso
     num = len(images)
     ranges = ((-strength, strength), (1 - strength, 1 + strength), (1 - strength, 1 + strength), (-strength, strength))
     drawn = [_uniform(num, low, high, generator) for low, high in ranges]
-    brightness, contrast, saturation, hue = _per_image(images, *drawn)
-    for operation in torch.randperm(4, generator=generator).tolist():
-        if operation == 0:
-            images = images + brightness
-        elif operation == 1:
-            images = images * contrast
-        elif operation == 2:
-            images = scale_saturation(images, saturation)
+    brightness, contrast, saturation, hue = drawn
+    zero, one = torch.zeros(num), torch.ones(num)
+    order: list[int] = torch.randperm(4, generator=generator).tolist()
+    # Neighbours are one operation: brightness and contrast are affine, saturation and hue leave the largest channel.
+    # Not at the start, where a translation may have left [0,1], so that it matters which of them clamps first.
+    groups = [list(group) for _, group in itertools.groupby(order, lambda number: number < 2)]
+    groups[:1] = [groups[0]] if groups[0][0] < 2 else [[number] for number in groups[0]]
+    operations: list[Callable[..., Tensor]] = []
+    numbers: list[tuple[Tensor | None, ...]] = []
+    for group in groups:
+        if group[0] < 2:
+            operations.append(_apply)
+            numbers.append(_affine(*([(one, brightness), (contrast, zero)][number] for number in group)))
         else:
-            h, rest = rgb_to_hsv(images).split([1, 2], dim=1)
-            images = hsv_to_rgb(torch.cat([h + hue, rest], dim=1))
-        images = images.clamp(0, 1)
+            operations.append(change_colors)
+            numbers.append((hue_matrix(hue) if 3 in group else None, saturation if 2 in group else None))
+    there = iter(_per_image(images, *(values for own in numbers for values in own if values is not None)))
+    for operation, own in zip(operations, numbers, strict=True):
+        images = operation(images, *(None if values is None else next(there) for values in own))
     return images
 
 
@@ -166,8 +223,8 @@ def photometric_distortion(images: Tensor, generator: Generator) -> Tensor:
     turn = torch.randint(-18, 18, (num,), generator=generator) / 180 * coin()
     first = coin()
     before, after = torch.where(first, contrast, 1.0), torch.where(first, 1.0, contrast)
-    brightness, before, saturation, turn, after = _per_image(images, brightness, before, saturation, turn, after)
-    images = ((images + brightness).clamp(0, 1) * before).clamp(0, 1)
-    h, s, v = rgb_to_hsv(images).split(1, dim=1)
-    images = hsv_to_rgb(torch.cat([h + turn, (s * saturation).clamp(0, 1), v], dim=1))
+    zero, one = torch.zeros(num), torch.ones(num)
+    affine = _affine((one, brightness), (before, zero))
+    *affine_there, hue, saturation, after = _per_image(images, *affine, hue_matrix(turn), saturation, after)
+    images = change_colors(_apply(images, *affine_there), hue, saturation)
     return (images * after).clamp(0, 1)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..augment.color import strong_augment
-from ..batch import normalize
 from ..config import RunConfig
 from ..labels import IGNORE_INDEX
 from ..losses.feature_distance import downscale_labels_by_share
@@ -55,10 +54,10 @@ def pull_graph(
     with torch.no_grad():  # one domain at a time, for batch norm; not earlier, because maps of keys are large
         for domain in ("source", pull.key_domain):
             if domain not in keys:
-                keys[domain] = embed(teacher, images[domain], domain, cfg)
+                keys[domain] = embed(step, teacher, images[domain], domain)
     x_q = augmented(step, images[pull.query_domain]) if pull.augment else images[pull.query_domain]
     with untracked(student, cfg) if pull.query_domain == "ptarget" else nullcontext():
-        queries = embed(student, x_q, pull.query_domain, cfg)  # (B,D,h,w)
+        queries = embed(step, student, x_q, pull.query_domain)  # (B,D,h,w)
     samples, prototypes, importance = pull_against(step, keys[pull.key_domain], pseudo_labels)
     loss = pull_loss(
         queries,
@@ -172,10 +171,10 @@ def draw_samples(step: Step, labels: SmallLabels, pixels: SortedPixels, asked: T
     )
 
 
-def embed(network: nn.Module, images: Tensor, domain: str, cfg: RunConfig) -> Tensor:
+def embed(step: Step, network: nn.Module, images: Tensor, domain: str) -> Tensor:
     """Projector output (B,D,h,w). With HRDA, pseudo-target images may be at half size already (method 5.9)."""
-    shrunk = translates_context(cfg) and domain == "ptarget"
-    embeddings: Tensor = network(normalize(images), project=True, segment=False, at_context_scale=shrunk).embeddings
+    shrunk, pixels = translates_context(step.cfg) and domain == "ptarget", step.normalized(images)
+    embeddings: Tensor = network(pixels, project=True, segment=False, at_context_scale=shrunk).embeddings
     return embeddings
 
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from ..batch import UdaBatch
+from ..batch import UdaBatch, normalize
 from ..config import RunConfig
 from ..device import constant
 from ..losses.pull import class_counts
@@ -137,6 +138,14 @@ class Step:
         counts = self.sum_over_processes(class_counts(labels, len(self.cfg.classes)).double())
         weights = self.memory.count_and_weigh(counts, balance.cap)
         return torch.cat([weights, weights.new_zeros(256 - len(weights))])[labels]
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """`normalize`, and only once of the source's images, which several networks see."""
+        return self._source_pixels if images is self.batch.source_images else normalize(images)
+
+    @cached_property
+    def _source_pixels(self) -> Tensor:
+        return normalize(self.batch.source_images)
 
     @property
     def num_members(self) -> int:

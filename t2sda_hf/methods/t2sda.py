@@ -19,6 +19,7 @@ from ..augment.color import photometric_distortion
 from ..augment.patch_mask import mask_patches
 from ..batch import normalize
 from ..config import RunConfig
+from ..device import constant
 from ..losses.feature_distance import feature_distance
 from ..losses.segmentation import segmentation_loss
 from ..models import T2SDAOutput
@@ -61,7 +62,7 @@ def t2sda_losses(step: Step) -> Iterator[Graph]:
         x_m, y_m = augmented(step, x_m), torch.where(from_source, y_s, y_t)
         # DRW on the target has mean 1 over classes.
         w_t = trust * step.num_members * pseudo_labels.class_weights[y_t] if cfg.drw.apply_to == "target" else trust
-        w_m = torch.where(from_source, 1.0 if w_s is None else w_s, w_t)
+        w_m = torch.where(from_source, constant((1.0,), w_t.device) if w_s is None else w_s, w_t)
         mixed = student(normalize(x_m), detail_box=draw_box(cfg, y_m, generator))
         seen_m = {"mixed_images": x_m, "mixed_labels": y_m, "mixed_weights": w_m, "from_source": from_source}
         seen_m |= {"mixed_logits": mixed.logits.detach(), "trust": w_t.mean()}
@@ -88,8 +89,9 @@ def source_graph(step: Step, images: Tensor, seen: Mapping[str, Any], pixel_weig
         pixel_weights: (B,H,W) in the cross-entropy, or None.
     """
     cfg, labels, weights = step.cfg, step.batch.source_labels, step.cfg.loss_weights
+    pixels = step.normalized(images)
     output = step.networks.student(
-        normalize(images),
+        pixels,
         segment=weights.source > 0,
         detail_box=draw_box(cfg, labels, step.generator) if weights.source else None,
         output_hidden_states=weights.feature_distance > 0,
@@ -100,8 +102,8 @@ def source_graph(step: Step, images: Tensor, seen: Mapping[str, Any], pixel_weig
         losses["source"] = fused_and_detail_loss(output, labels, cfg, pixel_weights)
     if weights.feature_distance and step.networks.imagenet is not None:
         with torch.no_grad():
-            context = context_images(images) if cfg.hrda.enabled else images
-            frozen = step.networks.imagenet(normalize(context)).last_hidden_state
+            context = context_images(pixels) if cfg.hrda.enabled else pixels
+            frozen = step.networks.imagenet(context).last_hidden_state
         names = cfg.feature_distance.classes  # () is every pixel; names the run does not have are no pixel
         things = [cfg.classes.index(name) for name in names if name in cfg.classes] if names else None
         losses["feature_distance"] = feature_distance(
@@ -146,4 +148,4 @@ def fused_and_detail_loss(
     if output.detail_logits is None or box is None or not share:
         return fused
     in_box = None if pixel_weights is None else cut(pixel_weights, box)
-    return (1 - share) * fused + share * segmentation_loss(output.detail_logits, cut(labels, box), in_box)
+    return torch.lerp(fused, segmentation_loss(output.detail_logits, cut(labels, box), in_box), share)

@@ -3,8 +3,8 @@
 import torch
 from torch import Generator, Tensor
 
-from ..augment.color import hsv_to_rgb, rgb_to_hsv
-from ..device import per_channel
+from ..augment.color import change_colors, hue_matrix
+from ..device import per_channel, sent
 
 GREY = (0.2989, 0.587, 0.114)  # luma of red, green and blue
 
@@ -45,7 +45,6 @@ def _jitter_one(image: Tensor, probability: float, strength: float, generator: G
         elif operation == 2:
             image = saturation * image + (1 - saturation) * (image * luma).sum(1, keepdim=True)
         else:
-            hue, rest = rgb_to_hsv(image).split([1, 2], dim=1)
-            image = hsv_to_rgb(torch.cat([hue + 0.2 * strength * float(draws[3]), rest], dim=1))
+            image = change_colors(image, sent(hue_matrix(0.2 * strength * draws[3:]), image.device))
         image = image.clamp(0, 1)
     return image

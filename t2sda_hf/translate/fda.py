@@ -70,7 +70,7 @@ def low_amplitude(images: Tensor, beta: float | None, window: Literal["square", 
         rows, columns = math.floor(height * beta), math.floor(width * beta)
     # At half the sampling rate a frequency and its negative are the same; a side never swaps beyond it.
     rows, columns = min(rows, (height - 1) // 2), min(columns, (width - 1) // 2)
-    return _low_block(images, _rows_and_columns(images, rows, columns)).abs().permute(1, 2, 3, 0)
+    return _low_block(images, rows, columns).abs()
 
 
 def beta_for(side: int) -> float:
@@ -94,30 +94,16 @@ def with_low_amplitude(source_images: Tensor, amplitude: Tensor) -> Tensor:
         amplitude: (B,3,2r+1,c+1), of images of the size (H,W).
     """
     height, width = source_images.shape[-2:]
-    down, across = basis = _rows_and_columns(source_images, amplitude.shape[-2] // 2, amplitude.shape[-1] - 1)
-    source_low = _low_block(source_images, basis)
-    present = source_low.abs()
-    wanted = amplitude.to(present).permute(3, 0, 1, 2)
+    rows, columns = amplitude.shape[-2] // 2, amplitude.shape[-1] - 1
+    source_low = _low_block(source_images, rows, columns)
     # A frequency the source does not have has phase 0, as numpy's angle(0).
-    phase = torch.where(present > 0, source_low / present.clamp(min=torch.finfo(present.dtype).tiny), 1.0)
-    change = phase * (wanted - present)
-    # Columns v < 0 mirror those with v > 0: they are counted by doubling the real part.
-    change[1:] *= 2
-    rows_in_space = (change @ down.conj()).flatten(1)  # (c+1, B·3·H)
-    parts = torch.cat([rows_in_space.real, rows_in_space.imag])
+    change = torch.polar(amplitude.to(source_images) - source_low.abs(), source_low.angle()).flatten(0, 1)
+    back = _fourier_rows(height, -rows, rows, source_images.device, source_low.dtype).mH.expand(len(change), -1, -1)
+    parts = torch.view_as_real(torch.bmm(back, change)).flatten(2).flatten(0, 1)  # (B·3·H,2c+2)
+    across = _mirrored_fourier_rows(width, columns, source_images.device, source_low.dtype)
     # x + Re(a·conj(b)) / HW, in one product that reads and writes the image once: memory is what this costs.
     image_rows = source_images.reshape(-1, width)
-    return torch.addmm(image_rows, parts.T, across, alpha=1 / (height * width)).view(source_images.shape)
-
-
-def _rows_and_columns(images: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """E_h (2r+1,H), complex, and E_w (2c+2,W), real: its c+1 real parts, then its imaginary ones."""
-    height, width = images.shape[-2:]
-    dtype = torch.complex128 if images.dtype == torch.float64 else torch.complex64
-    return (
-        _fourier_rows(height, -rows, rows, images.device, dtype),
-        _real_fourier_rows(width, columns, images.device, dtype),
-    )
+    return torch.addmm(image_rows, parts, across, alpha=1 / (height * width)).view(source_images.shape)
 
 
 @lru_cache(maxsize=8)
@@ -138,8 +124,19 @@ def _real_fourier_rows(length: int, last: int, device: torch.device, dtype: torc
     return torch.cat([rows.real, rows.imag])
 
 
-def _low_block(images: Tensor, basis: tuple[Tensor, Tensor]) -> Tensor:
-    """Spectrum on the chosen frequencies, (B,3,H,W) -> (c+1,B,3,2r+1). Real product first: the images are real."""
-    down, across = basis
-    real, imaginary = (across @ images.reshape(-1, images.shape[-1]).T).view(len(across), *images.shape[:-1]).chunk(2)
-    return torch.complex(real, imaginary) @ down.T
+@lru_cache(maxsize=8)
+def _mirrored_fourier_rows(length: int, last: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The same, every real part before its imaginary one; twice those above 0, because those below 0 mirror them."""
+    rows = torch.stack(_real_fourier_rows(length, last, device, dtype).chunk(2), dim=1)
+    rows[1:] *= 2
+    return rows.flatten(0, 1)
+
+
+def _low_block(images: Tensor, rows: int, columns: int) -> Tensor:
+    """Spectrum on the chosen frequencies, (B,3,H,W) -> (B,3,2r+1,c+1). Real product first: the images are real."""
+    height, width = images.shape[-2:]
+    dtype = torch.complex128 if images.dtype == torch.float64 else torch.complex64
+    down = _fourier_rows(height, -rows, rows, images.device, dtype)
+    across = _real_fourier_rows(width, columns, images.device, dtype)
+    real, imaginary = (across @ images.reshape(-1, width).T).view(len(across), *images.shape[:-1]).chunk(2)
+    return (torch.complex(real, imaginary) @ down.T).permute(1, 2, 3, 0)

@@ -9,9 +9,11 @@ from torch import Generator, Tensor
 
 from t2sda_hf.augment.color import (
     blur_kernel_size,
+    change_colors,
     color_jitter,
     gaussian_blur,
     hsv_to_rgb,
+    hue_matrix,
     photometric_distortion,
     rgb_to_hsv,
     strong_augment,
@@ -58,6 +60,31 @@ def test_full_turns_change_nothing():
     torch.testing.assert_close(hsv_to_rgb(turned), hsv_to_rgb(hsv), rtol=1e-4, atol=1e-5)
     turned = hsv - torch.tensor([2.0, 0, 0]).view(1, 3, 1, 1)
     torch.testing.assert_close(hsv_to_rgb(turned), hsv_to_rgb(hsv), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "turn", [0.0, 1 / 12, 1 / 6, 0.2, 1 / 3, 0.4, 0.5, 0.61, 2 / 3, 0.75, 5 / 6, 0.93, 1.0, -0.2, 3.1]
+)
+@pytest.mark.parametrize("factor", [None, 0.0, 0.5, 1.0, 1.7, 40.0])
+def test_colors_are_changed_as_in_the_standard_library(turn, factor):
+    """Of every corner of the cube, where channels are equal and nothing has a hue, and of both sides of every sixth."""
+    images = corners_and_noise()
+    hue = hue_matrix(torch.tensor([turn]))
+    changed = change_colors(images, hue, None if factor is None else torch.full((1, 1, 1, 1), factor))
+    pixels = (colorsys.rgb_to_hsv(*rgb) for rgb in images[0, :, 0].double().T.tolist())
+    scale = 1.0 if factor is None else factor
+    expected = [colorsys.hsv_to_rgb((h + turn) % 1, min(s * scale, 1), v) for h, s, v in pixels]
+    torch.testing.assert_close(changed[0, :, 0].T, torch.tensor(expected), rtol=0, atol=1e-5)
+    assert 0 <= changed.min() <= changed.max() <= 1
+
+
+def test_every_image_is_turned_by_its_own_share():
+    images, turns = torch.rand(3, 3, 4, 5, generator=random()), torch.tensor([0.1, -0.4, 0.0])
+    together = change_colors(images, hue_matrix(turns))
+    for index in range(3):
+        alone = change_colors(images[index, None], hue_matrix(turns[index, None]))
+        torch.testing.assert_close(together[index, None], alone, rtol=0, atol=1e-6)
+    torch.testing.assert_close(together[2], images[2], rtol=0, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------- jitter
