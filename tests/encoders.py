@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny import tiny_config
 from transformers import (
     AutoModel,
     BeitConfig,
@@ -23,6 +24,8 @@ from transformers import (
     Swinv2Config,
     VitDetConfig,
 )
+
+from t2sda_hf.config import RunConfig
 
 _STAGES: dict[str, Any] = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 _WINDOWS: dict[str, Any] = {"image_size": 64, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]}
@@ -69,3 +72,9 @@ def write_encoder(family: str, folder: Path, seed: int = 0) -> Path:
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
     model.save_pretrained(folder)
     return folder
+
+
+def automatic(folder: Path, *overrides: str) -> RunConfig:
+    """A tiny run on the encoder in a folder."""
+    none = (f"--model.{name}=null" for name in ("depths", "hidden_sizes", "num_attention_heads"))
+    return tiny_config("--model.size=auto", f"--model.pretrained={folder}", *none, *overrides)

@@ -5,7 +5,8 @@
     t2sda tables table12 --train.max_steps 400 --num_processes 2
     t2sda tables fair --config mine.yaml --rates 1e-4,3e-4,1e-3 --seeds 0..4
 
-TABLE is one of table02 ... table17, or the path of your own file with the same form as those in configs/ablations/.
+TABLE is one of table02 ... table17, encoders (which is none of the paper's), or the path of your own file with the same
+form as those in configs/ablations/.
 
 A cell is one row of the table with one seed, and it is one run of `t2sda train`. It is stored in
 outputs/ablations/SCALE/, in a folder whose name is a number computed from its config. So a run that belongs to several

@@ -10,13 +10,13 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from encoders import FAMILIES, ONE_SIZE, write_encoder
+from encoders import FAMILIES, ONE_SIZE, automatic, write_encoder
 from safetensors.torch import load_file
 from tiny import tiny_config, tiny_model
 from transformers import AutoBackbone
 
 from t2sda_hf.cli import main
-from t2sda_hf.config import RunConfig
+from t2sda_hf.config import RunConfig, load_config
 from t2sda_hf.config.run import OptimConfig
 from t2sda_hf.evaluation.inference import load_model, predict_labels
 from t2sda_hf.methods import METHODS
@@ -24,6 +24,7 @@ from t2sda_hf.models import T2SDAForSemanticSegmentation, T2SDAImageProcessor
 from t2sda_hf.training.adapters import limit_training, merged
 from t2sda_hf.training.build import build_student
 from t2sda_hf.training.checkpoint import Progress, checkpoint_folder, optimizer_tensors
+from t2sda_hf.training.derive import without_data
 from t2sda_hf.training.estimate import random_batch, stand_in_engine
 from t2sda_hf.training.loop import Run, learn, next_step, update
 from t2sda_hf.training.optim import blocks_of, layer_scales, make_optimizer
@@ -41,12 +42,6 @@ UNUSED = {
     "dinov2_with_registers": {"embeddings.mask_token"},
     "dinov3_vit": {"embeddings.mask_token"},
 }
-
-
-def automatic(folder: Path, *overrides: str) -> RunConfig:
-    """A tiny run on the encoder in a folder."""
-    none = (f"--model.{name}=null" for name in ("depths", "hidden_sizes", "num_attention_heads"))
-    return tiny_config("--model.size=auto", f"--model.pretrained={folder}", *none, *overrides)
 
 
 def started(cfg: RunConfig) -> Run:
@@ -328,3 +323,68 @@ def test_every_family_has_a_block_for_each_of_its_layers(family):
     scales = layer_scales(encoder, 0.5)
     assert len(scales) == len(list(encoder.parameters()))
     assert min(scales.values()) == 0.5**5
+
+
+# Recipes
+
+
+RECIPES = ("t2sda_dinov2_b", "t2sda_dinov2_l", "t2sda_dinov3_l", "vfm_uda_dinov2_l")
+
+
+@pytest.mark.parametrize("folder", ["gta_cityscapes", "synthia_cityscapes"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_updates_of_a_recipe_on_a_small_encoder_of_its_kind(folder, name, tmp_path):
+    family = "dinov3_vit" if "dinov3" in name else "dinov2"
+    cfg = without_data(
+        load_config(
+            f"{folder}/{name}",
+            [
+                f"--model.pretrained={write_encoder(family, tmp_path)}",
+                "--model.decoder_hidden_size=8",
+                "--projector={hidden: 8, dim: 8}",
+                "--data={crop_size: [64, 64], outer_crop_size: [64, 128]}",
+                "--uda={ignore_top: 2, ignore_bottom: 4, ignore_left: 0, ignore_right: 0}",
+                "--pull={num_queries: 4, num_negatives: 8}",
+                "--patch_mask.block_size=14",
+                "--train.micro_batches=1",
+            ],
+        )
+    )
+    run = started(cfg)
+    logged: list[dict[str, torch.Tensor]] = []
+    learn(run, next_step(run, 0, 0, random_batch(cfg)), logged)
+    terms = {"source", "target", "trust", "masked_consistency"} | ({"pull"} if name.startswith("t2sda") else set())
+    assert {term for one in logged for term in one} == terms
+    run.parts.optimizer.zero_grad()
+    make_updates(run, tmp_path)
+    assert all(torch.isfinite(p).all() for p in run.parts.networks.student.parameters())
+
+
+def test_learning_rates_of_the_recipes_follow_the_anchors_rule():
+    """VFM-UDA++: lr times the root of the images of an update for the head, and a tenth of it for the encoder."""
+    for folder in ("gta_cityscapes", "synthia_cityscapes"):
+        for name, rate in (("t2sda_dinov2_b", 5e-5), ("t2sda_dinov2_l", 1e-5), ("vfm_uda_dinov2_l", 1e-5)):
+            cfg = load_config(f"{folder}/{name}")
+            images = cfg.train.batch_size * cfg.train.micro_batches
+            assert cfg.optim.lr == pytest.approx(rate * images**0.5 / 10, rel=0.02)
+            assert (cfg.optim.head_lr_multiplier, cfg.optim.layer_decay, cfg.uda.ema_momentum) == (10, 0.9, 0.999)
+
+
+def test_a_dry_run_of_a_recipe_from_a_stand_in_folder(tmp_path, capsys):
+    """Random weights of a small DINOv2 and drawn streets stand for what would be downloaded."""
+    write_encoder("dinov2", tmp_path / "stand-in")
+    words = [
+        *(f"--{role}={{path: streets-{role}, num_images: 2, resize: null}}" for role in ("source", "target")),
+        "--test={path: streets-target, num_images: 1, resize: null}",
+        f"--model.pretrained={tmp_path / 'stand-in'}",
+        "--data={crop_size: [64, 96], outer_crop_size: [64, 96]}",
+        "--uda={ignore_top: 0, ignore_bottom: 0}",
+        "--rcs.min_pixels=5",
+        "--pull={num_queries: 4, num_negatives: 8}",
+        "--projector={hidden: 8, dim: 8}",
+        "--model.decoder_hidden_size=8",
+        "--train.log_with=[]",
+        f"--output_dir={tmp_path / 'run'}",
+    ]
+    assert main(["train", "--config", "gta_cityscapes/t2sda_dinov2_l", *words, "--dry-run"]) == 0
+    assert "dry run passed" in capsys.readouterr().out

@@ -6,12 +6,14 @@ import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from encoders import automatic, write_encoder
 from faults.arena import RUN, outcome
 from running import undrawn
 from tiny import tiny_batch, tiny_config, tiny_graphs, tiny_networks
@@ -19,12 +21,15 @@ from torch import Generator, Tensor
 
 from t2sda_hf.cli import main
 from t2sda_hf.config import RunConfig, dump_config
-from t2sda_hf.methods import Networks
+from t2sda_hf.methods import METHODS, Networks
 from t2sda_hf.methods.t2sda import draw_box
 from t2sda_hf.training import loop
-from t2sda_hf.training.build import accelerator_of, compile_networks
-from t2sda_hf.training.loop import backward
-from t2sda_hf.training.parts import half_weights
+from t2sda_hf.training.build import accelerator_of, build_student, compile_networks
+from t2sda_hf.training.checkpoint import Progress
+from t2sda_hf.training.estimate import random_batch, stand_in_engine
+from t2sda_hf.training.loop import Run, backward, update
+from t2sda_hf.training.parts import half_weights, make_parts
+from t2sda_hf.training.tracking import Tracker
 
 # dynamo looks at .grad of whatever it captures.
 from_tracing = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -228,3 +233,17 @@ def test_compiling_everything_by_the_launch_is_refused(
     (tmp_path / "run.yaml").write_text(RUN, encoding="utf-8")
     assert main(["train", "--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out")]) == 2
     assert "set train.compile instead" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["full", "lora"])
+def test_another_encoder_learns_in_bf16(fresh: None, how: str, tmp_path: Path) -> None:
+    """Whole and with adapters: its weights stay float32, and what it makes of images stays finite."""
+    folder = write_encoder("dinov2", tmp_path / "encoder")
+    cfg = automatic(folder, f"--train.encoder={how}", "--train={precision: bf16, log_with: []}")
+    accelerator, cfg = accelerator_of(cfg)
+    parts = make_parts(cfg, build_student(cfg).train(), stand_in_engine(cfg), accelerator)
+    run = Run(cfg, accelerator, parts, METHODS[cfg.method], repeat(random_batch(cfg)))
+    with Tracker(accelerator, tmp_path, 2, Progress(), cfg.method, show=False) as tracker:
+        for step in range(2):
+            update(run, step, tracker)
+    assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in parts.networks.student.parameters())
