@@ -15,6 +15,12 @@ def heard() -> list[signal.Signals]:
     return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
+def leave_signals_to_parent(worker: int) -> None:
+    """For workers of a data loader: a signal to the whole process group must not take the data from the last step."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Ended(Exception):
     """A command ends here. `exit_code` is the one of the process; the text is for its user.
 

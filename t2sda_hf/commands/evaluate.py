@@ -16,6 +16,7 @@ shows the means over 16 and 13 classes of SYNTHIA's benchmarks.
 
 import copy
 import csv
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ from ..evaluation.table import class_sets_of, format_table, summarise
 from ..storage import outputs, refuse_foreign, write_json
 from ..teacher import with_statistics_of
 from ..training.checkpoint import WHOLE, checkpoints
+from ..training.derive import loading_processes
 from .domains import open_labelled, test_domains
 
 Loaded = tuple[nn.Module, tuple[str, ...]]
@@ -53,6 +55,9 @@ def run(args: Namespace) -> int:
     read = [path for config in domains for path in (config.path, config.label_path)]
     refuse_foreign("evaluate", files, read)
     accelerator = make_accelerator(args.cfg.train.precision)
+    workers = args.cfg.data.num_workers
+    if workers is None:
+        workers = loading_processes(len(os.sched_getaffinity(0)) // accelerator.num_processes)
     models = [(title, *entry) for given in args.models for title, entry in models_of(given).items()]
     shown: dict[str, Any] = {}
     titled_alike: dict[str, tuple[str, ...]] = {}
@@ -85,6 +90,7 @@ def run(args: Namespace) -> int:
                 stride=how.stride,
                 limit=how.limit,
                 skip_unreadable=True,
+                workers=workers,
             )
             settings: dict[str, Any] = {"model": name, "image_size": image_size, "mode": how.mode, "every": args.every}
             if args.output:  # by this a reader knows whether two files are about the same images and label maps

@@ -1,21 +1,25 @@
 """One pass over a labelled domain: predict, count, sum over processes."""
 
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from threading import current_thread, main_thread
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..data.domains import Domain
 from ..data.transforms import Size
 from ..device import advised
-from ..errors import NotFinite
-from .confusion import confusion_matrix, scores
+from ..errors import Ended, NotFinite, leave_signals_to_parent
+from .confusion import confusion_matrix, counts_of_pairs, scores
 from .gain import GroupCounts, pack
 from .inference import Mode, needing_less, predict_labels, to_pixel_values
 
@@ -87,8 +91,70 @@ def readable_part(domain: LabelledDomain) -> tuple[Part, list[str]]:
     return Part(domain, indices, domain.name), unreadable
 
 
-def evaluate_model(
-    model: nn.Module,
+class Tally:
+    """Confusion counts of a model, kept where its predictions are, and read once.
+
+    Args:
+        num_images: of all processes together.
+        num_classes: K.
+        name: of the domain, for messages.
+    """
+
+    def __init__(self, num_images: int, num_classes: int, name: str) -> None:
+        self._num_images, self._num_classes, self._name = num_images, num_classes, name
+        self._matrix = np.zeros((num_classes, num_classes), dtype=np.int64)
+        self._groups = GroupCounts(num_images, num_classes)
+        self._pairs: Tensor | None = None  # (G,256,256) on the device, by group of images
+
+    def add(self, index: int, predictions: Tensor, labels: np.ndarray) -> None:
+        """Count one image: class ids (H,W) uint8, and labels of the same size."""
+        if predictions.device.type == "cpu" and self._pairs is None:
+            try:
+                of_image = confusion_matrix(predictions, labels, self._num_classes)
+            except ValueError as error:
+                raise ValueError(f"{self._name}, image {index}: {error}") from error
+            self._matrix += of_image
+            self._groups.add(index, of_image)
+            return
+        if self._pairs is None:
+            self._pairs = torch.zeros(len(self._groups.pixels), 256, 256, dtype=torch.int64, device=predictions.device)
+        counts_of_pairs(
+            predictions, torch.from_numpy(labels).to(predictions.device), self._pairs[self._groups.of(index)]
+        )
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """(K,K) counts of all images, and those of `GroupCounts`.
+
+        Raises:
+            ValueError: for ids that are no class, where they were counted on a device.
+        """
+        if self._pairs is not None:
+            for group, pairs in enumerate(self._pairs.cpu().numpy()):
+                pairs[255] = 0
+                inside = pairs[: self._num_classes, : self._num_classes]
+                if inside.sum() != pairs.sum():
+                    first, last = (-(-place * self._num_images // len(self._pairs)) for place in (group, group + 1))
+                    raise ValueError(
+                        f"{self._name}, one of the images {first} to {last - 1}: labels or predictions contain ids "
+                        f"that are none of the {self._num_classes} classes. Map the ids of the data set to class ids "
+                        "first."
+                    )
+                self._matrix += inside
+                self._groups.add_to(group, inside)
+        return self._matrix, self._groups.pixels
+
+
+def _unasked() -> None:
+    pass
+
+
+def evaluate_model(model: nn.Module, domain: LabelledDomain, **how: Any) -> dict[str, Any]:
+    """`evaluate_models` of one."""
+    return evaluate_models({"model": model}, domain, **how)["model"]
+
+
+def evaluate_models(
+    models: Mapping[str, nn.Module],
     domain: LabelledDomain,
     *,
     image_size: Size | None,
@@ -100,15 +166,18 @@ def evaluate_model(
     progress: bool = True,
     limit: int | None = None,
     skip_unreadable: bool = False,
-) -> dict[str, Any]:
-    """Score `model` on every image of `domain` against labels in their own resolution (method 6.1).
+    workers: int = 0,
+    check: Callable[[], None] = _unasked,
+) -> dict[str, dict[str, Any]]:
+    """Score models on every image of `domain` against labels in their own resolution (method 6.1).
 
-    Collective: call it on every process. Process r takes the images r, r + world, r + 2 world, ...; none is repeated
-    to fill up the last round, so the result does not depend on the number of processes. The model is in eval mode
-    meanwhile, and every submodule gets its own mode back, also after an error.
+    Every image is read once for all of them. Collective: call it on every process. Process r takes the images r,
+    r + world, r + 2 world, ...; none is repeated to fill up the last round, so the result does not depend on the
+    number of processes. The models are in eval mode meanwhile, and every submodule gets its own mode back, also after
+    an error.
 
     Args:
-        model: on the device it shall run on; `model(pixel_values).logits` is (1, len(classes), h, w).
+        models: by name, on the device they shall run on; `model(pixel_values).logits` is (1, len(classes), h, w).
         domain: labels must be of the size of their image.
         image_size: (height, width) of the network's input, or None for the image's own.
         classes: class names, position = class id.
@@ -118,9 +187,11 @@ def evaluate_model(
         limit: only the first so many images.
         skip_unreadable: go on after an image or label map that cannot be read, and list it. It is for data somebody
             else made; the score is then of other images than the same score elsewhere.
+        workers: processes that read images ahead; 0 reads them here.
+        check: is called before every image, and may raise.
 
     Returns:
-        On every process the same, ready for JSON. All scores in %, None for 0/0:
+        By the names of the models, and on every process the same, ready for JSON. All scores in %, None for 0/0:
 
         - domain: its name; num_images: how many were scored
         - unreadable: what was left out and why, in words; empty unless `skip_unreadable`
@@ -132,70 +203,126 @@ def evaluate_model(
     Raises:
         ValueError: if the domain is empty or nothing in it can be read, an image and its labels differ in size, or a
             label or prediction is not a class id. Domain and image are named.
-        NotFinite: if what the model makes of an image is not, on all processes alike. The image is named.
+        NotFinite: if what a model makes of an image is not, on all processes alike. The image is named.
         OutOfMemory: with what to lower; it is not done here, because other windows give other scores.
     """
     num_images = len(domain) if limit is None else min(limit, len(domain))
     if num_images < 1:
         raise ValueError(f"nothing to evaluate: {domain.name} has {len(domain)} images and the limit is {limit}.")
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    device = next(model.parameters()).device
-    matrix = np.zeros((len(classes), len(classes)), dtype=np.int64)
-    groups = GroupCounts(num_images, len(classes))
+    tallies = {name: Tally(num_images, len(classes), domain.name) for name in models}
     unreadable: list[str] = []
     broken: list[str] = []
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    modes = [(module, module.training) for model in models.values() for module in model.modules()]
+    for model in models.values():
+        model.eval()
+    shard = range(rank, num_images, world)
     try:
-        shard = range(rank, num_images, world)
-        for index in tqdm(shard, desc=f"evaluate {domain.name}", disable=not progress or rank != 0):
-            try:
-                image, labels = domain.image(index), domain.labels(index)
-            except (ValueError, OSError) as error:
-                if not skip_unreadable:
-                    raise
-                unreadable.append(str(error))
-                continue
-            _refuse_another_size(domain, index, image, labels)
-            pixel_values = to_pixel_values(image, image_size, device)
-            try:
-                with advised(needing_less(mode, window)):
-                    predictions = predict_labels(model, pixel_values, labels.shape, mode, window, stride)[0]
-            except NotFinite as error:
-                broken.append(f"{where(domain, index)}: {error}")  # all processes must know before one ends
-                break
-            try:
-                of_image = confusion_matrix(predictions, labels, len(classes))
-            except ValueError as error:
-                raise ValueError(f"{domain.name}, image {index}: {error}") from error
-            matrix += of_image
-            groups.add(index, of_image)
+        shown = tqdm(shard, desc=f"evaluate {domain.name}", disable=not progress or rank != 0)
+        with closing(_read(_Reading(domain, shard, image_size), workers, check)) as items:
+            for index, item in zip(shown, items, strict=True):
+                if isinstance(item, _Unread):
+                    if not skip_unreadable or not item.may_be_skipped:
+                        raise item.error
+                    unreadable.append(str(item.error))
+                    continue
+                image, labels = item
+                try:
+                    for name, model in models.items():
+                        pixel_values = torch.from_numpy(image).to(next(model.parameters()).device)
+                        with advised(needing_less(mode, window)):
+                            predictions = predict_labels(model, pixel_values, labels.shape, mode, window, stride)[0]
+                        tallies[name].add(index, predictions, labels)
+                except NotFinite as error:
+                    broken.append(f"{where(domain, index)}: {error}")  # all processes must know before one ends
+                    break
     finally:
         for module, mode_before in modes:
             module.training = mode_before
+    counted = {name: tally.read() for name, tally in tallies.items()}
     if accelerator is not None:
-        matrix, groups.pixels = (
-            accelerator.reduce(torch.from_numpy(counts).to(accelerator.device), reduction="sum").cpu().numpy()
-            for counts in (matrix, groups.pixels)
-        )
+        counted = {
+            name: (_summed(matrix, accelerator), _summed(pixels, accelerator))
+            for name, (matrix, pixels) in counted.items()
+        }
         unreadable = sorted(gather_object(unreadable))
         broken = sorted(gather_object(broken))
     if broken:
         raise NotFinite(broken[0])
     if len(unreadable) == num_images:
         raise ValueError(f"none of the {num_images} images of {domain.name} can be scored. The first: {unreadable[0]}")
+    about = {"domain": domain.name, "num_images": num_images - len(unreadable), "unreadable": unreadable}
+    return {name: about | _result(matrix, pixels, classes) for name, (matrix, pixels) in counted.items()}
+
+
+def _result(matrix: np.ndarray, groups: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
     result = scores(matrix, classes)
     return {
-        "domain": domain.name,
-        "num_images": num_images - len(unreadable),
-        "unreadable": unreadable,
         "miou": _percent(result["mean_iou"]),
         "pixel_accuracy": _percent(result["overall_accuracy"]),
         "mean_accuracy": _percent(result["mean_accuracy"]),
         "iou": {name: _percent(value) for name, value in result["iou"].items()},
         "confusion": matrix.tolist(),
-        "groups": pack(groups.pixels),
+        "groups": pack(groups),
     }
+
+
+def _summed(counts: np.ndarray, accelerator: Accelerator) -> np.ndarray:
+    summed: Tensor = accelerator.reduce(torch.from_numpy(counts).to(accelerator.device), reduction="sum")
+    return summed.cpu().numpy()
+
+
+@dataclass(frozen=True)
+class _Unread:
+    error: Exception
+    may_be_skipped: bool
+
+
+@dataclass(frozen=True)
+class _Reading(Dataset):
+    """What a worker makes of an image: (pixel values (1,3,*size) float32, labels), or the error that it met.
+
+    Arrays, because tensors would need shared memory, which containers have little of.
+    """
+
+    domain: LabelledDomain
+    indices: Sequence[int]
+    image_size: Size | None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> tuple[np.ndarray, np.ndarray] | _Unread:
+        index, read = self.indices[place], False
+        try:
+            image, labels = self.domain.image(index), self.domain.labels(index)
+            read = True
+            _refuse_another_size(self.domain, index, image, labels)
+        except (ValueError, OSError, Ended) as error:
+            return _Unread(error, not read and not isinstance(error, Ended))
+        return to_pixel_values(image, self.image_size, torch.device("cpu")).numpy(), labels
+
+
+def _read(reading: _Reading, workers: int, check: Callable[[], None]) -> Generator[Any, None, None]:
+    """The items in order; closed, it leaves no worker behind."""
+    if not workers:
+        for place in range(len(reading)):
+            check()
+            yield reading[place]
+        return
+    alarm = signal.getsignal(signal.SIGCHLD)
+    loaded = iter(
+        DataLoader(reading, None, num_workers=workers, collate_fn=_as_it_is, worker_init_fn=leave_signals_to_parent)
+    )
+    if current_thread() is main_thread():
+        signal.signal(signal.SIGCHLD, alarm or signal.SIG_DFL)  # torch's would raise in the middle of anything
+    for item in loaded:
+        check()
+        yield item
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 def where(domain: LabelledDomain, index: int) -> str:

@@ -23,11 +23,18 @@ class GroupCounts:
         self._num_images = num_images
         self.pixels = np.zeros((min(num_images, GROUPS), 2, num_classes), dtype=np.int64)
 
+    def of(self, index: int) -> int:
+        """The group of an image."""
+        return index * len(self.pixels) // self._num_images
+
     def add(self, index: int, matrix: np.ndarray) -> None:
         """Count the (K, K) confusion matrix of one image."""
+        self.add_to(self.of(index), matrix)
+
+    def add_to(self, group: int, matrix: np.ndarray) -> None:
+        """Count a (K, K) confusion matrix of images of a group."""
         both = matrix.diagonal()
-        group = self.pixels[index * len(self.pixels) // self._num_images]
-        group += np.stack([both, matrix.sum(axis=0) + matrix.sum(axis=1) - both])
+        self.pixels[group] += np.stack([both, matrix.sum(axis=0) + matrix.sum(axis=1) - both])
 
 
 def pack(pixels: np.ndarray) -> dict[str, list[str]]:

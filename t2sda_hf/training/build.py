@@ -30,6 +30,7 @@ from ..data.pairs import AHEAD, PairDataset, batches, bytes_per_batch
 from ..data.rare_class_sampling import rare_classes
 from ..data.translated import TranslatedFolder, open_translated
 from ..device import choose_algorithms, make_accelerator
+from ..errors import leave_signals_to_parent
 from ..evaluation.watch import SELECTED, Watch, read_selected
 from ..listing import IMAGE_SUFFIXES, list_files, refuse_pointers
 from ..methods import METHODS
@@ -51,7 +52,7 @@ from .parts import Parts, make_parts
 from .resume import Start, config_of, describe, fingerprint, kept_values, load_run, locked, methods_of
 from .scores import Evaluation
 from .seeding import seed_initial_weights
-from .stopping import StopRequest, leave_signals_to_parent
+from .stopping import StopRequest
 from .store import Store, unasked
 
 logger = logging.getLogger(__name__)

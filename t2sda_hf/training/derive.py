@@ -130,7 +130,8 @@ def derive(
     put("rcs.temperature", _temperature(facts.counts, cfg.rcs.min_pixels))
     said, warnings = [_said_of_crops(cfg, domains), _said_of_schedule(cfg)], _warnings(cfg, domains, kept)
     if cfg.data.num_workers is None:
-        workers = values["data.num_workers"] = _workers(cfg, cores)
+        workers = 0 if cfg.target.streaming else loading_processes(cores)  # each would open the stream anew
+        values["data.num_workers"] = workers
         cfg = _with(cfg, {"data.num_workers": workers})
         said.append(f"{workers} processes load data ahead, of {cores} cores (data.num_workers)")
     if cfg.rcs.enabled and facts.counts.any():
@@ -274,9 +275,9 @@ def _frequencies(cfg: RunConfig) -> int:
     return math.floor(_fda_side(cfg) * cfg.translate.fda.beta)
 
 
-def _workers(cfg: RunConfig, cores: int) -> int:
-    """Processes that load data: none where they would take a core that trains, or would each open a stream anew."""
-    return 0 if cores <= 2 or cfg.target.streaming else min(cores - 1, _MOST_WORKERS)
+def loading_processes(cores: int) -> int:
+    """Processes that load data ahead: none where they would take a core that computes."""
+    return 0 if cores <= 2 else min(cores - 1, _MOST_WORKERS)
 
 
 def _warnings(cfg: RunConfig, domains: Mapping[str, np.ndarray], kept: Mapping[str, Any]) -> list[str]:

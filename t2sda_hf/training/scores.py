@@ -1,7 +1,7 @@
 """How a run scores its networks while it trains."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..config import RunConfig
 from ..data.domains import Domain
 from ..data.transforms import pad_image, random_window
 from ..errors import RunFailed
-from ..evaluation.evaluator import LabelledDomain, evaluate_model, evenly_spread
+from ..evaluation.evaluator import LabelledDomain, evaluate_models, evenly_spread
 from ..evaluation.figures import save_confusion
 from ..evaluation.report import save_panel
 from ..methods import Networks
@@ -45,9 +45,11 @@ class Interruptible:
     def __len__(self) -> int:
         return len(self.domain)
 
-    def image(self, index: int) -> np.ndarray:
+    def check(self) -> None:
         if self.stop is not None:
             self.stop.check()
+
+    def image(self, index: int) -> np.ndarray:
         with _read_later():
             return self.domain.image(index)
 
@@ -130,15 +132,14 @@ class Evaluation:
         Raises:
             Stopped: see `stop`.
         """
-        models = {"student": networks.student}
-        found = {"student": self.score(networks.student)}
+        models = {"student": self._whole(networks.student)}
         if not self.cfg.supervised:
             models["teacher"] = with_statistics_of(self._whole(networks.teacher), networks.student)
-            found["teacher"] = self.score(models["teacher"])
+        found = self._score_on_test(models)
         if self.cfg.evaluation.source_images:
             seen_before = evenly_spread(self.source, self.cfg.evaluation.source_images, ", seen in training")
-            for name, model in models.items():
-                found[f"{name}_source"] = self._score(model, seen_before, self.source, skip_unreadable=True)
+            scored = self._score(models, seen_before, self.source, skip_unreadable=True)
+            found |= {f"{name}_source": result for name, result in scored.items()}
             lost = found["student_source"]["unreadable"]
             if lost:  # as in training, which draws another one
                 logger.warning(
@@ -152,8 +153,11 @@ class Evaluation:
 
     def score(self, model: nn.Module) -> dict[str, Any]:
         """The result of a network on the test domain."""
-        alone = self.accelerator.num_processes == 1
-        return self._score(model, Interruptible(self.test, self.stop if alone else None), self.test)
+        return self._score_on_test({"model": self._whole(model)})["model"]
+
+    def _score_on_test(self, models: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
+        shown = Interruptible(self.test, self.stop if self.accelerator.num_processes == 1 else None)
+        return self._score(models, shown, self.test, check=shown.check)
 
     def pictures(self, student: nn.Module, results: dict[str, dict[str, Any]], folder: Path) -> dict[str, Path]:
         """Draw the whole student's predictions and confusions for the trackers; the page of the run has its own.
@@ -177,13 +181,13 @@ class Evaluation:
         return panels
 
     def _score(
-        self, model: nn.Module, shown: LabelledDomain, domain: Domain, skip_unreadable: bool = False
-    ) -> dict[str, Any]:
-        """The result on what is `shown` of a domain."""
+        self, models: Mapping[str, nn.Module], shown: LabelledDomain, domain: Domain, **more: Any
+    ) -> dict[str, dict[str, Any]]:
+        """The results of whole networks on what is `shown` of a domain."""
         how = self.cfg.evaluation
         with self._as_written():
-            return evaluate_model(
-                self._whole(model),
+            return evaluate_models(
+                models,
                 shown,
                 image_size=domain.network_size(),
                 classes=self.cfg.classes,
@@ -192,7 +196,8 @@ class Evaluation:
                 window=how.window,
                 stride=how.stride,
                 limit=how.limit,
-                skip_unreadable=skip_unreadable,
+                workers=self.cfg.data.num_workers or 0,
+                **more,
             )
 
     def _whole(self, network: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from ..errors import SIGNALS, Stopped, heard
+from ..errors import Stopped, heard
 
 # Set in the processes that a launcher starts: by those of several, by accelerate's of one, by `launching`.
 LAUNCHED = ("LOCAL_RANK", "ACCELERATE_DYNAMO_BACKEND", "T2SDA_COMMAND")
@@ -98,9 +98,3 @@ def launcher() -> int | None:
             if any(name in words for name in ("accelerate", "torchrun", "torch.distributed", "t2sda")):
                 return parent.pid
     return None
-
-
-def leave_signals_to_parent(worker: int) -> None:
-    """For workers of a data loader: a signal to the whole process group must not take the data from the last step."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,6 @@
 import json
+import multiprocessing
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +12,7 @@ from torch import nn
 
 from t2sda_hf.errors import NotFinite
 from t2sda_hf.evaluation.confusion import confusion_matrix
-from t2sda_hf.evaluation.evaluator import evaluate_model, readable_part
+from t2sda_hf.evaluation.evaluator import Tally, evaluate_model, evaluate_models, readable_part
 from t2sda_hf.evaluation.inference import predict_labels, to_pixel_values
 from t2sda_hf.evaluation.table import format_table
 
@@ -294,3 +296,52 @@ def test_logits_that_are_not_finite_name_the_image_and_leave_the_model_as_it_was
     with pytest.raises(NotFinite, match=r"^random, image 3: what the network makes of it is NaN or infinite"):
         evaluate_model(model, RandomDomain(), image_size=None, classes=CLASSES, progress=False)
     assert model.training
+
+
+def test_models_that_are_scored_together_read_every_image_once():
+    domain, models = RandomDomain(), {"one": QuarterResolution(), "two": ColorIsClass()}
+    how = {"image_size": (32, 64), "classes": CLASSES, "progress": False}
+    together = evaluate_models(models, domain, **how)
+    assert domain.reads == [0, 1, 2, 3, 4]
+    for name, model in models.items():
+        assert together[name] == run(model)
+    checked = []
+    evaluate_models(models, domain, **how, check=lambda: checked.append(len(domain.reads)))
+    assert checked == [5, 6, 7, 8, 9]
+
+
+def test_images_that_other_processes_read_give_the_same_scores():
+    class Holed(RandomDomain):
+        def image(self, index):
+            if index == 3:
+                raise OSError("image 3 is gone")
+            return super().image(index)
+
+    alarm = signal.getsignal(signal.SIGCHLD)
+    assert run(workers=2) == run()
+    result = run(domain=Holed(), workers=2, skip_unreadable=True)
+    assert result == run(domain=Holed(), skip_unreadable=True)
+    assert result["unreadable"] == ["image 3 is gone"]
+    with pytest.raises(OSError, match=r"^image 3 is gone$"):
+        run(domain=Holed(), workers=2)
+    assert signal.getsignal(signal.SIGCHLD) == alarm
+    assert multiprocessing.active_children() == []
+
+
+def test_counts_that_stay_on_a_device_are_those_of_every_image():
+    on_host, on_device = Tally(203, 3, "random"), Tally(203, 3, "random")
+    on_device._pairs = torch.zeros(100, 256, 256, dtype=torch.int64)  # as after the first image of a GPU
+    for index in range(0, 203, 7):
+        labels = np.random.default_rng(index).choice([0, 1, 2, 255], (6, 8)).astype(np.uint8)
+        predictions = torch.from_numpy(np.random.default_rng(-index % 99).integers(0, 3, (6, 8), dtype=np.uint8))
+        on_host.add(index, predictions, labels)
+        on_device.add(index, predictions, labels)
+    for found, expected in zip(on_device.read(), on_host.read(), strict=True):
+        assert (found == expected).all()
+    spoiled = Tally(203, 3, "random")
+    spoiled._pairs = torch.zeros(100, 256, 256, dtype=torch.int64)
+    spoiled.add(7, predictions + 1, labels)
+    with pytest.raises(
+        ValueError, match="random, one of the images 7 to 8: labels or predictions contain ids"
+    ):
+        spoiled.read()
