@@ -341,7 +341,5 @@ def test_counts_that_stay_on_a_device_are_those_of_every_image():
     spoiled = Tally(203, 3, "random")
     spoiled._pairs = torch.zeros(100, 256, 256, dtype=torch.int64)
     spoiled.add(7, predictions + 1, labels)
-    with pytest.raises(
-        ValueError, match="random, one of the images 7 to 8: labels or predictions contain ids"
-    ):
+    with pytest.raises(ValueError, match="random, one of the images 7 to 8: labels or predictions contain ids"):
         spoiled.read()

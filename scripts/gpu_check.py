@@ -1,0 +1,425 @@
+"""Check and measure this package on a GPU in at most nine minutes: python scripts/gpu_check.py [--seconds 540]
+
+Prints a Markdown table: whether the parts compute on the device what they compute on the CPU, how often an update makes
+the host wait and how many kernels it launches, time and memory of updates and of inference beside transformers, and a
+short adaptation of the drawn streets. Weights are random and nothing is downloaded. A phase that fails says so in a row
+and the next one goes on; one for which no time is left says that.
+
+--device cpu --tiny runs every phase in seconds, to try the script itself where there is no GPU.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+from t2sda_hf.config import RunConfig, load_config
+from t2sda_hf.device import allow_tf32, make_accelerator
+from t2sda_hf.evaluation.inference import predict_labels
+from t2sda_hf.evaluation.watch import Watch
+from t2sda_hf.hub.card import cpu_name
+from t2sda_hf.losses.feature_distance import feature_distance
+from t2sda_hf.losses.pull import num_queries_per_class, pull_loss, sample_pull, sort_by_class
+from t2sda_hf.losses.segmentation import segmentation_loss
+from t2sda_hf.masking import run_masked
+from t2sda_hf.methods import METHODS
+from t2sda_hf.models import T2SDAConfig, T2SDAForSemanticSegmentation
+from t2sda_hf.teacher import make_pseudo_labels
+from t2sda_hf.training.checkpoint import Progress
+from t2sda_hf.training.derive import without_data
+from t2sda_hf.training.estimate import random_batch, random_student, stand_in_engine
+from t2sda_hf.training.loop import Run, update
+from t2sda_hf.training.parts import make_parts
+from t2sda_hf.training.resume import config_of
+from t2sda_hf.training.tracking import Tracker
+from t2sda_hf.translate.fda import fda_translate
+
+GTA = "gta_cityscapes"
+SMALLEST = ["--model={depths: [1, 1, 1, 1], hidden_sizes: [8, 8, 16, 16], num_attention_heads: [1, 1, 2, 2]}"]
+SMALLEST += ["--model.decoder_hidden_size=16", "--projector={hidden: 8, dim: 8}", "--hrda.crop_size=[32, 32]"]
+SMALLEST += ["--data={crop_size: [64, 64], outer_crop_size: [64, 96]}", "--pull={num_queries: 8, num_negatives: 16}"]
+SMALLEST += ["--uda={ignore_top: 0, ignore_bottom: 0}", "--patch_mask.block_size=16"]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and how large is measured."""
+
+    device: torch.device
+    tiny: bool
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def config(self, recipe: str, *overrides: str, method: str = "t2sda") -> RunConfig:
+        """A recipe without trackers; with --tiny of the smallest networks and crops."""
+        words = ["--train={log_with: [], max_steps: 1000}", *overrides, *(SMALLEST if self.tiny else [])]
+        return config_of(without_data(load_config(recipe, words)), method)
+
+    def accelerator(self, precision: str) -> Accelerator:
+        AcceleratorState._reset_state()
+        PartialState._reset_state()
+        return make_accelerator(precision, cpu=not self.on_gpu)
+
+    def milliseconds(self, function: Callable[[], object], repeats: int = 12, warm: int = 3) -> float:
+        """Median of a call; on a GPU with all that it was asked for."""
+        repeats, warm = (1, 1) if self.tiny else (repeats, warm)
+        times = []
+        for turn in range(-warm, repeats):
+            self.finish()
+            began = time.perf_counter()
+            function()
+            self.finish()
+            if turn >= 0:
+                times.append(1000 * (time.perf_counter() - began))
+        return statistics.median(times)
+
+    def finish(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def measured(self, function: Callable[[], object]) -> str:
+        """Time and peak memory of a call in words."""
+        gc.collect()
+        if not self.on_gpu:
+            return f"{self.milliseconds(function):.3g} ms"
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            took = self.milliseconds(function)
+        except torch.OutOfMemoryError:
+            return "out of memory"
+        return f"{took:.3g} ms, {torch.cuda.max_memory_allocated(self.device) / 1e9:.3g} GB"
+
+    def measured_updates(self, cfg: RunConfig) -> str:
+        with self.updates(cfg) as step:
+            return self.measured(step)
+
+    @contextmanager
+    def updates(self, cfg: RunConfig) -> Iterator[Callable[[], object]]:
+        """Real updates of a run from its random weights, on one random batch that lies in pinned memory."""
+        accelerator = self.accelerator(cfg.train.precision)
+        batch = random_batch(cfg).pin_memory() if self.on_gpu else random_batch(cfg)
+        student = random_student(cfg).train().to(self.device)
+        watch = Watch([100] * len(cfg.classes), cfg.uda.pseudo_threshold).to(self.device)
+        parts = make_parts(cfg, student, stand_in_engine(cfg), accelerator, watch)
+        run = Run(cfg, accelerator, parts, METHODS[cfg.method], itertools.repeat(batch))
+        steps = itertools.count(cfg.full_from)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Tracker(accelerator, Path(folder), cfg.train.max_steps, Progress(), cfg.method, False) as tracker,
+        ):
+            yield lambda: update(run, next(steps), tracker)
+
+
+Rows = Iterator[tuple[str, str]]
+
+
+def on(device: torch.device, value: Any) -> Any:
+    """A tensor, or a dataclass of some, there."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if hasattr(value, "__dataclass_fields__"):
+        return replace(value, **{field.name: on(device, getattr(value, field.name)) for field in fields(value)})
+    return value
+
+
+def differs(found: Any, expected: Any) -> float:
+    """The largest difference over the largest size."""
+    found, expected = found.detach().double().cpu(), expected.detach().double()
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+
+
+def parity(bench: Bench) -> Rows:
+    """The same inputs on the CPU and on the device, in float32."""
+    allow_tf32("float32")
+    random, classes = torch.Generator().manual_seed(0), 19
+    small = 32 if bench.tiny else 128
+    maps = torch.randn(2, classes, small, small, generator=random)
+    labels = torch.randint(0, classes, (2, 4 * small, 4 * small), generator=random)
+    few = labels[:, ::4, ::4].contiguous()
+    keys, queries = (torch.randn(2, 32, small, small, generator=random) for _ in range(2))
+    images = torch.rand(2, 2, 3, 2 * small, 4 * small, generator=random)
+    prototypes, weights = torch.randn(classes, 32, generator=random), torch.full((classes,), 1 / classes)
+    counts = few.flatten().bincount(minlength=classes).double()
+    wanted = num_queries_per_class(counts, classes, 64, "cbqs")
+    pixels = sort_by_class([few, few.flip(1)], classes, random)
+    samples = sample_pull(pixels, wanted, 65 * classes, 128, random)
+    frozen = torch.randn(2, 32, small // 8, small // 8, generator=random)
+
+    def pull(device: torch.device) -> Tensor:
+        given = (on(device, value) for value in (keys, queries, prototypes, samples, weights))
+        own_keys, own_queries, own_prototypes, own_samples, own_weights = given
+        found = own_queries.clone().requires_grad_(True)
+        compared = own_keys, own_keys.flip(0), own_prototypes, own_samples, own_weights
+        loss = pull_loss(found, *compared, temperature=0.2)
+        loss.backward()
+        assert found.grad is not None
+        return torch.cat([loss.detach().view(1), found.grad.flatten()])
+
+    cases: dict[str, Callable[[torch.device], Tensor]] = {
+        "cross-entropy": lambda d: segmentation_loss(on(d, maps), on(d, labels)),
+        "pull and its gradient": pull,
+        "feature distance": lambda d: feature_distance(
+            on(d, frozen), on(d, frozen.flip(0)), on(d, labels), classes, None, 0.75
+        ),
+        "pseudo-labels": lambda d: make_pseudo_labels(on(d, maps), (4 * small, 4 * small))[1],
+        "FDA": lambda d: fda_translate(*on(d, images), 0.05),
+    }
+    for name, case in cases.items():
+        yield f"{name}: device over CPU", f"{differs(case(bench.device), case(torch.device('cpu'))):.1e}"
+    for head, size in (("daformer", "mit_b0"), ("all_mlp", "mit_b0"), ("deeplabv2", "resnet101c")):
+        torch.manual_seed(0)
+        network = T2SDAForSemanticSegmentation(T2SDAConfig.from_size(size, head=head)).eval()
+        with torch.no_grad():
+            expected = network(images[0, :, :, :64, :64], project=True)
+            found = network.to(bench.device)(images[0, :, :, :64, :64].to(bench.device), project=True)
+        worst = max(differs(found[name], expected[name]) for name in ("logits", "embeddings"))
+        yield f"{size} with {head}, logits and embeddings: device over CPU", f"{worst:.1e}"
+    for recipe in ("t2sda_daformer", "t2sda_mic", "source_only"):
+        yield f"losses of an update, {recipe}: device over CPU", f"{losses_differ(bench, recipe):.1e}"
+    allow_tf32("tf32")
+    source, target = (255 * image for image in images)
+    exact = fda_translate(source.double(), target.double(), 0.05)
+    error = (fda_translate(source.to(bench.device), target.to(bench.device), 0.05).cpu() - exact).abs().max()
+    yield "FDA where TF32 is allowed: largest error of 255 (goal 0.001)", f"{error:.1e}"
+
+
+def losses_differ(bench: Bench, recipe: str) -> float:
+    """Largest difference of the losses of one update that draw on the host alone, so not of the pull."""
+    cfg = replace(bench, tiny=True).config(f"{GTA}/{recipe}", "--train.precision=float32", "--loss_weights.pull=0")
+    cfg = replace(cfg, model=replace(cfg.model, head_dropout=0.0, drop_path_rate=0.0))
+    cfg = replace(cfg, loss_weights=replace(cfg.loss_weights, feature_distance=0.0))
+    if recipe == "source_only":
+        cfg = config_of(cfg, "source_only")
+    logged = []
+    for device in (bench.device, torch.device("cpu")):
+        seen: list[dict[str, Tensor]] = []
+        own = replace(bench, device=device)
+        method = METHODS[cfg.method]
+
+        def watched(step: Any, method: Any = method, seen: list[dict[str, Tensor]] = seen) -> Iterator[Any]:
+            for graph in method(step):
+                seen.append(graph.losses)
+                yield graph
+
+        METHODS[cfg.method] = watched
+        try:
+            with own.updates(cfg) as step:
+                step()
+        finally:
+            METHODS[cfg.method] = method
+        logged.append({name: value for terms in seen for name, value in terms.items()})
+    return max(differs(logged[0][name], value.detach().cpu()) for name, value in logged[1].items())
+
+
+def waits(bench: Bench) -> Rows:
+    """What an update asks of the GPU: waits by torch's own warnings, kernels by its profiler."""
+    if not bench.on_gpu:
+        yield "waits and kernels of an update", "needs a GPU; without one: python scripts/benchmark.py --rows launches"
+        return
+    for recipe, method in (("t2sda_daformer", "t2sda"), ("t2sda_mic", "t2sda"), ("source_only", "source_only")):
+        crops = "--data={crop_size: [256, 256], outer_crop_size: [256, 512]}"
+        more = ["--model.size=mit_b0", crops, "--hrda.crop_size=[128, 128]", "--uda={ignore_top: 0, ignore_bottom: 0}"]
+        cfg = bench.config(f"{GTA}/{recipe}", *more, method=method)
+        with bench.updates(cfg) as step, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+            step()
+            caught.clear()
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
+            yield f"{recipe}, B0: waits of the host in an update", f"{sum(places.values())} ({dict(places)})"
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+                step()
+                bench.finish()
+        launched = sum(event.count for event in seen.key_averages() if "LaunchKernel" in event.key)
+        yield f"{recipe}, B0: kernels of an update", str(launched)
+
+
+def steps(bench: Bench) -> Rows:
+    """Updates of DAFormer's crops, supervised and T2S-DA, beside transformers' SegFormer; then HRDA and MIC."""
+    sizes = ["mit_b0"] if bench.tiny else [f"mit_b{number}" for number in (0, 5, 1, 2, 3, 4)]
+    for size, precision in itertools.product(sizes, ("tf32", "bf16")):
+        words = [f"--model.size={size}", f"--train.precision={precision}"]
+        yield f"transformers' SegFormer, {size}, {precision}: update", bench.measured(theirs(bench, size, precision))
+        for method in ("source_only", "t2sda"):
+            recipe = f"{GTA}/{'t2sda_daformer' if method == 't2sda' else method}"
+            cfg = bench.config(recipe, *words, method=method)
+            yield f"{method}, {size}, {precision}: update", bench.measured_updates(cfg)
+    for recipe in ("t2sda_hrda", "t2sda_mic"):
+        for precision in ("tf32", "bf16"):
+            cfg = bench.config(f"{GTA}/{recipe}", f"--train.precision={precision}")
+            yield f"{recipe}, {cfg.model.size}, {precision}: update", bench.measured_updates(cfg)
+
+
+def segformer(bench: Bench, size: str) -> SegformerForSemanticSegmentation:
+    """transformers' own, of the size of ours."""
+    ours = T2SDAConfig.from_size(size, head="all_mlp", num_labels=19)
+    sizes = {"depths": ours.depths, "hidden_sizes": ours.hidden_sizes, "decoder_hidden_size": ours.decoder_hidden_size}
+    if bench.tiny:
+        sizes = {"depths": [1] * 4, "hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1, 1, 2, 2]}
+    return SegformerForSemanticSegmentation(SegformerConfig(**sizes, num_labels=19)).to(bench.device)
+
+
+def theirs(bench: Bench, size: str, precision: str) -> Callable[[], object]:
+    """A supervised update of transformers' SegFormer on two images, with its own loss and torch's fused AdamW."""
+    accelerator = bench.accelerator(precision)
+    network: Any = accelerator.prepare_model(segformer(bench, size).train(), evaluation_mode=True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=6e-5, fused=True)
+    side = 64 if bench.tiny else 512
+    images = torch.rand(2, 3, side, side, device=bench.device)
+    labels = torch.randint(0, 19, (2, side, side), device=bench.device)
+
+    def step() -> None:
+        network(pixel_values=images, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def inference(bench: Bench) -> Rows:
+    """Labels of an image of Cityscapes, beside transformers' SegFormer with full upsampling."""
+    height, width = (64, 128) if bench.tiny else (1024, 2048)
+    pixels = torch.rand(1, 3, height, width, device=bench.device)
+    for size in ["mit_b0"] if bench.tiny else ["mit_b0", "mit_b5"]:
+        allow_tf32("tf32")
+        network = segformer(bench, size).eval()
+        with tempfile.TemporaryDirectory() as folder:  # the same weights
+            network.save_pretrained(folder)
+            ours = T2SDAForSemanticSegmentation.from_pretrained(folder).eval().to(bench.device)
+
+        @torch.no_grad()
+        def full(network: nn.Module = network) -> Tensor:
+            logits = network(pixels).logits
+            return F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False).argmax(1)
+
+        def own(ours: nn.Module = ours) -> Tensor:
+            return predict_labels(ours, pixels, (height, width))
+
+        yield f"transformers' SegFormer, {size}: labels of {height}x{width}", bench.measured(full)
+        yield f"ours, {size}: labels of {height}x{width}", bench.measured(own)
+        yield f"ours, {size}: pixels labelled as by transformers", f"{(full() == own()).double().mean():.5f}"
+
+
+def adaptation(bench: Bench) -> Rows:
+    """`t2sda train` on the drawn streets: how long it takes, and what it gains over the source alone."""
+    words = ["--train.max_steps=2", "--source.num_images=4", "--target.num_images=4", "--test.num_images=2"]
+    words += ["--model={depths: [1, 1, 1, 1], hidden_sizes: [8, 8, 16, 16], num_attention_heads: [1, 1, 2, 2]}"]
+    words += ["--data={crop_size: [32, 32], outer_crop_size: [32, 32]}", "--evaluation.source_images=0"]
+    words = [*words, "--optim.warmup_steps=0", "--train.log_with=[]"] if bench.tiny else ["--train.max_steps=1000"]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable,
+            "-m",
+            "t2sda_hf",
+            "train",
+            "--config",
+            "demo",
+            "--output_dir",
+            f"{folder}/run",
+            *words,
+        ]
+        environment = os.environ | ({} if bench.on_gpu else {"ACCELERATE_USE_CPU": "true"})
+        done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"exit code {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
+        summary = json.loads(Path(folder, "run", "summary.json").read_text(encoding="utf-8"))
+        log = Path(folder, "run", "t2sda", "scalars.jsonl").read_text(encoding="utf-8").splitlines()
+    last = [line for line in map(json.loads, log) if "seconds_per_step" in line][-1]
+    yield "demo: mIoU of t2sda", f"{summary['t2sda']['miou']:.2f}"
+    yield "demo: its gain over the source alone", f"{summary['gain']:+.2f}"
+    yield "demo: seconds of both runs", str(summary["seconds"])
+    yield (
+        "demo: ms of an update, and the share of waiting for data",
+        (f"{1000 * last['seconds_per_step']:.3g}, {last['data_share']:.1%}"),
+    )
+
+
+# Phase -> seconds without which it is not begun; what is dearest to know comes first.
+PHASES: dict[str, tuple[Callable[[Bench], Rows], float]] = {
+    "parity": (parity, 20),
+    "waits": (waits, 20),
+    "steps": (steps, 30),
+    "inference": (inference, 20),
+    "adaptation": (adaptation, 60),
+}
+
+
+def card(device: torch.device) -> str:
+    versions = f"Python {sys.version.split()[0]}, torch {torch.__version__}, transformers {transformers.__version__}"
+    if device.type != "cuda":
+        return f"{cpu_name()}, no GPU; {versions}"
+    memory = torch.cuda.get_device_properties(device).total_memory / 1e9
+    return f"{torch.cuda.get_device_name(device)}, {memory:.0f} GB; {versions}, CUDA {torch.version.cuda}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="the smallest networks and images")
+    parser.add_argument("--seconds", type=float, default=540, help="all in all; default: 540")
+    parser.add_argument("--phases", nargs="+", choices=list(PHASES), default=list(PHASES))
+    args = parser.parse_args(arguments)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no GPU here. Install a torch that does, or try the script with --device cpu --tiny.")
+    bench, end, failed = Bench(torch.device(args.device), args.tiny), time.monotonic() + args.seconds, 0
+    torch.backends.cudnn.benchmark = True  # as in a training
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    print(f"{card(bench.device)}\n\n| phase | what | measured |\n| :--- | :--- | ---: |", flush=True)
+
+    def show(phase: str, what: str, measured: str) -> None:
+        cells = (re.sub(r"\s+", " ", cell).replace("|", "/") for cell in (phase, what, measured))
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+    for phase in args.phases:
+        rows, needed = PHASES[phase]
+        if end - time.monotonic() < needed:
+            show(phase, "not begun", "no time is left")
+            continue
+        try:
+            for what, measured in rows(bench):
+                show(phase, what, measured)
+                if time.monotonic() > end:
+                    show(phase, "ended here", "no time is left")
+                    break
+        except Exception as error:
+            traceback.print_exc()
+            show(phase, "failed", f"{type(error).__name__}: {error}"[:300])
+            failed += 1
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(run_masked(main))
