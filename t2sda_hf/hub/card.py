@@ -41,6 +41,14 @@ METHODS = {
 DRAWN = ("streets-source", "streets-target")
 DRAWN_TERMS = "drawn by t2sda_hf itself, Apache-2.0"
 PACKAGE = Path(__file__).parents[1]
+# How Hub ids of encoders begin, and under which licence their weights come: a model that starts from them does, too.
+LICENCES = {
+    "facebook/dinov2-": "Apache-2.0",
+    "facebook/dinov3-": "the DINOv3 licence, which its users accept on the Hub",
+    "facebook/convnext-": "Apache-2.0",
+    "microsoft/swin": "Apache-2.0",
+    "nvidia/mit-": "NVIDIA's licence for SegFormer: research and evaluation only",
+}
 
 
 @dataclass(frozen=True)
@@ -445,9 +453,12 @@ def domain_facts(cfg: RunConfig, role: str, terms: Mapping[str, str]) -> dict[st
 def _license(cfg: RunConfig, given: str) -> str:
     found = given or own_license(cfg)
     if not found:
+        brought = licence_of(cfg.model.pretrained or "")
+        said = f" That encoder comes under {brought}." if brought else ""
         raise ValueError(
             f"the licence of the weights is not known: they start from {cfg.model.pretrained!r} and saw "
-            f"{cfg.labelled.path!r} and {cfg.target.path!r}. Give --license, or push_to_hub.license in the config."
+            f"{cfg.labelled.path!r} and {cfg.target.path!r}.{said} Give --license, or push_to_hub.license in the "
+            "config."
         )
     return found
 
@@ -456,6 +467,11 @@ def _repository() -> str:
     """Where the metadata of the package say that its code is; "" if they do not."""
     urls = dict(url.split(", ", 1) for url in metadata("t2sda_hf").get_all("Project-URL") or ())
     return str(urls.get("Repository", ""))
+
+
+def licence_of(pretrained: str) -> str:
+    """Under which licence the weights of a Hub id come, in words; "" if that is not known here."""
+    return next((words for begins, words in LICENCES.items() if pretrained.startswith(begins)), "")
 
 
 def own_license(cfg: RunConfig) -> str:
@@ -479,7 +495,8 @@ def _host(folder: Path, cfg: RunConfig, start: str) -> str:
     if cfg.model.hidden_sizes:
         sizes += f"{' and' if sizes else ' with'} widths {list(cfg.model.hidden_sizes)}"
     weights = cfg.model.pretrained if not cfg.model.random_start else None
-    start = start or (f"`{weights}`" if weights else "random weights")
+    brought = licence_of(weights or "")
+    start = start or (f"`{weights}`" if weights else "random weights") + (f" ({brought})" if brought else "")
     extras = ", two resolutions (HRDA)" if cfg.hrda.enabled else ""
     extras += ", trained with hidden patches (MIC)" if cfg.loss_weights.masked_consistency else ""
     return f"`{name}` encoder{sizes}, {heads[cfg.model.head]}{extras}; the encoder starts from {start}"

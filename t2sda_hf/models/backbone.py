@@ -174,6 +174,11 @@ class Pyramid(nn.Module):
         return level[..., : size[0] // stride, : size[1] // stride]
 
 
+def padded(side: int, multiple: int) -> int:
+    """The smallest multiple that is no smaller than `side`. Of positive numbers alone: ONNX rounds towards zero."""
+    return (side + multiple - 1) // multiple * multiple
+
+
 class BackboneEncoder(nn.Module):
     """A backbone of transformers that takes images of any size and gives levels of strides 4, 8, 16 and 32.
 
@@ -206,6 +211,16 @@ class BackboneEncoder(nn.Module):
         )
         self.scale = tuple(std / own for std, own in zip(IMAGE_STD, config.image_std, strict=True))
 
+    def refuse_size(self, height: int, width: int) -> None:
+        """Raise ValueError for images of a size that the backbone does not take."""
+        if self.only_size is not None and (padded(height, 32), padded(width, 32)) != self.only_size:
+            only = "x".join(map(str, self.only_size))
+            raise ValueError(
+                f"a {self.name!r} encoder of this config takes images of {only} alone (its windows are laid out for "
+                f"that), and got {height}x{width}. Set data.crop_size and, with evaluation.mode slide, "
+                "evaluation.window to it, or take another encoder."
+            )
+
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
         """Images (B,3,H,W), normalised by ImageNet -> four levels (B,C_i,h/s_i,w/s_i); h and w are H and W, rounded up
         to 32.
@@ -216,16 +231,10 @@ class BackboneEncoder(nn.Module):
         Raises:
             ValueError: for a size that the backbone refuses.
         """
-        height, width = (-(-side // 32) * 32 for side in pixel_values.shape[-2:])
-        if self.only_size is not None and (height, width) != self.only_size:
-            only = "x".join(map(str, self.only_size))
-            raise ValueError(
-                f"a {self.name!r} encoder of this config takes images of {only} alone (its windows are laid out for "
-                f"that), and got {pixel_values.shape[-2]}x{pixel_values.shape[-1]}. Set data.crop_size and, with "
-                "evaluation.mode slide, evaluation.window to it, or take another encoder."
-            )
+        self.refuse_size(*pixel_values.shape[-2:])
+        height, width = (padded(side, 32) for side in pixel_values.shape[-2:])
         patch = 1 if self.pyramid is None else self.pyramid.patch
-        below, right = (-(-side // patch) * patch for side in (height, width))
+        below, right = (padded(side, patch) for side in (height, width))
         if (below, right) != tuple(pixel_values.shape[-2:]):
             pixel_values = F.pad(pixel_values, (0, right - pixel_values.shape[-1], 0, below - pixel_values.shape[-2]))
         if self.scale != (1.0, 1.0, 1.0) or any(self.shift):

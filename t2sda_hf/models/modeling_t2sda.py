@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 from transformers.utils import ModelOutput
 
-from .backbone import STRIDES, BackboneEncoder
+from .backbone import STRIDES, BackboneEncoder, padded
 from .configuration_t2sda import T2SDAConfig
 from .heads import AllMLPHead, DAFormerHead, DeepLabV2Head, LinearHead, upsample
 from .multi_resolution import Box, context_images, cut, fuse, mean_of_crops, pad_to_grid, scaled, slide_boxes
@@ -283,7 +283,7 @@ class T2SDAForSemanticSegmentation(PreTrainedModel):
         if self.config.encoder != "backbone":
             return maps
         height, width = images.shape[-2:]
-        return maps[..., : -(-height // stride), : -(-width // stride)]
+        return maps[..., : padded(height, stride) // stride, : padded(width, stride) // stride]
 
     def _detail(self, pixel_values: Tensor, box: Box | None, **kwargs: Any) -> tuple[Tensor, Box | None]:
         """Logits of one crop, and its box in cells of them; without a box those of the whole image, from many crops."""

@@ -198,6 +198,12 @@ def build_student(cfg: RunConfig, random: bool = False) -> T2SDAForSemanticSegme
     )
     seed_initial_weights(cfg.seed)
     student = T2SDAForSemanticSegmentation(config)
+    if config.encoder == "backbone" and cfg.data.crop_size is not None:
+        sizes = [cfg.data.crop_size]
+        if cfg.hrda.enabled and cfg.hrda.crop_size is not None:
+            sizes = [(cfg.data.crop_size[0] // 2, cfg.data.crop_size[1] // 2), cfg.hrda.crop_size]
+        for height, width in sizes:
+            student.backbone.refuse_size(height, width)
     if cfg.model.pretrained is not None and not cfg.model.random_start and not random:
         refuse_pointers(Path(cfg.model.pretrained))
         load_pretrained_encoder(student, cfg.model.pretrained)

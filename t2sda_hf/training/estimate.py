@@ -238,7 +238,18 @@ def count_update(cfg: RunConfig) -> Cost:
         optimizer.step()
         optimizer.zero_grad()
         update_teacher(networks.teacher, networks.student, cfg.uda.ema_momentum)
+    _forget_sizes(networks.student)
     return cost
+
+
+def _forget_sizes(network: nn.Module) -> None:
+    """Empty transformers' caches of what depends on sizes alone (DINOv3's positions): the next network of this process
+    must not meet a fake tensor there."""
+    for module in {sys.modules[type(part).__module__] for part in network.modules()}:
+        for function in vars(module).values():
+            for cell in getattr(function, "__closure__", None) or ():
+                if hasattr(cell.cell_contents, "cache_clear"):
+                    cell.cell_contents.cache_clear()
 
 
 def least_memory(cfg: RunConfig) -> dict[str, float]:

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from PIL import Image
 
 from t2sda_hf.config import dump_config, load_config
-from t2sda_hf.hub.card import gather_facts, load_facts, placeless, record_run, render_card, save_facts
+from t2sda_hf.hub.card import gather_facts, licence_of, load_facts, placeless, record_run, render_card, save_facts
 from t2sda_hf.hub.push import push_run, stage_run
 
 SHIPPED = sorted(path.parent for path in (Path(__file__).parents[2] / "model_cards").glob("*/facts.json"))
@@ -386,3 +386,17 @@ def test_names_and_notes_are_text_in_a_card_and_no_markup(finished_run: Path) ->
     assert r"\*bold\* \[x\](javascript:y)" in text
     headings = [line for line in text.splitlines() if line.startswith("#")]
     assert headings == [line for line in str(render_card(facts).text).splitlines() if line.startswith("#")]
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "words"),
+    [
+        ("facebook/dinov2-large", "Apache-2.0"),
+        ("facebook/dinov3-vitl16-pretrain-lvd1689m", "DINOv3 licence"),
+        ("nvidia/mit-b5", "research and evaluation only"),
+        ("facebook/convnextv2-large-22k-384", ""),  # not known here
+    ],
+)
+def test_the_licence_that_an_encoder_brings_is_said(pretrained: str, words: str) -> None:
+    assert words in licence_of(pretrained)
+    assert bool(licence_of(pretrained)) == bool(words)

@@ -130,6 +130,11 @@ def test_what_cannot_be_computed_twice_is_said_before_the_run(family, tmp_path):
         build_student(cfg)
 
 
+def test_crops_that_an_encoder_refuses_are_refused_before_the_run(tmp_path):
+    with pytest.raises(ValueError, match=r"takes images of 64x64 alone .* got 32x64\. Set data\.crop_size"):
+        build_student(automatic(write_encoder("hiera", tmp_path)))
+
+
 def test_activation_checkpointing_changes_no_gradient(tmp_path):
     folder = write_encoder("dinov2", tmp_path)
     gradients = []

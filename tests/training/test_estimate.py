@@ -1,18 +1,23 @@
 """The estimate: operations against closed forms, passes and memory against the same update made for real."""
 
 from collections import Counter
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from encoders import automatic, write_encoder
 from tiny import TINY, alone, tiny_config, tiny_networks
 from torch import nn
 
 from t2sda_hf.cli import main
 from t2sda_hf.commands import estimate
 from t2sda_hf.config import RunConfig, load_config
-from t2sda_hf.methods import METHODS, ClassMemory, Step
+from t2sda_hf.methods import METHODS, ClassMemory, Networks, Step, make_networks
 from t2sda_hf.models import T2SDAConfig, T2SDAForSemanticSegmentation
+from t2sda_hf.training.build import build_student
 from t2sda_hf.training.checkpoint import allocate_state
 from t2sda_hf.training.estimate import (
     Cost,
@@ -26,6 +31,7 @@ from t2sda_hf.training.estimate import (
 from t2sda_hf.training.loop import backward
 from t2sda_hf.training.optim import make_optimizer
 from t2sda_hf.training.seeding import seed_step
+from t2sda_hf.translate import build_engine
 
 HRDA = ["--data={crop_size: [64, 128], outer_crop_size: [64, 128]}", "--hrda={enabled: true, crop_size: [32, 64]}"]
 GENERAL = ["--method=generalization", "--translate.engine=gaussian_blur", "--drw.apply_to=none"]
@@ -43,14 +49,14 @@ RUNS = {
 }
 
 
-def made_for_real(cfg: RunConfig) -> Cost:
+def made_for_real(cfg: RunConfig, build: Callable[[RunConfig], Networks] = tiny_networks) -> Cost:
     """What `count_update` estimates, of real networks under the same counting."""
     cost = Cost()
     with Counting(cost):
-        networks = tiny_networks(cfg)
+        networks = build(cfg)
         if cfg.model.activation_checkpointing:
             networks.student.activation_checkpointing_enable()
-        optimizer = make_optimizer(networks.student.encoder, networks.student, cfg.optim)
+        optimizer = make_optimizer(networks.student.pretrained_encoder, networks.student, cfg.optim)
         allocate_state(optimizer)
         cost.lasting = cost.peak = cost.live
         for micro in range(cfg.train.micro_batches):
@@ -159,6 +165,26 @@ def test_checkpointed_activations_cost_operations_and_save_memory() -> None:
         assert sum(with_it.flops) > 1.1 * sum(without.flops)
         assert with_it.peak < 0.85 * without.peak
     assert saving[0].peak == pytest.approx(saving[1].peak, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("family", "how"), [("dinov2", "lora"), ("dinov3_vit", "full"), ("swin", "frozen"), ("convnext", "full")]
+)
+def test_another_encoder_whole_frozen_or_with_adapters(family: str, how: str, tmp_path: Path) -> None:
+    """And twice in one process, though transformers keeps the positions of DINOv3 for the next network."""
+    sizes = "--data={crop_size: [96, 96], outer_crop_size: [96, 96]}"
+    cfg = automatic(write_encoder(family, tmp_path), f"--train.encoder={how}", sizes)
+    found, again = count_update(cfg), count_update(cfg)
+    student = build_student(cfg).train()  # outside of the counting: its levels are found by a forward
+    real = made_for_real(cfg, lambda cfg: make_networks(cfg, deepcopy(student), build_engine(cfg.translate)))
+    assert sum(found.flops) == sum(again.flops) == pytest.approx(sum(real.flops), rel=0.01)
+    assert found.passes == again.passes
+    trained, frozen = (
+        sum(p.numel() for p in student.parameters() if p.requires_grad is learns) for learns in (True, False)
+    )
+    # Student, teacher and two moments of what is trained; of all else one tensor for both networks.
+    assert found.lasting == pytest.approx(4 * (4 * trained + frozen), rel=0.05)  # and buffers
+    assert found.peak == pytest.approx(real.peak, rel=0.12)  # the student that is copied is on the real account
 
 
 def test_micro_batches_cost_time_and_no_memory_but_gradients() -> None:
