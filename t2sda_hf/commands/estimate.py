@@ -8,8 +8,9 @@ The command reads no data and no weights. So it takes crops of the largest size 
 small images is cheaper.
 
 Times are lower bounds: the shortest time that the arithmetic and the memory of a device allow (its "roofline"). The
-figures of a GPU are from its data sheet, those of this machine from a short measurement. Real steps take longer, often
-two to three times. On a GPU small operations also wait until they are started. Evaluations are not counted.
+figures of a GPU are from its data sheet, those of this machine from a short measurement. The host of a GPU also needs
+about 6 microseconds to launch an operation: where that takes longer, it is the bound, and the table says "launches".
+Real steps take longer, often two to three times. Evaluations are not counted.
 
 Memory is the memory of tensors. A GPU needs about 1 GB more for its context and its libraries (we have not measured
 this).
@@ -60,7 +61,7 @@ def report(cfg: RunConfig, cost: Cost, here: Device, measured: tuple[int, float]
     lines = [
         f"\n{cfg.method}: {cfg.model.size}, {cfg.model.head} head, crops of {height} x {width}, "
         f"{cfg.train.batch_size} x {cfg.train.micro_batches} per process, {cfg.train.precision}",
-        f"  per update   {sum(cost.flops) / 1e9:,.1f} GFLOP in {len(cost.flops):,} operations",
+        f"  per update   {sum(cost.flops) / 1e9:,.1f} GFLOP in {len(cost.flops):,} operations; a GPU's host waits once",
         f"  memory       {cost.peak / 1e9:.2f} GB at the peak, of it {weights:.2f} GB weights and optimiser",
         "  images       " + ", ".join(f"{part} {number}" for part, number in sorted(cost.passes.items())),
         f"  {'':34} {'an update takes':>16} {f'{cfg.train.max_steps:,} updates':>16}   memory",
@@ -69,6 +70,8 @@ def report(cfg: RunConfig, cost: Cost, here: Device, measured: tuple[int, float]
     for device in (here, *GPUS):
         seconds = cost.seconds(device, cfg.train.precision)
         fits = "fits" if cost.peak < 0.9 * device.memory - 1e9 * (device is not here) else "too small"
+        if cost.launching(device) >= seconds > 0:
+            fits += ", launches"
         run = _time(seconds * full)
         lines.append(f"  {device.name:34} {f'>= {_time(seconds)}':>16} {f'>= {run}':>16}   {fits}")
     if measured is not None:

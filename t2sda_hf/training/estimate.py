@@ -66,6 +66,7 @@ class Cost:
     peak: int = 0
     lasting: int = 0
     passes: Counter[str] = field(default_factory=Counter)
+    fused: bool = False  # by a compiler, which launches fewer than are counted
     _known: dict[int, Any] = field(default_factory=dict)
 
     def hold(self, tensor: Tensor, counts: bool = True) -> None:
@@ -84,15 +85,22 @@ class Cost:
         self._known[key] = weakref.ref(storage, freed)
 
     def seconds(self, device: "Device", precision: str) -> float:
-        """Roofline: every operation takes as long as its products or its memory traffic, whichever is longer."""
+        """Roofline: every operation takes as long as its products or its memory traffic, whichever is longer. All of
+        them together take as long as it takes to launch them.
+        """
         full = device.tf32 if precision != "float32" else device.float32
         peaks = np.where(self.halves, device.bf16, full)
-        return float(np.maximum(np.array(self.flops) / peaks, np.array(self.bytes) / device.bandwidth).sum())
+        busy = float(np.maximum(np.array(self.flops) / peaks, np.array(self.bytes) / device.bandwidth).sum())
+        return max(busy, self.launching(device))
+
+    def launching(self, device: "Device") -> float:
+        """Seconds in which the host launches all operations, one after the other."""
+        return 0.0 if self.fused else len(self.flops) * device.launch
 
 
 @dataclass(frozen=True)
 class Device:
-    """Peaks in operations and bytes per second, dense; memory in bytes."""
+    """Peaks in operations and bytes per second, dense; memory in bytes; `launch` in seconds for each operation."""
 
     name: str
     float32: float
@@ -100,10 +108,14 @@ class Device:
     bf16: float
     bandwidth: float
     memory: float
+    launch: float = 0.0
+
+
+LAUNCH = 6e-6  # of torch on a usual host: an assumption, nothing was measured
 
 
 def _gpu(name: str, float32: float, tf32: float, bf16: float, bandwidth: float, memory: float) -> Device:
-    return Device(name, float32 * 1e12, tf32 * 1e12, bf16 * 1e12, bandwidth * 1e9, memory * 1e9)
+    return Device(name, float32 * 1e12, tf32 * 1e12, bf16 * 1e12, bandwidth * 1e9, memory * 1e9, LAUNCH)
 
 
 # The makers' data sheets, without sparsity: TFLOP/s in float32, TF32 and bfloat16, GB/s, GB. No bfloat16 on V100 and
@@ -201,7 +213,7 @@ def count_update(cfg: RunConfig) -> Cost:
     Images are random, and so are the pseudo-labels. Images that are translated by networks (style, trained) are taken
     as they are, without the cost of it.
     """
-    cost, fake = Cost(), FakeTensorMode()
+    cost, fake = Cost(fused=cfg.train.compile == "inductor"), FakeTensorMode()
     with torch.device("meta"):
         meta = random_student(cfg)
     networks = make_networks(cfg, meta.train(), stand_in_engine(cfg))

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,10 @@ def test_the_roofline_is_the_longer_of_products_and_traffic() -> None:
     cost = Cost(flops=[2e4, 0.0, 2e4], bytes=[100.0, 300.0, 10.0], halves=[False, False, True])
     assert cost.seconds(device, "tf32") == pytest.approx(2 + 3 + 0.2)
     assert cost.seconds(device, "float32") == pytest.approx(20 + 3 + 0.2)
+    slow = replace(device, launch=2.0)
+    assert (cost.seconds(slow, "tf32"), cost.seconds(slow, "float32")) == (6, pytest.approx(20 + 3 + 0.2))
+    cost.fused = True
+    assert cost.seconds(slow, "tf32") == pytest.approx(2 + 3 + 0.2)
 
 
 def test_the_command_prints_every_method_and_what_was_measured(
@@ -220,6 +225,7 @@ def test_the_command_prints_every_method_and_what_was_measured(
     assert [line.split(":")[0] for line in lines if line[:1].strip()] == ["source_only", "t2sda"]
     assert sum("A100" in line and "fits" in line for line in lines) == 4
     assert sum("measured here:" in line for line in lines) == 1
+    assert all(("launches" in line) == ("toy" not in line) for line in lines if "fits" in line)  # of a tiny network
 
 
 @pytest.mark.parametrize(
