@@ -27,7 +27,9 @@ true labels, the prediction and the errors side by side.
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -97,17 +99,41 @@ def predict_files(args: Namespace) -> int:
     see, colors = seeing(model, args), palette(classes)
     unread: list[str] = []
     in_part: list[str] = []
-    for path, own in zip(tqdm(images, desc="predict"), files, strict=True):
-        kind = predict_video if path.suffix.lower() in VIDEO_SUFFIXES else predict_image
-        try:
-            with naming(str(path)):
-                cut = kind(path, own, see, colors, args.cfg.test.max_pixels)
-            in_part += [cut] if cut else []
-        except Unreadable as error:
-            unread.append(str(error))
+    most = args.cfg.test.max_pixels
+    with ThreadPoolExecutor(2) as beside:  # reads the next image and writes the one before, while a GPU sees this one
+        written: deque[Future[None]] = deque()
+        for path, own, image in zip(tqdm(images, desc="predict"), files, _ahead(beside, images, most), strict=True):
+            try:
+                with naming(str(path)):
+                    if image is None:
+                        cut = predict_video(path, own, see, colors, most)
+                        in_part += [cut] if cut else []
+                        continue
+                    pixels = image.result()
+                    own["ids"].parent.mkdir(parents=True, exist_ok=True)
+                    written.append(beside.submit(save_pictures, pixels, *see(pixels), own, colors))
+            except Unreadable as error:
+                unread.append(str(error))
+            while len(written) > 1:
+                written.popleft().result()
+        for one in written:
+            one.result()
     if len(unread) == len(images):
         raise ValueError(f"{unread[0]}{f' So are all {len(unread)} files.' if len(unread) > 1 else ''}")
     return report(f"{len(images) - len(unread)} of {len(images)} files", unread, args.output, legend, in_part)
+
+
+def _ahead(
+    beside: ThreadPoolExecutor, images: Sequence[Path], max_pixels: int
+) -> Iterator["Future[np.ndarray] | None"]:
+    """The pixels of each image, to be waited for, while the next one is read, too; None for a video."""
+    asked: deque[Future[np.ndarray] | None] = deque()
+    for path in images:
+        is_video = path.suffix.lower() in VIDEO_SUFFIXES
+        asked.append(None if is_video else beside.submit(read_picture, path, max_pixels))
+        if len(asked) > 1:
+            yield asked.popleft()
+    yield from asked
 
 
 def predict_domain(args: Namespace) -> int:
@@ -271,14 +297,6 @@ def blend(image: np.ndarray, labels: np.ndarray, colors: np.ndarray) -> Image.Im
 def save_grey(confidence: np.ndarray | None, path: Path | None) -> None:
     if confidence is not None and path is not None:
         Image.fromarray((255 * confidence).round().astype(np.uint8)).save(path)
-
-
-def predict_image(path: Path, files: Mapping[str, Path], see: Predict, colors: np.ndarray, max_pixels: int) -> str:
-    """As `predict_video`; an image is never segmented in part."""
-    image = read_picture(path, max_pixels)
-    files["ids"].parent.mkdir(parents=True, exist_ok=True)
-    save_pictures(image, *see(image), files, colors)
-    return ""
 
 
 def save_pictures(

@@ -50,9 +50,9 @@ def test_the_host_waits_once_in_an_update(launches, name):
 
 
 def test_bf16_casts_the_weights_once_in_an_update(launches):
-    """With autocast alone there would be 1.4 times as many kernels."""
+    """With autocast alone there would be 1.4 times as many kernels. What is left casts activations."""
     plain, half = (sum(launches[f"as deep as B0{more}"]["parts"].values()) for more in ("", ", bf16"))
-    assert half <= 1.1 * plain
+    assert half <= 1.2 * plain
 
 
 def test_the_pull_launches_as_many_kernels_for_any_number_of_classes(launches):
