@@ -324,11 +324,9 @@ def info_nce(queries: Tensor, prototype: Tensor, negatives: Tensor, temperature:
     Returns:
         (Q,) float32 >= 0. All cosines equal and m negatives: ln(m+1).
     """
-    positive = queries @ prototype / temperature
-    if negatives.ndim == 2:
-        others = queries @ negatives.T / temperature
-    else:
-        others = torch.einsum("qd,qmd->qm", queries, negatives) / temperature
+    # No matrix product, which TF32 would round, also in the backward.
+    positive = (queries * prototype).sum(dim=1) / temperature
+    others = (queries[:, None] * negatives).sum(dim=2) / temperature
     return torch.logsumexp(torch.cat([positive[:, None], others], dim=1), dim=1) - positive
 
 
@@ -391,7 +389,7 @@ def pull_loss(
     queries, prototypes = unit(_rows(embeddings, samples.queries)), _precise(prototypes)  # (G,R,D)
     weights = weights.to(queries.dtype)
     if objective == "mse":
-        per_query = 2 - 2 * (queries @ unit(prototypes)[samples.classes, :, None])[..., 0]
+        per_query = 2 - 2 * (queries * unit(prototypes)[samples.classes, None]).sum(dim=2)
     else:
         weights = weights * samples.comparable
         per_query = _info_nce_of_samples(queries, prototypes, source_keys, target_keys, samples, temperature)

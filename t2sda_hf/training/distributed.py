@@ -131,7 +131,7 @@ def decided_by_main(decide: Callable[[], Any], accelerator: Accelerator, *refusa
 def done_by_main(do: Callable[[], Any], accelerator: Accelerator, *refusals: type[Exception]) -> Any:
     """`decided_by_main` of what may take longer than processes wait for each other. Collective.
 
-    It is done in a thread, and the others hear of the main process meanwhile: they end if it dies, and only then.
+    It is done in a thread, and the others hear of the main process meanwhile: they end if it dies or falls silent.
     """
     if accelerator.num_processes == 1:
         return decided_by_main(do, accelerator, *refusals)
