@@ -1,4 +1,4 @@
-"""What travels from the data to the objective. There is no field for target labels, so none can leak."""
+"""What travels from the data to the objective. Images of the target have no field for labels, so none can leak."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +22,7 @@ _OF_HOST = ("inner_corner", "shown", "redrawn")  # what the host decides by
 
 @dataclass(frozen=True)
 class UdaBatch:
-    """B source crops with labels and B target crops without.
+    """B labelled crops, of the source or of `target_labelled`, and B target crops without labels.
 
     Images are (B,3,H,W) RGB: uint8 from the loader, float in [0,1] after `on`. Outer window, style and corner are
     there only when the objective translates: FDA works on a larger window than the network sees (paper section 4.1).
@@ -35,10 +35,11 @@ class UdaBatch:
         style_reference: (B,3,Ho,Wo) the target image whose style is taken.
         inner_corner: (B,2) int64, top and left of the crop in the outer window.
         target_valid: (B,H,W) bool, False at target pixels whose pseudo-labels are never trusted; None trusts all.
+        from_target: (B,) bool, which of the labelled crops show the target; None in a run that learns none of them.
         shown: (B,256) bool, the ids that occur in each of `source_labels`, 255 included.
         redrawn: what is wrong with images that could not be read, and in whose place others were drawn.
 
-    The corner and what follows `target_valid` stay on the host, which decides by them.
+    The corner and what follows `from_target` stay on the host, which decides by them.
     """
 
     source_images: Tensor
@@ -48,6 +49,7 @@ class UdaBatch:
     style_reference: Tensor | None = None
     inner_corner: Tensor | None = None
     target_valid: Tensor | None = None
+    from_target: Tensor | None = None
     shown: Tensor | None = None
     redrawn: tuple[str, ...] = ()
 

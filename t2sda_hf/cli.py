@@ -276,9 +276,9 @@ def _check(parser: Parser) -> None:
         help="write the page and the pictures into this folder; default: outputs/check",
         **FOLDER,
     )
-    domains = ("source", "target", "test")
+    domains = ("source", "target", "target_labelled", "test")
     parser.add_argument(
-        "--only", nargs="+", choices=domains, default=list(domains), help="check only these domains; default: all three"
+        "--only", nargs="+", choices=domains, default=list(domains), help="check only these domains; default: all"
     )
     parser.add_argument(
         "--pictures", type=int, default=8, metavar="N", help="number of images on each sheet; default: 8"
@@ -396,10 +396,18 @@ def _repeat(parser: Parser) -> None:
 
 def _tables(parser: Parser) -> None:
     parser.takes_a_run(
-        "tables", nargs="+", metavar="TABLE", help="table02 ... table17, a file of the same form, or fair, alone"
+        "tables", nargs="+", metavar="TABLE", help="table02 ... table17, a file of the same form; fair or labels, alone"
     )
     parser.add_argument("--seeds", type=seeds_of, help="for example 0..4 or 0,3,7; default: 0..2, and 0..4 of fair")
-    parser.add_argument("--config", metavar="CONFIG", help="of fair: the config that is compared, a file or a recipe")
+    parser.add_argument(
+        "--config", metavar="CONFIG", help="of fair and labels: the config that is compared, a file or a recipe"
+    )
+    parser.add_argument(
+        "--labels",
+        type=lambda text: text.split(","),
+        metavar="N,N,...",
+        help="of labels: numbers of labelled target images, shares like 1/16, or all; default: 0,8,16,32,all",
+    )
     parser.add_argument(
         "--rates",
         type=rates_of,
@@ -424,7 +432,7 @@ def _tables(parser: Parser) -> None:
     )
     parser.add_argument(
         "--output",
-        help="write the runs and tables into this folder; default: outputs/ablations, and outputs/fair of fair",
+        help="write the runs and tables into this folder; default: outputs/ablations, outputs/fair or outputs/labels",
         **FOLDER,
     )
     parser.add_argument(

@@ -599,8 +599,10 @@ def test_every_numeric_key_has_a_range():
     words = {name: repr(found.type) for name, found in keys().items()}
     numeric = {name for name, text in words.items() if "Strict" in text and "bool" not in text}
     assert {name for name in numeric if not keys()[name].range} == {
-        f"{domain}.{name}" for domain in ("source", "target", "test") for name in ("label_ids", "ignore_id")
-    }
+        f"{domain}.{name}"
+        for domain in ("source", "target", "target_labelled", "test")
+        for name in ("label_ids", "ignore_id")
+    } | {"target_labels"}  # which says its own, because it may be a text
 
 
 def test_the_schema_says_ranges_of_lists_at_their_items():
@@ -634,7 +636,7 @@ def test_a_long_value_is_shown_by_its_beginning():
     assert len(str(caught.value)) < 500
 
 
-@pytest.mark.parametrize("domain", ["source", "target", "test"])
+@pytest.mark.parametrize("domain", ["source", "target", "target_labelled", "test"])
 def test_a_fault_of_a_domain_names_the_domain(domain):
     with pytest.raises(ValueError, match=rf"^{domain}\.num_images must be at least 1, got 0\."):
         load_config(None, [f"--{domain}.num_images=0"])

@@ -507,6 +507,70 @@ def test_a_target_without_labels_has_no_upper_bound(compare, tmp_path, capsys):
 def test_fair_is_given_alone(tmp_path, capsys):
     for words in (["table07", "--rates", "1e-3"], ["fair", "table07"]):
         assert main(["tables", *words]) == 2
-        assert "are of the table fair, which is given alone" in capsys.readouterr().err
+        assert "are of the tables fair and labels, which are given alone" in capsys.readouterr().err
     assert main(["tables", "fair"]) == 2
     assert "the table fair needs --config" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------- the table "labels"
+
+
+class LabelTrainer(Trainer):
+    """Its runs score, in %, 30 for source-only and 40 for T2S-DA, a point more per label, and the seed."""
+
+    def call(self, runner: object, command: list[str]) -> int:
+        self.commands.append(command)
+        asked, seed, method = value(command, "--target_labels"), int(value(command, "--seed")), kind(command)
+        miou = {"source_only": 30.0, "t2sda": 40.0}[method] + seed + (6 if asked == "1/1" else int(asked))
+        folder = Path(value(command, "--output_dir"))
+        folder.mkdir(parents=True)
+        summary = {method: {"miou": miou, "iou": [miou] * 10}, "seconds": 100.0}
+        (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+        return 0
+
+
+@pytest.fixture
+def curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Calls the table "labels" of a tiny run, and the trainer that stands for its processes."""
+    (tmp_path / "tiny.yaml").write_text(TINY_RUN, encoding="utf-8")
+    words = ["tables", "labels", "--config", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / "out")]
+    return lambda *more: main([*words, *more]), LabelTrainer(monkeypatch)
+
+
+def test_the_curve_over_labels_has_both_rows_at_every_number(curve, tmp_path, capsys):
+    call, trainer = curve
+    assert call("--labels", "0,2,all", "--seeds", "0..2") == 0
+    made = [(kind(c), value(c, "--target_labels"), int(value(c, "--seed"))) for c in trainer.commands]
+    numbers, rows = ("0", "2", "1/1"), ("t2sda", "source_only")
+    assert made == [(row, number, seed) for seed in range(3) for number in numbers for row in rows]
+    assert all("--baseline=none" in command for command in trainer.commands)
+    told = "+10.00 (95 % over seeds: +10.00 to +10.00, n = 3)"
+    lines = [unaligned(line) for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert lines[2:] == [
+        f"| {name} | {ours}.00 ± 1.00 (3) | {ours - 10}.00 ± 1.00 (3) | {told} |"
+        for name, ours in (("0", 41), ("2", 43), ("all", 47))
+    ]
+    drawn = (tmp_path / "out" / "tiny" / "labels.csv").read_text(encoding="utf-8").splitlines()
+    assert drawn[0].split(",")[:4] == ["labelled images of the target", "T2S-DA: mean", "T2S-DA: sd", "T2S-DA: n"]
+    assert drawn[3].split(",") == ["all", "47.0", "1.0", "3", "37.0", "1.0", "3"]
+    assert (tmp_path / "out" / "tiny" / "labels.png").stat().st_size > 1000
+    assert call("--labels", "0,2,all", "--seeds", "0..2") == 0  # nothing is trained again
+    assert len(trainer.commands) == 18
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--labels", "7"], "target_labels asks for 7 labelled target images, and there are 6."),
+        (["--labels", "some"], "target_labels must be a number of images, a share like 1/16, or null for all, got"),
+        (["--target.split", "validation"], "of the labelled target images of streets-target (validation) are test"),
+        (["--target_labels", "3"], "use --labels"),
+        (["--rates", "0.1"], "has no --scale, --rates, --search_seeds or --rows."),
+        (["--method", "source_only"], "the table labels sets it for each row"),
+    ],
+)
+def test_what_would_end_a_run_of_the_curve_is_said_before_any(curve, capsys, words, said):
+    call, trainer = curve
+    assert call("--labels", "0,2", *words) == 2
+    assert said in capsys.readouterr().err
+    assert trainer.commands == []

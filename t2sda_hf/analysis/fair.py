@@ -191,6 +191,23 @@ def fair_text(content: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def label_curve_text(curve: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """The table "labels", in Markdown.
+
+    Args:
+        curve: name of a row -> number of labels -> "values" (mIoU in % by seed), mean, sd and n. The first row is
+            compared with the second one.
+    """
+    (first, own), (second, other) = curve.items()
+    lines = []
+    for count, entry in own.items():
+        both = entry["values"], other[count]["values"]
+        told = vars(paired_difference(*both)) if len(both[0].keys() & both[1].keys()) > 1 else None
+        cells = [f"{number(one['mean'])} ± {number(one['sd'])} ({one['n']})" for one in (entry, other[count])]
+        lines.append([count, *cells, _paired(told)])
+    return markdown(["labelled target images", f"{first} (seeds)", f"{second} (seeds)", "difference"], lines)
+
+
 def _headline(content: Mapping[str, Any]) -> str:
     share, rows = content["share"], content["rows"]
     title = "Share of the gap closed, (T2S-DA - source-only) / (upper bound - source-only)"

@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -53,6 +54,33 @@ def save_bars(
     header = ["class", *(f"{what}: {model}" for what, models in panels.items() for model in models)]
     columns = [list(values) for models in panels.values() for values in models.values()]
     _write_csv(path, header, [[name, *row] for name, *row in zip(classes, *columns, strict=True)])
+
+
+def save_steps(path: Path, lines: Mapping[str, Mapping[str, Mapping[str, Any]]], xlabel: str, ylabel: str) -> None:
+    """Lines over steps that lie evenly whatever their names, with one sd above and below: PNG and CSV.
+
+    Args:
+        path: ending in .png.
+        lines: name -> name of a step -> "mean", "sd" and "n"; None where there is none. All have the same steps.
+        xlabel, ylabel: of the axes.
+    """
+    figure, axis = plt.subplots(figsize=(6.4, 3.8))
+    names = list(next(iter(lines.values())))
+    for line, points in lines.items():
+        values = np.array(
+            [[np.nan if points[x][key] is None else points[x][key] for x in names] for key in ("mean", "sd")]
+        )
+        axis.errorbar(range(len(names)), values[0], np.nan_to_num(values[1]), marker="o", capsize=3, label=line)
+    axis.set_xticks(range(len(names)), names)
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    _save(figure, path)
+    header = [xlabel, *(f"{line}: {key}" for line in lines for key in ("mean", "sd", "n"))]
+    _write_csv(
+        path, header, [[x, *(lines[line][x][key] for line in lines for key in ("mean", "sd", "n"))] for x in names]
+    )
 
 
 def save_scatter(path: Path, points: Mapping[str, tuple[np.ndarray, Sample]], classes: Sequence[str]) -> None:

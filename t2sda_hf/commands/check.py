@@ -42,6 +42,7 @@ def check(
     cfg: RunConfig, only: list[str], output: Path, pictures: int, processes: int
 ) -> tuple[list[Finding], list[str]]:
     """What is wrong with the domains `only` of a run, and what a run makes of them; also as a page in `output`."""
+    labelled = (cfg.labels_from, "target_labelled", "test")
     read = [role for role in only if role != "source" or cfg.labels_from == "source"]
     configs = {role: config for role in read if (config := getattr(cfg, role)).path}
     if not configs:
@@ -52,7 +53,7 @@ def check(
     domains: dict[str, tuple[Domain, DomainFacts]] = {}
     for role, config in configs.items():
         learned = role == cfg.labels_from
-        domain = load_domain(cfg.labelled if learned else config, cfg.classes, labelled=learned or role == "test")
+        domain = load_domain(cfg.labelled if learned else config, cfg.classes, labelled=role in labelled)
         domains[role] = domain, inspect_domain(domain, cfg.classes, processes)
     facts = {role: fact for role, (_, fact) in domains.items()}
     findings = [finding for fact in facts.values() for finding in fact.findings] + compare(facts, cfg.classes)

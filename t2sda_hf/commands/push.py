@@ -34,7 +34,7 @@ def run(args: Namespace) -> int:
 def publish(args: Namespace) -> str:
     """Do it; the line that says what was done."""
     given: dict[str, object] = {"license": args.license, "source_only": args.source_only}
-    given["terms"] = pairs(args.terms, ("source", "target", "test"), "--terms")
+    given["terms"] = pairs(args.terms, ("source", "target", "target_labelled", "test"), "--terms")
     given |= pairs(args.fact, FACTS, "--fact")
     if args.output is not None:
         if args.output.exists():

@@ -4,6 +4,7 @@
     t2sda tables table07 table08 --scale camvid --dry-run
     t2sda tables table12 --train.max_steps 400 --num_processes 2
     t2sda tables fair --config mine.yaml --rates 1e-4,3e-4,1e-3 --seeds 0..4
+    t2sda tables labels --config mine.yaml --labels 0,8,16,32,all --seeds 0..2
 
 TABLE is one of table02 ... table17, encoders (which is none of the paper's), or the path of your own file with the same
 form as those in configs/ablations/.
@@ -27,6 +28,10 @@ source-only and upper bound that T2S-DA closes. The cells are stored in outputs/
 the same time, with different --rows, or with different --seeds and the same --search_seeds: a cell is made by one of
 them, and the others wait for it. The same call with all rows and seeds then trains nothing and prints the whole table.
 
+The table "labels" draws the curve over labels of target images: the config itself, and source-only with the same
+labels, at each number of --labels (see target_labels in `t2sda config`). The cells are stored in
+outputs/labels/CONFIG/, and the curve is labels.png beside them.
+
 Exit codes:
     0     all cells are there
     1     some cells failed; the other cells were still run
@@ -49,7 +54,8 @@ from typing import Any
 import torch
 from filelock import Timeout
 
-from ..analysis.fair import ROWS, best, fair_text, figures, tried
+from ..analysis.fair import ROWS, best, fair_text, figures, label_curve_text, tried
+from ..analysis.plots import save_steps
 from ..config import RECIPES, RunConfig, changes, differences, find_recipe, load_config, read_yaml
 from ..data.domains import load_domain, read_domain
 from ..data.streets import SCENES
@@ -57,6 +63,7 @@ from ..evaluation.table import CLASS_SETS, markdown, spread, subset_miou
 from ..labels import THING_CLASSES
 from ..launching import Runner, refuse_keys, words_of
 from ..storage import foreign_json, read_json, write_json, write_text
+from ..training.build import open_labelled_target
 from ..training.derive import Facts, derive, without_data
 from ..training.estimate import count_update, this_machine
 from ..training.resume import locked
@@ -75,6 +82,7 @@ FAIR: dict[str, tuple[str, ...]] = {
     "t2sda": (),
     "target_only": ("--method=target_only",),
 }
+LABELLED_ROWS = {"t2sda": "T2S-DA", "source_only": "source-only + labels"}
 # Defaults of the first release that are others today. A cell is numbered by what its config changes against that
 # release, so that no change of a default moves a cell that somebody has trained.
 FIRST_RELEASE: dict[str, Any] = {
@@ -108,8 +116,17 @@ def run(args: Namespace) -> int:
         tables, seeds = [fair_table(args)], args.seeds or [0, 1, 2, 3, 4]
         file = Path(args.config)
         folder = (args.output or Path("outputs/fair")) / (file.stem if file.suffix else args.config.replace("/", "_"))
-    elif "fair" in args.tables or any((args.config, args.rates, args.search_seeds, args.rows)):
-        raise ValueError("--config, --rates, --search_seeds and --rows are of the table fair, which is given alone.")
+    elif args.tables == ["labels"]:
+        tables, seeds = [labels_table(args)], args.seeds or [0, 1, 2]
+        file = Path(args.config)
+        folder = (args.output or Path("outputs/labels")) / (file.stem if file.suffix else args.config.replace("/", "_"))
+    elif {"fair", "labels"} & {*args.tables} or any(
+        (args.config, args.rates, args.search_seeds, args.rows, args.labels)
+    ):
+        raise ValueError(
+            "--config, --rates, --search_seeds, --rows and --labels are of the tables fair and labels, which are given "
+            "alone."
+        )
     else:
         scale, seeds = args.scale or "paper", args.seeds or [0, 1, 2]
         tables = [read_table(name, scale, args.overrides) for name in args.tables]
@@ -300,6 +317,38 @@ def fair_table(args: Namespace) -> Table:
     return Table("fair", question, (), (), False, (), every, Search(rows, trained, seeds))
 
 
+def labels_table(args: Namespace) -> Table:
+    """The table "labels" of a config: what would end one of its runs is said now.
+
+    Raises:
+        ValueError: for a row whose config or labels are not valid.
+    """
+    reason = "the table labels sets it for each row"
+    refuse_keys(args.overrides, method=reason, baseline=reason, target_labels="use --labels")
+    if not args.config or args.scale or args.rates or args.search_seeds or args.rows:
+        raise ValueError(
+            "the table labels needs --config, a file or the name of a recipe, and has no --scale, --rates, "
+            "--search_seeds or --rows."
+        )
+    cfg = load_config(args.config, args.overrides)
+    if cfg.method != "t2sda":
+        raise ValueError(
+            f"the table labels is of an adaptation, so the method of its config must be t2sda: {cfg.method}."
+        )
+    always = ("--baseline=none", '--push_to_hub.repo_id=""', *crops_of(cfg))
+    rows = []
+    for number in args.labels or ["0", "8", "16", "32", "all"]:
+        asked = f"--target_labels={'1/1' if number == 'all' else number}"
+        for name, own in (("t2sda", ()), ("source_only", ("--method=source_only",))):
+            arguments = (*args.overrides, *own, asked, *always)
+            own_cfg = load_config(args.config, arguments)
+            rows.append(Row((LABELLED_ROWS[name], number), ((None, None),), args.config, arguments, own_cfg))
+            if own_cfg.labelled_target is not None:
+                open_labelled_target(own_cfg, own_cfg.labelled_target)
+    question = f"What do labels of a few target images add to {args.config}?"
+    return Table("labels", question, ("row", "labels"), ("mIoU",), False, (), tuple(rows))
+
+
 def crops_of(cfg: RunConfig) -> tuple[str, ...]:
     """The crop of an adaptation as flags, where it is left open: all rows have that one, also the upper bound, which
     does not look at the source.
@@ -371,7 +420,7 @@ def refuse_foreign_table(table: Table, folder: Path) -> None:
     if foreign_json(figures, {"question", "seeds", "rows"}):
         raise ValueError(f"{figures} exists, and `t2sda tables` did not write it: pass another --output.")
     other = (read_json(figures) or {}).get("question", table.question)
-    if table.search is not None and other != table.question:
+    if table.name in ("fair", "labels") and other != table.question:
         raise ValueError(f"{figures} is of another config ({other!r}): pass another --output.")
     # Earlier releases wrote the Markdown first, and may have been ended after it.
     if text.exists() and not figures.exists() and not text.read_bytes().startswith(table.question.encode()):
@@ -506,9 +555,10 @@ def estimate(table: Table, folder: Path) -> tuple[float, int]:
     done = [summary["seconds"] for summary in found if summary]
     if done:
         return sum(done) / len(done), len(done)
-    if table.search is None:
+    if table.name not in ("fair", "labels"):
         return SECONDS[folder.name], 0
-    cfg = next(iter(table.search.rows["t2sda"].values())).cfg  # which takes longest
+    longest = table.rows[0] if table.search is None else next(iter(table.search.rows["t2sda"].values()))
+    cfg = longest.cfg
     assert cfg is not None
     cfg = without_data(cfg)
     if cfg.train.num_threads is not None:
@@ -537,6 +587,13 @@ def write(table: Table, seeds: Sequence[int], folder: Path) -> str:
     if table.search is None:
         content["rows"] = summary_of(table, seeds, folder)
         text = layout(table, content["rows"])
+        if table.name == "labels":
+            curve = {
+                name: {e["label"][1]: e for e in content["rows"] if e["label"][0] == name}
+                for name in LABELLED_ROWS.values()
+            }
+            text = label_curve_text(curve)
+            save_steps(folder / "labels.png", curve, "labelled images of the target", "mIoU in %")
     else:
         search, wanted = table.search, sorted({*seeds, *table.search.seeds})
         content |= figures({name: results_of(search, name, wanted, folder) for name in FAIR}, search.seeds, seeds)

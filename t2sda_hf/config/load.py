@@ -26,6 +26,7 @@ RECIPES = next(
 COMMAND_LINE = "the command line"  # in messages, where a value was given
 _CODE = "translate.trained.architecture"  # the key that names code
 _LARGEST_YAML, _DEEPEST_YAML = 100_000, 32  # values, with every alias written out, and levels
+_DOMAINS = ("source", "target", "target_labelled", "test")
 _NO_RUNS = ("ablations", "accelerate", "base", "small_data.yaml")  # of RECIPES, what says no whole run
 # Keys of earlier releases with the one value that still means what the code does.
 GONE: dict[str, float] = {f"{domain}.drawing_seed": 0 for domain in ("source", "target", "test")}
@@ -341,7 +342,7 @@ def _sentence(error: Mapping[str, Any], tree: Mapping[str, Any], said_in: Mappin
     place = ".".join(map(str, error["loc"]))
     if error["type"] == "value_error":  # of a `check`, whose text is ours; a domain does not know which one it is
         named = str(error["ctx"]["error"])
-        return f"{place}.{named}" if place in ("source", "target", "test") else named
+        return f"{place}.{named}" if place in _DOMAINS else named
     key = max((known for known in keys() if f"{place}.".startswith(f"{known}.")), key=len)
     value: Any = tree
     for part in key.split("."):

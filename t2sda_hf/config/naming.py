@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-ROLES = ("source", "target", "test")
+ROLES = ("source", "target", "target_labelled", "test")
 # Names of folders and files that say nothing: what is in them, or which part of a data set they are.
 _SAY_NOTHING = re.compile(
     r"(images?|imgs?|rgb|labels?|masks?|annotations?|gt\w*|leftimg8bit|data|datasets?|pairs|list|"
@@ -18,13 +18,13 @@ def domain_names(config: Mapping[str, Any]) -> dict[str, str]:
     """Role -> name of its domain.
 
     That is the domain's `name`, or else the last folder of its path that says something: "data/game/images" is "game".
-    Domains of different paths get different names. "" where there is no path.
+    Domains of different paths get different names. "" where there is no path, and no target_labelled without one.
 
     Args:
         config: of a run, as a tree of mappings.
     """
     paths, given = {}, {}
-    for role in ROLES:
+    for role in (role for role in ROLES if role != "target_labelled" or (config.get(role) or {}).get("path")):
         domain = config.get(role) or {}
         paths[role], given[role] = str(domain.get("path") or ""), str(domain.get("name") or "")
     names = {role: given[role] or _short(path, 0) for role, path in paths.items()}

@@ -7,6 +7,7 @@ states, [D] one of the public DAFormer code that it builds on, [O] a choice that
 in the register of open points.
 """
 
+import re
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
@@ -270,6 +271,12 @@ class DataConfig(Section):
     )
     cat_max_ratio: Number = key(
         0.75, "largest share of a source crop that one class may cover", "D", above=0, at_most=1
+    )
+    target_labelled_share: Number = key(
+        0.5,
+        "share of the labelled images of a run that are those of target_labelled, spread evenly over the batches",
+        above=0,
+        below=1,
     )
     flip: Flag = key(True, "mirror with probability 1/2, source and target on their own", "D")
     num_workers: Derived[Whole] = key(
@@ -548,6 +555,9 @@ class PullConfig(Section):
     section = "pull"
     query_domain: Side = key("ptarget", "what is pulled (Table 7); ptarget is the source in target style", "P")
     key_domain: Side = key("source", "to the prototypes of what", "P")
+    prototypes: Literal["source", "both"] = key(
+        "source", "labelled images whose pixels make prototypes: the source's, or those of target_labelled, too"
+    )
     temperature: Number = key(0.2, "τ of the softmax over similarities; small values sharpen", "P", above=0)
     num_queries: Whole = key(128, "n, queries per class on average", "P", at_least=1)
     num_negatives: Whole = key(1024, "m, negatives per query", "P", at_least=2)
@@ -783,8 +793,9 @@ class PushConfig(Section):
     )
 
     def check(self) -> None:
-        unknown = sorted(set(self.terms) - {"source", "target", "test"})
-        require(not unknown, "push_to_hub.terms", "a mapping with the keys source, target and test", unknown)
+        unknown = sorted(set(self.terms) - {"source", "target", "target_labelled", "test"})
+        rule = "a mapping with the keys source, target, target_labelled and test"
+        require(not unknown, "push_to_hub.terms", rule, unknown)
 
 
 SUPERVISED = ("source_only", "target_only")  # methods that learn from labels alone
@@ -834,6 +845,12 @@ class RunConfig(Section):
     classes: tuple[str, ...] = key(CITYSCAPES_CLASSES, "names of the classes that are learned, position = id", "O A38")
     source: DomainConfig = DomainConfig()
     target: DomainConfig = DomainConfig()
+    target_labelled: DomainConfig = DomainConfig()  # a few labelled images of the target, learned beside the source
+    target_labels: Whole | str | None = key(
+        None,
+        "how many images of target_labelled are learned, chosen by the seed so that they show as many classes as they "
+        "can: a number, or a share like 1/16; null is all. Without target_labelled.path the labels of target are read",
+    )
     test: DomainConfig = DomainConfig(split="validation")  # labelled, read by evaluation only
     model: ModelConfig = ModelConfig()
     hrda: HrdaConfig = HrdaConfig()
@@ -916,10 +933,29 @@ class RunConfig(Section):
             self.baseline,
         )
         self._check_weights()
+        self._check_target_labels()
         if self.hrda.enabled:
             self._check_hrda()
         if self.method == "generalization":
             self._check_generalization()
+
+    def _check_target_labels(self) -> None:
+        asked = self.target_labels
+        share = re.fullmatch(r"1/([1-9]\d*)", asked) if isinstance(asked, str) else None
+        require(
+            asked is None or share is not None or (isinstance(asked, int) and asked >= 0),
+            "target_labels",
+            "a number of images, a share like 1/16, or null for all",
+            asked,
+        )
+        require(
+            asked in (None, 0)
+            or bool(self.target_labelled.path or self.target.path)
+            or self.method == "generalization",
+            "target_labels",
+            "null or 0 without target_labelled.path and target.path: there is nothing that it could be a part of",
+            asked,
+        )
 
     def _check_weights(self) -> None:
         """Every run learns something, and what is switched on has something to act on."""
@@ -1012,6 +1048,12 @@ class RunConfig(Section):
             self.target.path,
         )
         require(
+            not self.target_labelled.path and self.target_labels in (None, 0),
+            "target_labelled.path and target_labels",
+            "empty with method generalization: it learns without any target",
+            (self.target_labelled.path, self.target_labels),
+        )
+        require(
             self.translate.engine not in NEEDS_TARGET,
             "translate.engine",
             f"none of {', '.join(NEEDS_TARGET)} with method generalization: they know the target. Take style",
@@ -1042,9 +1084,21 @@ class RunConfig(Section):
 
     @property
     def labelled(self) -> DomainConfig:
-        """That domain. A target that says nothing of its labels has those of the test, if both lie in one place."""
-        if self.labels_from == "source":
-            return self.source
+        """That domain."""
+        return self.source if self.labels_from == "source" else self.target_with_labels
+
+    @property
+    def labelled_target(self) -> DomainConfig | None:
+        """Of the images in `target_labels` of this domain the labels are learned beside the source's; None: of none."""
+        if self.target_labels == 0 or self.method not in ("t2sda", "source_only"):
+            return None
+        if self.target_labelled.path:
+            return self.target_labelled
+        return None if self.target_labels is None else self.target_with_labels
+
+    @property
+    def target_with_labels(self) -> DomainConfig:
+        """The target; one that says nothing of its labels has those of the test, if both lie in one place."""
         usual, target, test = DomainConfig(), self.target, self.test
         one_path = target.path == test.path
         if not one_path and not (target.layout and target.layout == test.layout):

@@ -364,6 +364,12 @@ class Reading:
         """Digests of the images with their label maps."""
         return set(self.contents.digests[: len(self.counts)])
 
+    def of(self, rows: Sequence[int]) -> "Reading":
+        """What the same pass would have found in some of the rows."""
+        parts = [*rows, *range(len(self.counts), len(self.contents.digests))]
+        names, digests = ([held[part] for part in parts] for held in (self.contents.names, self.contents.digests))
+        return Reading(self.counts[rows], self.sizes[rows], Contents(self.contents.unit, names, digests))
+
 
 def check_domain(domain: Domain, classes: Sequence[str]) -> np.ndarray:
     """The counts of `read_domain`, which says what it checks."""

@@ -4,6 +4,7 @@ The exception is a target that is streamed, see `domains.ImageStream`.
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,8 +38,29 @@ _DATA_STREAM = 1  # tells the random numbers of the data from those of the train
 
 
 @dataclass(frozen=True)
+class LabelledTarget:
+    """Target images with labels that are learned beside those of the source.
+
+    Attributes:
+        domain: of them alone.
+        share: of the positions that it has, spread evenly: position p if floor((p+1)·share) > floor(p·share).
+        rare: what to draw by; None draws evenly.
+    """
+
+    domain: Domain
+    share: float
+    rare: RareClasses | None = None
+
+    def has(self, position: int) -> bool:
+        return math.floor((position + 1) * self.share) > math.floor(position * self.share)
+
+
+@dataclass(frozen=True)
 class PairDataset(Dataset):
     """Sample number `position` of an endless stream: a source crop with labels, and a target crop without.
+
+    In the place of some source images stand those of `labelled_target`. They are in the style of the target already:
+    their window is its own style reference, by which FDA leaves it as it is.
 
     The pipeline is that of method 3.4: resize, outer window, crop inside it, both redrawn together until the crop
     shows several classes and enough of the class it was drawn for; flips of source and target are independent.
@@ -50,6 +72,7 @@ class PairDataset(Dataset):
     rare: RareClasses | None
     translated: TranslatedFolder | None = None  # of the source images, instead of an engine that runs along
     stream: ImageStream | None = None  # of the target's images, instead of those that are drawn by index
+    labelled_target: LabelledTarget | None = None
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """The sample at a position; "redrawn" has what could not be read, if others were drawn instead.
@@ -62,7 +85,7 @@ class PairDataset(Dataset):
             another = [len(redrawn)] if redrawn else []
             rng = np.random.default_rng([self.config.seed, _DATA_STREAM, position, *another])
             try:
-                sample: dict[str, Any] = self._sample(rng)
+                sample: dict[str, Any] = self._sample(rng, position)
             except (ValueError, OSError) as error:
                 if self.stream is not None or len(redrawn) == RETRIES:  # a stream leaves out by itself
                     raise
@@ -70,19 +93,24 @@ class PairDataset(Dataset):
             else:
                 return sample | {"redrawn": redrawn} if redrawn else sample
 
-    def _sample(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        index, wanted = self.rare.draw(rng) if self.rare else (int(rng.integers(len(self.source))), None)
-        image = self.source.resized_image(index)
+    def _sample(self, rng: np.random.Generator, position: int) -> dict[str, np.ndarray]:
+        few, labelled, rare = self.labelled_target, self.source, self.rare
+        from_target = few is not None and few.has(position)
+        if few is not None and from_target:
+            labelled, rare = few.domain, few.rare
+        index, wanted = rare.draw(rng) if rare else (int(rng.integers(len(labelled))), None)
+        image = labelled.resized_image(index)
         size = (image.shape[0], image.shape[1])
-        labels = resize_labels(self.source.labels(index), size)
+        labels = resize_labels(labelled.labels(index), size)
 
         data = self.config.data
         outer_size = data.outer_crop_size if self.config.uses_outer_crop else data.crop_size
         image, labels = pad_image(image, outer_size), pad_labels(labels, outer_size)
-        outer, inner, flip = self._source_window(labels, outer_size, wanted, rng)
+        outer, inner, flip = self._source_window(labels, outer_size, wanted, rare, rng)
         labels = outer.inside(inner).of(labels)
         outer_image = outer.of(image)
         sample = {"source_images": _flipped(inner.of(outer_image), flip), "source_labels": _flipped(labels, flip)}
+        sample |= {} if few is None else {"from_target": np.array(from_target)}
         if self.target is None:
             return sample
 
@@ -91,9 +119,10 @@ class PairDataset(Dataset):
             style = target_image
             if self.config.translate.reference == "random":
                 style = self._draw_target(self.target, rng)
-            style = resize_image(style, outer_size)
-            if self.translated is not None:  # the translation itself stands where others have its style
-                whole = resize_image(self.translated.image(index), size)
+            style = outer_image if from_target else resize_image(style, outer_size)
+            made = None if from_target else self.translated
+            if made is not None:  # the translation itself stands where others have its style
+                whole = resize_image(made.image(index), size)
                 style = outer.of(pad_image(whole, outer_size))
             # Flipping window and style together flips the translation: FDA's window is symmetric.
             left = outer_size[1] - data.crop_size[1] - inner.left if flip else inner.left
@@ -122,10 +151,15 @@ class PairDataset(Dataset):
         return target.resized_image(index) if self.stream is None else next(self.stream)
 
     def _source_window(
-        self, labels: np.ndarray, outer_size: tuple[int, int], wanted: int | None, rng: np.random.Generator
+        self,
+        labels: np.ndarray,
+        outer_size: tuple[int, int],
+        wanted: int | None,
+        rare: RareClasses | None,
+        rng: np.random.Generator,
     ) -> tuple[Window, Window, bool]:
         """Outer window, the crop relative to it, and whether to flip."""
-        data, rare = self.config.data, self.rare
+        data = self.config.data
         size = (labels.shape[0], labels.shape[1])
         multiple = 2 if self.config.hrda.enabled else 1  # pixels of the crop lie evenly in those of half the size
         for _ in range(1 + RETRIES):

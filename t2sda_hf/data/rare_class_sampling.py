@@ -21,6 +21,12 @@ def class_probabilities(frequencies: np.ndarray, temperature: float) -> np.ndarr
     return weights / weights.sum()
 
 
+def shares_of_pixels(counts: np.ndarray) -> np.ndarray:
+    """(images, K) pixels per class -> (K,) float64 shares of all of them, summing to 1; zeros where there is none."""
+    shares: np.ndarray = counts.sum(axis=0) / max(counts.sum(), 1)
+    return shares
+
+
 @dataclass(frozen=True)
 class RareClasses:
     """What is needed to draw: P(c), and for every class the images that may be drawn for it."""
@@ -35,8 +41,10 @@ class RareClasses:
         return int(rng.choice(self.images[class_id])), class_id
 
 
-def rare_classes(counts: np.ndarray, temperature: float, min_pixels: int | Sequence[int]) -> RareClasses:
-    """Class statistics of the source -> what RCS draws from.
+def rare_classes(
+    counts: np.ndarray, temperature: float, min_pixels: int | Sequence[int], frequencies: np.ndarray | None = None
+) -> RareClasses:
+    """Class statistics of a domain -> what RCS draws from.
 
     Args:
         counts: (images, K) pixels per class at the labels' own resolution, ignored pixels left out.
@@ -44,8 +52,11 @@ def rare_classes(counts: np.ndarray, temperature: float, min_pixels: int | Seque
         min_pixels: an image stands for a class if it shows *more* pixels of it. A class with no such image takes
             every image that shows it at all (the public code stops with an assertion there). One number, or one per
             class.
+        frequencies: (K,) shares of pixels that say how rare a class is, where images of several domains are drawn;
+            None: those of this domain.
     """
-    frequencies = counts.sum(axis=0) / max(counts.sum(), 1)
+    own = shares_of_pixels(counts)
+    frequencies = own if frequencies is None else np.where(own > 0, frequencies, 0)  # others are not in these images
     floors, images = np.broadcast_to(np.asarray(min_pixels), counts.shape[1]), []
     for class_counts, floor in zip(counts.T, floors, strict=True):
         rich = np.flatnonzero(class_counts > floor)

@@ -62,8 +62,9 @@ class CardFacts:
         base_model: Hub id of the encoder's weights, "" for random ones and those of a folder.
         parameters: number of trained numbers in the file, the projector's included.
         classes: position = class id.
-        domains: source, target and test, each {"name", "split", "terms", "id"}, where "id" is that of a data set of
-            the Hub, otherwise ""; no target in domain generalisation, no source of an upper bound.
+        domains: source, target, perhaps target_labelled, and test, each {"name", "split", "terms", "id"}, where "id"
+            is that of a data set of the Hub, otherwise ""; no target in domain generalisation, no source of an upper
+            bound.
         license: Hub id, of the weights.
         image_size: (height, width) that every image is brought to, or None for the image's own.
         window, stride: of the sliding window, None for the whole image at once.
@@ -233,7 +234,7 @@ def gather_facts(run_folder: Path, repo_id: str, given: Mapping[str, Any] | None
         source_only=_scores(baseline[1]["student"]),
         source_only_seed=load_config(_existing(baseline[0] / "resolved_config.yaml"), record=True).seed,
         note=placeless(str(given.get("note") or push.note), "note"),
-        remarks=tuple(placeless(str(one), "remarks") for one in summary.get("notes") or ()),
+        remarks=tuple(placeless(str(one), "remarks") for one in _said_of_target_labels(cfg) + summary.get("notes", [])),
         code=str(given.get("code") or _repository()),
         **run,
     )
@@ -420,10 +421,19 @@ def _baseline(folder: Path, cfg: RunConfig, metrics: dict[str, Any], given: str)
 
 
 def domains_of(cfg: RunConfig) -> dict[str, DomainConfig]:
-    """Source, target and test, without the one that the method does without."""
-    roles = {"source": cfg.source, "target": cfg.target, "test": cfg.test}
+    """Source, target, target_labelled and test, without those that the run does without."""
+    roles = {"source": cfg.source, "target": cfg.target, "target_labelled": cfg.target_labelled, "test": cfg.test}
+    if not cfg.target_labelled.path or cfg.labelled_target is None:
+        del roles["target_labelled"]
     without = {"generalization": "target", "target_only": "source"}.get(cfg.method)
     return {role: domain for role, domain in roles.items() if role != without}
+
+
+def _said_of_target_labels(cfg: RunConfig) -> list[str]:
+    if cfg.labelled_target is None:
+        return []
+    number = "All labelled images" if cfg.target_labels is None else f"{cfg.target_labels} of the labelled images"
+    return [f"{number} of the target were learned with their labels, too, by both methods that are compared."]
 
 
 def check_start(cfg: RunConfig, start: str) -> None:
@@ -476,7 +486,7 @@ def licence_of(pretrained: str) -> str:
 
 def own_license(cfg: RunConfig) -> str:
     """The licence of weights that nothing but this project's own drawings went into, otherwise ""."""
-    drawn = all(domain.path in DRAWN for domain in (cfg.labelled, cfg.target))
+    drawn = all(domain.path in DRAWN for domain in (cfg.labelled, cfg.target, cfg.labelled_target or cfg.target))
     return "apache-2.0" if drawn and cfg.model.pretrained is None else ""
 
 

@@ -107,7 +107,8 @@ class SmallLabels:
     Attributes:
         source: of the source, and so of its translation.
         queries, keys: of the domain that is pulled, and of the one it is pulled to. The same tensor as `source` if it
-            is one of these two. Pseudo-labels are in them only where they may count and are sure enough.
+            is one of these two, but that labelled images of the target make no prototypes unless pull.prototypes says
+            so. Pseudo-labels are in them only where they may count and are sure enough.
         negatives: pseudo-labels of unreliable target pixels; None without a target.
     """
 
@@ -130,18 +131,21 @@ def small_labels(step: Step, pseudo_labels: PseudoLabels | None, size: tuple[int
         y_s = sample_nearest(y_s, size)
     else:
         y_s = downscale_labels_by_share(y_s, size, len(step.cfg.classes), 0.75)
+    of_target, y_k = step.batch.from_target, y_s
+    if of_target is not None and pull.prototypes == "source":
+        y_k = torch.where(of_target[:, None, None], IGNORE_INDEX, y_s)
     if pseudo_labels is None:
-        return SmallLabels(y_s, y_s, y_s)
+        return SmallLabels(y_s, y_s, y_k)
     y_t = sample_nearest(pseudo_labels.labels, size)
     confidence = sample_nearest(pseudo_labels.confidence, size)
     unreliable = unreliable_pixels(confidence, pull.unreliable_ratio, pull.gamma_scope)
     negatives = torch.where(unreliable, y_t, IGNORE_INDEX)
     if "target" not in (pull.query_domain, pull.key_domain):
-        return SmallLabels(y_s, y_s, y_s, negatives)
+        return SmallLabels(y_s, y_s, y_k, negatives)
     counts = (confidence >= pull.target_min_conf) & (sample_nearest(pseudo_labels.inside, size) > 0)
     trusted = torch.where(counts, y_t, IGNORE_INDEX)
-    queries, keys = (trusted if domain == "target" else y_s for domain in (pull.query_domain, pull.key_domain))
-    return SmallLabels(y_s, queries, keys, negatives)
+    queries = trusted if pull.query_domain == "target" else y_s
+    return SmallLabels(y_s, queries, trusted if pull.key_domain == "target" else y_k, negatives)
 
 
 def draw_samples(step: Step, labels: SmallLabels, pixels: SortedPixels, asked: Tensor, counts: Tensor) -> PullSamples:

@@ -23,11 +23,12 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..batch import UdaBatch, sent_ahead
-from ..config import RunConfig, TranslateConfig
+from ..config import DomainConfig, RunConfig, TranslateConfig
 from ..data.contents import Contents, digest, file_contents
-from ..data.domains import Domain, load_domain, read_domain
-from ..data.pairs import AHEAD, PairDataset, batches, bytes_per_batch
-from ..data.rare_class_sampling import rare_classes
+from ..data.domains import Domain, Reading, domain_contents, load_domain, read_domain
+from ..data.few_labels import covering_order, how_many
+from ..data.pairs import AHEAD, LabelledTarget, PairDataset, batches, bytes_per_batch
+from ..data.rare_class_sampling import RareClasses, rare_classes
 from ..data.translated import TranslatedFolder, open_translated
 from ..device import choose_algorithms, make_accelerator
 from ..errors import leave_signals_to_parent
@@ -45,7 +46,7 @@ from ..translate import TranslationEngine, build_engine
 from ..translate.style_networks import ADAIN_FILES, RANDOMIZATION_FILES, find_weights
 from ..translate.trained import NetworkTranslation
 from .adapters import limit_training, merged
-from .derive import Derived, Facts, derive
+from .derive import Derived, Facts, derive, joint_frequencies
 from .distributed import broadcast_from_main, decided_by_main, shards
 from .loop import Run, train
 from .parts import Parts, make_parts
@@ -60,12 +61,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Domains:
-    """The three domains of a run, checked, and what translates the source, which may read files too.
+    """The domains of a run, checked, and what translates the source, which may read files too.
 
     `facts` are what `settle` needs to know of them.
     `source` is the domain whose labels are learned: of target_only it is the target, and nothing else is learned from.
-    `target` has no labels; None for a run that learns without such a one. `translated` holds images that were
-    translated beforehand, if there are any.
+    `target` has no labels; None for a run that learns without such a one. `labelled_target` are the images of it whose
+    labels are learned beside the source's, if there are any. `translated` holds images that were translated beforehand,
+    if there are any.
     """
 
     source: Domain
@@ -75,6 +77,7 @@ class Domains:
     translate: TranslationEngine
     translated: TranslatedFolder | None
     contents: Mapping[str, Contents]  # of all that is read, but the weights to start from
+    labelled_target: Domain | None = None
 
     def adapted_to(self, cfg: RunConfig) -> Domain | None:
         """The target, if the method learns from its images: the baseline of a run does not."""
@@ -84,6 +87,14 @@ class Domains:
     def source_counts(self) -> np.ndarray:
         """(images, K) pixels per class of the source."""
         return self.facts.counts
+
+    def rare_classes(self, cfg: RunConfig) -> list[RareClasses | None]:
+        """What source and `labelled_target` are drawn by; None: evenly."""
+        few = self.facts.labelled_target
+        if not cfg.rcs.enabled:
+            return [None, None]
+        how = cfg.rcs.temperature, cfg.rcs.min_pixels, joint_frequencies(cfg, self.facts)
+        return [rare_classes(self.source_counts, *how), None if few is None else rare_classes(few[0], *how)]
 
 
 def open_domains(cfg: RunConfig, accelerator: Accelerator) -> Domains:
@@ -106,13 +117,17 @@ def open_domains(cfg: RunConfig, accelerator: Accelerator) -> Domains:
             target_sizes, contents["target_data"] = of_target.sizes, of_target.contents
         of_test = read_domain(test, cfg.classes)
         contents["test_data"] = of_test.contents
+        few, of_few = None, None
+        if cfg.labelled_target is not None:
+            few, of_few = open_labelled_target(cfg, cfg.labelled_target)
+            contents["target_labelled_data"] = of_few.contents
     if shared := read.images & of_test.images:
         logger.warning(
             "warning: %d of the images that are learned with their labels are test images, too, so scores say nothing "
             "of new images: give %s and test different images.",
             *(len(shared), cfg.labels_from),
         )
-    facts = Facts(read.counts, read.sizes, target_sizes)
+    facts = Facts(read.counts, read.sizes, target_sizes, None if of_few is None else (of_few.counts, of_few.sizes))
     cfg = settle(cfg, facts, accelerator).cfg
     engine = build_engine(cfg.translate if cfg.translates else TranslateConfig(engine="none"))
     folder = cfg.translate.trained.folder if cfg.translates and cfg.translate.engine == "trained" else ""
@@ -120,7 +135,26 @@ def open_domains(cfg: RunConfig, accelerator: Accelerator) -> Domains:
     if cfg.translates:
         with _one_by_one(accelerator):  # once more: nobody may hold it in `settle`, where all wait for each other
             contents |= contents_of_translation(cfg.translate, engine, translated)
-    return Domains(source, target, test, facts, engine, translated, contents)
+    return Domains(source, target, test, facts, engine, translated, contents, few)
+
+
+def open_labelled_target(cfg: RunConfig, config: DomainConfig) -> tuple[Domain, Reading]:
+    """The target images whose labels are learned beside the source's, as many as target_labels says.
+
+    Raises:
+        ValueError: if there are not so many, or if test images are among them, also under other label maps.
+    """
+    domain = load_domain(config, cfg.classes)
+    read = read_domain(domain, cfg.classes)
+    images = [load_domain(one, cfg.classes, labelled=False) for one in (config, cfg.test)]
+    learned, tested = (set(domain_contents(found).digests[: len(found)]) for found in images)
+    if shared := learned & tested:
+        raise ValueError(
+            f"{len(shared)} of the labelled target images of {domain.name} are test images, so scores would say "
+            "nothing of new images. Give target_labelled and test different images."
+        )
+    chosen = sorted(covering_order(read.counts, cfg.seed)[: how_many(cfg.target_labels, len(domain))])
+    return replace(domain, table=domain.table.select(chosen)), read.of(chosen)
 
 
 @contextmanager
@@ -314,6 +348,7 @@ def records(
 
     def read_by(own: RunConfig) -> dict[str, Contents]:
         kept = {f"{own.labels_from}_data", "start_weights"} | ({"target_data"} if own.method == "t2sda" else set())
+        kept |= set() if own.labelled_target is None else {"target_labelled_data"}
         if own.translates:
             kept |= {"translated_images", "translator_weights", "style_images", "style_weights"}
         return {name: part for name, part in contents.items() if name in kept}
@@ -335,13 +370,13 @@ def records(
 
 def data_record(cfg: RunConfig, domains: Domains, described: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What the run reads, for `write_data_record`; `described` is from `records`."""
-    known = {kind: domains.contents.get(f"{kind}_data") for kind in ("source", "target", "test")}
-    sampling = None
-    if cfg.rcs.enabled:
-        sampling = rare_classes(domains.source_counts, cfg.rcs.temperature, cfg.rcs.min_pixels).probabilities.tolist()
+    known = {kind: domains.contents.get(f"{kind}_data") for kind in ("source", "target", "target_labelled", "test")}
+    rare = domains.rare_classes(cfg)[0]
+    sampling = None if rare is None else rare.probabilities.tolist()
     learns_from_target = described[cfg.method]["target_data"] is not None
     unlabelled = domains.target if learns_from_target else None
-    used = {"source": None, "target": unlabelled, "test": domains.test} | {cfg.labels_from: domains.source}
+    used = {"source": None, "target": unlabelled, "target_labelled": domains.labelled_target, "test": domains.test}
+    used[cfg.labels_from] = domains.source
     return {
         "seed": cfg.seed,
         "domains": {
@@ -432,11 +467,11 @@ def read_batches(
         RuntimeError: where a batch is asked for and a worker that would read it is gone.
     """
     cfg = replace(cfg, data=replace(cfg.data, num_workers=workers_that_fit(cfg, processes_here(accelerator))))
-    rare = None
-    if cfg.rcs.enabled:
-        rare = rare_classes(domains.source_counts, cfg.rcs.temperature, cfg.rcs.min_pixels)
+    rare, rare_few = domains.rare_classes(cfg)
+    few = domains.labelled_target
+    labelled = None if few is None else LabelledTarget(few, cfg.data.target_labelled_share, rare_few)
     target = domains.adapted_to(cfg)
-    dataset = PairDataset(cfg, domains.source, target, rare, domains.translated)
+    dataset = PairDataset(cfg, domains.source, target, rare, domains.translated, labelled_target=labelled)
     on_gpu = accelerator.device.type == "cuda"
     loader = batches(dataset, accelerator.process_index, accelerator.num_processes, step, pin=on_gpu)
     loader.worker_init_fn = leave_signals_to_parent

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..config import DomainConfig, RunConfig
-from ..data.rare_class_sampling import RareClasses, rare_classes
+from ..data.rare_class_sampling import RareClasses, rare_classes, shares_of_pixels
 from ..data.transforms import Size, resized_size
 from ..translate.fda import beta_for
 from .optim import peak_factor
@@ -49,11 +49,14 @@ class Facts:
         counts: (images, K) pixels per class of the domain whose labels are learned, at the labels' own resolution.
         source_sizes: (images, 2) height and width of its files.
         target_sizes: the same of the target, in its own number of images; None without a target.
+        labelled_target: (images, K) and (images, 2), counts and sizes of the target images whose labels are learned
+            beside the source's; None without any.
     """
 
     counts: np.ndarray
     source_sizes: np.ndarray
     target_sizes: np.ndarray | None
+    labelled_target: tuple[np.ndarray, np.ndarray] | None = None
 
     @classmethod
     def unread(cls, cfg: RunConfig) -> "Facts":
@@ -111,6 +114,8 @@ def derive(
     domains = {cfg.labels_from: source}
     if facts.target_sizes is not None and cfg.method not in ("generalization", "target_only"):
         domains["target"] = _working_sizes(cfg.target, facts.target_sizes)
+    if facts.labelled_target is not None and cfg.labelled_target is not None:
+        domains["target_labelled"] = _working_sizes(cfg.labelled_target, facts.labelled_target[1])
     crop, outer = _crops(cfg, domains)
     put("data.crop_size", crop)
     put("data.outer_crop_size", tuple(max(pair) for pair in zip(outer, cfg.data.crop_size, strict=True)))
@@ -134,13 +139,26 @@ def derive(
         values["data.num_workers"] = workers
         cfg = _with(cfg, {"data.num_workers": workers})
         said.append(f"{workers} processes load data ahead, of {cores} cores (data.num_workers)")
+    if facts.labelled_target is not None:
+        said.append(_said_of_target_labels(cfg, facts.labelled_target[0]))
     if cfg.rcs.enabled and facts.counts.any():
         derived = {"rcs.temperature", "rcs.min_pixels"} <= values.keys()
-        text, spoils = _said_of_draws(cfg, facts.counts, num_processes, derived)
+        text, spoils = _said_of_draws(cfg, facts, num_processes, derived)
         (warnings if spoils else said).append(text)
     if cfg.labels_from == "target" and cfg.labelled != cfg.target:
         said.append("target does not say how its labels are read, so they are read as those of test, of the same place")
     return Derived(cfg, values, said, warnings)
+
+
+def joint_frequencies(cfg: RunConfig, facts: Facts) -> np.ndarray | None:
+    """(K,) shares of classes among labelled pixels as a run draws them: of the source, and of labelled target images.
+
+    None without such images.
+    """
+    if facts.labelled_target is None:
+        return None
+    share = cfg.data.target_labelled_share
+    return (1 - share) * shares_of_pixels(facts.counts) + share * shares_of_pixels(facts.labelled_target[0])
 
 
 def draw_probabilities(rare: RareClasses, num_images: int) -> np.ndarray:
@@ -289,7 +307,7 @@ def _warnings(cfg: RunConfig, domains: Mapping[str, np.ndarray], kept: Mapping[s
     """
     found = []
     for role, sizes in domains.items():
-        windowed = role == cfg.labels_from and cfg.uses_outer_crop
+        windowed = role in (cfg.labels_from, "target_labelled") and cfg.uses_outer_crop
         key = "data.outer_crop_size" if windowed else "data.crop_size"
         crop = np.array(cfg.data.outer_crop_size if windowed else cfg.data.crop_size)
         small = (sizes < crop).any(axis=1)
@@ -332,14 +350,25 @@ def _warnings(cfg: RunConfig, domains: Mapping[str, np.ndarray], kept: Mapping[s
     return found
 
 
-def _said_of_draws(cfg: RunConfig, counts: np.ndarray, num_processes: int, derived: bool) -> tuple[str, bool]:
+def _said_of_target_labels(cfg: RunConfig, counts: np.ndarray) -> str:
+    absent = [name for name, pixels in zip(cfg.classes, counts.sum(axis=0), strict=True) if not pixels]
+    return (
+        f"{cfg.data.target_labelled_share:.0%} of the labelled images in the batches are of the target, drawn from "
+        f"{len(counts):,}, {'of which none shows ' + ', '.join(absent) if absent else 'which show every class'}"
+    )
+
+
+def _said_of_draws(cfg: RunConfig, facts: Facts, num_processes: int, derived: bool) -> tuple[str, bool]:
     """Which images the run will draw, and whether these are too few: less than a third of what even draws would reach,
     or draws that are worth less than even ones from a third of the images (1/Σp² < images/3).
 
     `derived`: nobody has given the temperature or the floors.
     """
-    rare = rare_classes(counts, cfg.rcs.temperature, cfg.rcs.min_pixels)
+    counts = facts.counts
+    rare = rare_classes(counts, cfg.rcs.temperature, cfg.rcs.min_pixels, joint_frequencies(cfg, facts))
     draws = cfg.train.max_steps * cfg.train.batch_size * cfg.train.micro_batches * num_processes
+    if facts.labelled_target is not None:
+        draws = max(round(draws * (1 - cfg.data.target_labelled_share)), 1)
     shares = draw_probabilities(rare, len(counts))
     distinct = expected_distinct(shares, draws)
     evenly = expected_distinct(np.full(len(counts), 1 / len(counts)), draws)

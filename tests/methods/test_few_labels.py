@@ -1,0 +1,50 @@
+"""Labelled images of the target among those of the source: which of them make prototypes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from reference import pull as slow
+from tiny import CLASSES, tiny_batch, tiny_config, tiny_graphs, tiny_networks, together
+
+from t2sda_hf.batch import normalize
+
+CALM = "--augment={jitter_probability: 0, blur_probability: 0}"
+FEW = ("--target.path=streets-target", "--target_labels=8")
+
+
+@pytest.mark.parametrize("prototypes", ["source", "both"])
+def test_prototypes_are_those_of_the_slow_twin_on_the_images_that_are_asked_for(prototypes):
+    cfg = tiny_config(CALM, *FEW, f"--pull.prototypes={prototypes}")
+    batch, networks = replace(tiny_batch(cfg), from_target=torch.tensor([False, True])), tiny_networks(cfg)
+    losses, seen = together(tiny_graphs(cfg, networks, batch))
+    keys = networks.teacher(normalize(batch.source_images), project=True).embeddings
+    labels = batch.source_labels[:, 2::4, 2::4].clone()  # blocks of 8: the nearest of 4x4 is any
+    if prototypes == "source":
+        keys, labels = keys[:1], labels[:1]
+    for class_id in range(len(CLASSES)):
+        expected = slow.prototype(keys, labels, class_id)
+        if expected is not None:
+            torch.testing.assert_close(seen["prototypes"][class_id].double(), expected.double(), rtol=1e-4, atol=1e-5)
+    assert torch.isfinite(losses["pull"])
+
+
+def test_other_losses_do_not_ask_whose_the_labelled_image_is():
+    cfg = tiny_config(CALM, *FEW)
+    plain, _ = together(tiny_graphs(cfg))
+    few, _ = together(tiny_graphs(cfg, None, replace(tiny_batch(cfg), from_target=torch.tensor([True, False]))))
+    both, _ = together(
+        tiny_graphs(
+            tiny_config(CALM, *FEW, "--pull.prototypes=both"),
+            None,
+            replace(tiny_batch(cfg), from_target=torch.tensor([True, False])),
+        )
+    )
+    assert all(torch.equal(plain[name], few[name]) for name in ("source", "target"))
+    assert all(torch.equal(plain[name], both[name]) for name in plain)
+
+
+def test_a_batch_of_the_target_alone_pulls_nothing_to_the_source():
+    cfg = tiny_config(CALM, *FEW)
+    batch = replace(tiny_batch(cfg), from_target=torch.tensor([True, True]))
+    assert together(tiny_graphs(cfg, None, batch))[0]["pull"] == 0
