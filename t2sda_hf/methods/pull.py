@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..augment.color import strong_augment
 from ..config import RunConfig
+from ..device import constant
 from ..labels import IGNORE_INDEX
 from ..losses.feature_distance import downscale_labels_by_share
 from ..losses.pull import (
@@ -84,7 +85,7 @@ def pull_against(step: Step, keys: Tensor, pseudo_labels: PseudoLabels | None) -
     cfg, pull, num_classes = step.cfg, step.cfg.pull, len(step.cfg.classes)
     labels = small_labels(step, pseudo_labels, (keys.shape[-2], keys.shape[-1]))
     pixels = sort_by_class(labels.maps, num_classes, step.device_generator)
-    asked = step.sum_over_processes(pixels.counts[0 if labels.queries is labels.source else -1, :-1].double())
+    asked = step.sum_over_processes(pixels.counts[0 if labels.queries is labels.source else -1, :-1])
     same = labels.keys is labels.queries
     counts = asked if same else step.sum_over_processes(class_counts(labels.keys, num_classes))
     sums = step.sum_over_processes(prototype_sums(keys, labels.keys, num_classes, pull.proto_prenorm))
@@ -105,23 +106,20 @@ class SmallLabels:
     """Labels at the size of the embeddings, (B,h,w) int64, 255 where a pixel has none.
 
     Attributes:
+        maps: (S,B,h,w), for `sort_by_class`, in the order that `sample_pull` expects: the source's, pseudo-labels of
+            unreliable target pixels, if there is a target, and `queries`, if they are not the source's.
         source: of the source, and so of its translation.
         queries, keys: of the domain that is pulled, and of the one it is pulled to. The same tensor as `source` if it
             is one of these two, but that labelled images of the target make no prototypes unless pull.prototypes says
             so. Pseudo-labels are in them only where they may count and are sure enough.
-        negatives: pseudo-labels of unreliable target pixels; None without a target.
+        has_target: whether there is a target.
     """
 
+    maps: Tensor
     source: Tensor
     queries: Tensor
     keys: Tensor
-    negatives: Tensor | None = None
-
-    @property
-    def maps(self) -> list[Tensor]:
-        """For `sort_by_class`, in the order that `sample_pull` expects."""
-        found = [self.source] if self.negatives is None else [self.source, self.negatives]
-        return found if self.queries is self.source else [*found, self.queries]
+    has_target: bool
 
 
 def small_labels(step: Step, pseudo_labels: PseudoLabels | None, size: tuple[int, int]) -> SmallLabels:
@@ -135,17 +133,27 @@ def small_labels(step: Step, pseudo_labels: PseudoLabels | None, size: tuple[int
     if of_target is not None and pull.prototypes == "source":
         y_k = torch.where(of_target[:, None, None], IGNORE_INDEX, y_s)
     if pseudo_labels is None:
-        return SmallLabels(y_s, y_s, y_k)
+        return _together(y_s, y_s, y_k)
     y_t = sample_nearest(pseudo_labels.labels, size)
     confidence = sample_nearest(pseudo_labels.confidence, size)
     unreliable = unreliable_pixels(confidence, pull.unreliable_ratio, pull.gamma_scope)
-    negatives = torch.where(unreliable, y_t, IGNORE_INDEX)
+    nowhere = constant((IGNORE_INDEX,), y_t.device, y_t.dtype)
+    negatives = torch.where(unreliable, y_t, nowhere)
     if "target" not in (pull.query_domain, pull.key_domain):
-        return SmallLabels(y_s, y_s, y_k, negatives)
+        return _together(y_s, y_s, y_k, negatives)
     counts = (confidence >= pull.target_min_conf) & (sample_nearest(pseudo_labels.inside, size) > 0)
-    trusted = torch.where(counts, y_t, IGNORE_INDEX)
+    trusted = torch.where(counts, y_t, nowhere)
     queries = trusted if pull.query_domain == "target" else y_s
-    return SmallLabels(y_s, queries, trusted if pull.key_domain == "target" else y_k, negatives)
+    return _together(y_s, queries, trusted if pull.key_domain == "target" else y_k, negatives)
+
+
+def _together(source: Tensor, queries: Tensor, keys: Tensor, negatives: Tensor | None = None) -> SmallLabels:
+    """Maps (B,h,w), `negatives` those of unreliable target pixels. What is one tensor here stays one."""
+    listed = [source, *([] if negatives is None else [negatives]), *([] if queries is source else [queries])]
+    maps = torch.stack(listed)
+    views = {id(own): view for own, view in zip(listed, maps, strict=True)}
+    source, queries, keys = (views.get(id(own), own) for own in (source, queries, keys))
+    return SmallLabels(maps, source, queries, keys, negatives is not None)
 
 
 def draw_samples(step: Step, labels: SmallLabels, pixels: SortedPixels, asked: Tensor, counts: Tensor) -> PullSamples:
@@ -157,7 +165,8 @@ def draw_samples(step: Step, labels: SmallLabels, pixels: SortedPixels, asked: T
     """
     pull = step.cfg.pull
     sampling: Literal["cbqs", "ceqs"] = "ceqs" if pull.query_sampling == "ceqs" else "cbqs"
-    wanted = num_queries_per_class(asked * step.members, step.num_members, pull.num_queries, sampling)
+    inside = asked * step.members if pull.class_set else asked
+    wanted = num_queries_per_class(inside, step.num_members, pull.num_queries, sampling)
     if labels.keys is not labels.queries:  # a class is pulled only if there is something to pull it to
         wanted = wanted * (counts > 0)
     most = pull.num_queries * (len(asked) if sampling == "ceqs" else step.num_members)
@@ -167,7 +176,7 @@ def draw_samples(step: Step, labels: SmallLabels, pixels: SortedPixels, asked: T
         most + (len(asked) if pull.query_sampling == "cbqs" else 0),  # CBQS rounds up
         pull.num_negatives,
         step.device_generator,
-        has_target=labels.negatives is not None,
+        has_target=labels.has_target,
         uniform=pull.query_sampling == "uniform",
         negatives=pull.negatives,
         share=pull.share_negatives,

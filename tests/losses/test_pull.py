@@ -236,13 +236,13 @@ def sampled(given: dict[str, Tensor], num_negatives: int = 16, seed: int = 0, **
     wanted = options.pop("wanted", WANTED)
     most = options.pop("most", sum(wanted))
     generator = random(seed)
-    maps = [given["labels"], torch.where(unreliable, given["pseudo_labels"], 255)]
+    maps = torch.stack([given["labels"], torch.where(unreliable, given["pseudo_labels"], 255)])
     pixels = sort_by_class(maps, len(wanted), generator)
     return listed(sample_pull(pixels, torch.tensor(wanted), most, num_negatives, generator, **options))
 
 
 def sampled_without_target(labels: Tensor, num_negatives: int) -> Listed:
-    pixels = sort_by_class([labels], K, random())
+    pixels = sort_by_class(labels[None], K, random())
     return listed(sample_pull(pixels, torch.tensor(WANTED), 14, num_negatives, random(), has_target=False))
 
 

@@ -599,7 +599,7 @@ def test_two_processes_with_an_image_each_have_the_gradients_of_one_with_both(mo
         """Those of both halves; rows of the second lie behind the pixels of the first."""
         first, second = (listed(samples) for samples in drawn[-2:])
         assert first.classes == second.classes
-        pixels = len(args[0].order) // len(args[0].starts) // 2
+        pixels = args[0].order.shape[1] // 2
         rows = (
             [torch.cat([a, b + pixels]) for a, b in zip(getattr(first, name), getattr(second, name), strict=True)]
             for name in ("queries", "source_negatives", "target_negatives")
