@@ -587,11 +587,12 @@ def measure_step() -> None:
 
 
 def launches_rows(options: Options) -> Iterator[Row]:
-    """What an update of MiT-B0 asks of a GPU, see `t2sda_hf.training.launches`. Counts do not depend on crops."""
+    """What an update of MiT-B0, or of DeepLab-V2, asks of a GPU, see `t2sda_hf.training.launches`, for any crop."""
     crops = ["--data={crop_size: [128, 128], outer_crop_size: [128, 192]}", "--hrda.crop_size=[64, 64]"]
     always = ["--augment={jitter_probability: 1.0, blur_probability: 1.0}", "--uda={ignore_top: 0, ignore_bottom: 0}"]
     small = ["--model.size=mit_b0"]  # a larger one only has more kernels in its networks
     runs = [[f"gta_cityscapes/t2sda_{name}", *small, *crops, *always] for name in ("daformer", "hrda", "mic")]
+    runs += [["gta_cityscapes/t2sda_deeplabv2", *crops, *always]]
     runs += [["generalization/demo", "--translate.engine=gaussian_blur"]]
     runs += [["gta_cityscapes/source_only", *small, *crops, *always]]
     said = subprocess.run(

@@ -58,7 +58,7 @@ _NO_KERNEL = {"detach", "alias", "lift_fresh", "empty", "empty_like", "empty_str
 _NO_KERNEL |= {"new_empty_strided", "_local_scalar_dense", "sym_size", "sym_stride", "sym_numel"}
 # A function, or a file of the package, on the stack -> the part of the update; the first of these rows that fits.
 _PARTS = (
-    ("networks", {"transformers", f"models{os.sep}modeling_t2sda.py"}),
+    ("networks", {"transformers", f"models{os.sep}modeling_t2sda.py", f"models{os.sep}resnet.py"}),
     ("pull", {"pull_against", "pull_loss", "dynamic_weights"}),
     ("losses", {"segmentation_loss", "feature_distance"}),
     ("images", {"pseudo_labels_of", "pseudo_target", "sample_class_mix", "strong_augment", "photometric_distortion"}),

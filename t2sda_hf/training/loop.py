@@ -236,7 +236,7 @@ def learn(run: Run, step: Step, logged: list[dict[str, Tensor]]) -> Mapping[str,
     """
     seen: dict[str, Any] = {}
     for graph in run.method(step):  # one at a time
-        backward(graph.losses, run.cfg.loss_weights)
+        backward(graph.losses, run.cfg.loss_weights, run.parts.networks.student)
         if run.parts.halves is not None:
             run.parts.halves.hand_over()
         logged.append(graph.logged)
@@ -264,10 +264,22 @@ def picture(run: Run, done: int, tracker: Tracker, store: Store, seen: Mapping[s
             tracker.picture(done, "pseudo-labels", path)
 
 
-def backward(losses: Mapping[str, Tensor], weights: LossWeights) -> None:
-    """Add the gradients of Σ weight · loss, of one graph. The weights are its first gradients: the sum is not made."""
+def backward(losses: Mapping[str, Tensor], weights: LossWeights, student: nn.Module) -> None:
+    """Add the gradients of Σ weight · loss, of one graph, to those of the student.
+
+    The weights are the first gradients: the sum is not made. What other graphs left is put aside, and added at the end
+    for all parameters at once. By itself autograd adds parameter by parameter, with a kernel for each.
+    """
     first = [constant((float(vars(weights)[name]),), loss.device, loss.dtype)[0] for name, loss in losses.items()]
+    before = [(parameter, parameter.grad) for parameter in student.parameters() if parameter.grad is not None]
+    for parameter, _ in before:
+        parameter.grad = None
     torch.autograd.backward(list(losses.values()), first)
+    both = [(old, parameter.grad) for parameter, old in before if parameter.grad is not None]
+    if both:
+        torch._foreach_add_([old for old, _ in both], [new for _, new in both])
+    for parameter, old in before:
+        parameter.grad = old
 
 
 def _say_compiled(took: list[float], seconds: float, backend: str, tracker: Tracker) -> None:

@@ -18,11 +18,16 @@ HRDA = [
     "--patch_mask.block_size=16",
     "--data={crop_size: [64, 64], outer_crop_size: [64, 96]}",
 ]
+CNN = ["--model.size=resnet50c", "--model.depths=[1,1,1,1]", "--model.hidden_sizes=[16,16,24,32]"]
 RUNS = {
     "daformer": [CITY, *TINY],
+    "hrda": ["gta_cityscapes/t2sda_hrda", *TINY, *HRDA],
+    "deeplabv2": ["gta_cityscapes/t2sda_deeplabv2", *TINY, *CNN],
+    "generalization": ["generalization/gta_cityscapes", *TINY, "--translate.engine=gaussian_blur"],
     "mic": ["gta_cityscapes/t2sda_mic", *TINY, *HRDA],
     "target to source, uniform": [CITY, *TINY, "--pull.query_domain=target", "--pull.query_sampling=uniform"],
     "memory": [CITY, *TINY, "--pull.proto_momentum=0.9", "--drw.absent_conf=ema", "--drw.normalise_over=queried"],
+    "66 classes": [CITY, *TINY, f"--classes={json.dumps([f'class {number}' for number in range(66)])}"],
     "150 classes": [CITY, *TINY, f"--classes={json.dumps([f'class {number}' for number in range(150)])}"],
     "as deep as B0": [CITY, *TINY, "--model.depths=[2,2,2,2]"],
     "as deep as B0, bf16": [CITY, *TINY, "--model.depths=[2,2,2,2]", "--train.precision=bf16"],
@@ -50,10 +55,24 @@ def test_the_host_waits_once_in_an_update(launches, name):
 
 
 def test_bf16_casts_the_weights_once_in_an_update(launches):
-    """With autocast alone there would be 1.4 times as many kernels. What is left casts activations."""
+    """With autocast alone there would be 1.7 times as many kernels. What is left casts activations."""
     plain, half = (sum(launches[f"as deep as B0{more}"]["parts"].values()) for more in ("", ", bf16"))
-    assert half <= 1.2 * plain
+    assert half <= 1.25 * plain
 
 
 def test_the_pull_launches_as_many_kernels_for_any_number_of_classes(launches):
-    assert launches["150 classes"]["parts"]["pull"] == launches["daformer"]["parts"]["pull"] <= 130
+    found = {launches[name]["parts"]["pull"] for name in ("daformer", "66 classes", "150 classes")}
+    assert found == {80}
+
+
+@pytest.mark.parametrize("name", ["daformer", "hrda", "mic", "deeplabv2", "generalization", "source only"])
+def test_a_recipe_launches_no_more_than_its_goal(launches, name):
+    """Of colour jitter and blur, which always happen here, MIC has two."""
+    most = {"images": 80 if name == "mic" else 60, "pull": 80, "update": 40}
+    parts = launches[name]["parts"]
+    assert {part: parts.get(part, 0) for part in most if parts.get(part, 0) > most[part]} == {}
+
+
+def test_gradients_of_several_terms_are_added_at_once(launches):
+    """Adding them parameter by parameter would be a third more kernels of the backward."""
+    assert sum("loop.py" in place for place in launches["daformer"]["kernels"]) <= 2

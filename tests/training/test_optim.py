@@ -1,13 +1,16 @@
 """The learning rate of the public log, and who is decayed at which rate."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from reference.schedule import learning_rate
 from tiny import tiny_config, tiny_model
 from torch import nn
 
-from t2sda_hf.config import OptimConfig
+from t2sda_hf.config import LossWeights, OptimConfig
 from t2sda_hf.teacher import make_teacher
+from t2sda_hf.training.loop import backward
 from t2sda_hf.training.optim import learning_rate_factor, make_optimizer, set_learning_rate
 
 
@@ -117,3 +120,29 @@ def test_a_factor_of_zero_moves_nothing_and_a_step_moves_the_student_alone(stude
         optimizer.step()
         assert all(torch.equal(a, b) != moved for a, b in zip(before, student.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))
+
+
+def test_gradients_of_several_graphs_are_those_that_autograd_adds_up():
+    """Bit by bit; a parameter that a graph leaves out keeps what it has, and one that none asks has none."""
+    torch.manual_seed(0)
+    student, weights = nn.ModuleDict({name: nn.Linear(5, 3) for name in ("both", "one", "none")}), LossWeights(pull=0.3)
+    images = torch.randn(4, 5)
+
+    def graphs() -> Iterator[dict[str, torch.Tensor]]:
+        both, one = student["both"](images), student["one"](images)
+        yield {"source": (both**2).sum() + one.sum(), "target": both.exp().sum()}
+        yield {"pull": student["both"](images).sin().sum()}
+
+    found = []
+    for at_once in (True, False):
+        student.zero_grad()
+        for losses in graphs():
+            if at_once:
+                backward(losses, weights, student)
+            else:
+                sum(getattr(weights, name) * loss for name, loss in losses.items()).backward()
+        found.append([parameter.grad for parameter in student.parameters()])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours, theirs)
+    assert [gradient is None for gradient in found[0]] == [False] * 4 + [True] * 2
