@@ -71,8 +71,3 @@ def test_a_recipe_launches_no_more_than_its_goal(launches, name):
     most = {"images": 80 if name == "mic" else 60, "pull": 80, "update": 40}
     parts = launches[name]["parts"]
     assert {part: parts.get(part, 0) for part in most if parts.get(part, 0) > most[part]} == {}
-
-
-def test_gradients_of_several_terms_are_added_at_once(launches):
-    """Adding them parameter by parameter would be a third more kernels of the backward."""
-    assert sum("loop.py" in place for place in launches["daformer"]["kernels"]) <= 2
