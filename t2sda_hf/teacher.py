@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .device import constant
+from .device import constant, integers
 
 
 def make_teacher(student: nn.Module) -> nn.Module:
@@ -81,6 +81,35 @@ def pseudo_label_weights(
     over = (0, 1, 2) if scope == "batch" else (1, 2)
     share = (confidence >= threshold).mean(dim=over, keepdim=True, dtype=torch.float32)
     return share * trusted_rows(confidence, ignore_top, ignore_bottom)
+
+
+def surest_of_each_class(
+    pseudo_labels: Tensor, confidence: Tensor, inside: Tensor, share: float, threshold: float, num_classes: int
+) -> Tensor:
+    """Which pseudo-labels are trusted if no class may be left out (class-balanced self-training, arXiv 1810.07911).
+
+    Of the n pixels of a class those are the ⌈share·n⌉ surest, and all that are as sure as the least sure of them; and
+    whatever is as sure as the threshold.
+
+    Args:
+        pseudo_labels: (B,H,W) int64 in [0,K).
+        confidence: (B,H,W) in (0,1], 1/K at least.
+        inside: (B,H,W), 0 where nothing is trusted or counted.
+        share: in (0,1].
+        threshold: δ_p.
+        num_classes: K.
+
+    Returns:
+        (B,H,W) float32, 1 or 0.
+    """
+    places = pseudo_labels + (1 - confidence.double())  # class by class, the surest first
+    ordered = torch.where(inside > 0, places, num_classes).flatten().sort().values
+    starts = torch.searchsorted(ordered, integers(num_classes + 1, torch.float64, places.device))
+    counts = starts.diff()
+    last = starts[:-1] + ((counts * share - 1e-9).ceil().long() - 1).clamp(min=0)
+    limits = ordered[last.clamp(max=len(ordered) - 1)]  # (K,)
+    trusted = (places <= limits[pseudo_labels]) | (confidence >= threshold)
+    return (trusted & (inside > 0)).float()
 
 
 def trusted_rows(maps: Tensor, ignore_top: int, ignore_bottom: int) -> Tensor:

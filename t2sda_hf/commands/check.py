@@ -42,7 +42,7 @@ def check(
     cfg: RunConfig, only: list[str], output: Path, pictures: int, processes: int
 ) -> tuple[list[Finding], list[str]]:
     """What is wrong with the domains `only` of a run, and what a run makes of them; also as a page in `output`."""
-    labelled = (cfg.labels_from, "target_labelled", "test")
+    labelled = ("target_labelled", "test", "" if cfg.method == "source_free" else cfg.labels_from)
     read = [role for role in only if role != "source" or cfg.labels_from == "source"]
     configs = {role: config for role in read if (config := getattr(cfg, role)).path}
     if not configs:

@@ -39,6 +39,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
@@ -47,8 +48,10 @@ from accelerate.utils.environment import parse_flag_from_env
 
 from ..config import RunConfig, dump_config
 from ..data.domains import read_domain
+from ..data.transforms import Size
 from ..errors import DamagedCheckpoint, Ended, LostContact, LostFolder, RunFailed
 from ..evaluation.gain import gain_interval
+from ..evaluation.inference import to_pixel_values
 from ..evaluation.page import NARROW_PANEL, write_page
 from ..evaluation.report import save_panel
 from ..evaluation.run_folder import write_data_record
@@ -68,6 +71,7 @@ from ..training.build import (
     records,
     run_method,
     settle,
+    start_student,
 )
 from ..training.checkpoint import checkpoints, left_in
 from ..training.derive import Derived, rate_is_too_low
@@ -209,6 +213,8 @@ def prepare(
             f"accelerate was started with {accelerator.distributed_type.value}, which would do nothing here. Launch "
             "one process, several with whole networks, or FSDP2: see --accelerate_config in `t2sda train --help`."
         )
+    if shards(accelerator) and cfg.method in ("source_free", "distil"):
+        raise ValueError(f"method {cfg.method} is not built for sharded networks. Launch whole ones.")
     if shards(accelerator) and cfg.train.compile != "none":
         raise ValueError(f"train.compile {cfg.train.compile!r} is not built for sharded networks. Set it to none.")
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
@@ -312,6 +318,13 @@ def judge(cfg: RunConfig, results: Results) -> dict[str, Any]:
     if (too_low := rate_is_too_low(cfg)) != "":
         notes.append(f"{too_low[:1].upper()}{too_low[1:]}.")
     logged = read_lines(Path(cfg.output_dir) / cfg.method / "scalars.jsonl")
+    reached = max((entry["step"] for entry in logged), default=cfg.train.max_steps)
+    if cfg.train.stop_after_falls and reached < cfg.train.max_steps:
+        notes.append(
+            f"Stopped after {reached} of {cfg.train.max_steps} updates, because {cfg.select} had fallen in "
+            f"{cfg.train.stop_after_falls} evaluations in a row, as it does when predictions collapse. The best "
+            f"weights by it are in {cfg.method}/selected, the last ones in {cfg.method}/student."
+        )
     trust = [entry["trust"] for entry in logged if "trust" in entry]
     if trust and max(trust) < UNSURE:
         notes.append(
@@ -323,7 +336,7 @@ def judge(cfg: RunConfig, results: Results) -> dict[str, Any]:
 
 def shown(evaluated: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The results on the test domain, in the order of the table."""
-    return {which: evaluated[which] for which in ("student", "teacher", "selected") if which in evaluated}
+    return {which: evaluated[which] for which in ("student", "teacher", "selected", "start") if which in evaluated}
 
 
 def finish(cfg: RunConfig, domains: Domains, results: Results) -> None:
@@ -347,10 +360,28 @@ def finish(cfg: RunConfig, domains: Domains, results: Results) -> None:
         print(f"\n{cfg.method}{_verdict(gain, judged)} {cfg.baseline} (seed {cfg.seed}).")
     for note in judged["notes"]:
         print(note)
+    if cfg.method == "distil":
+        image = domains.test.image(0)
+        for title, model in (("student", models[cfg.method]), ("start", start_student(cfg).eval())):
+            print(f"{title}: {size_and_speed(model, image, domains.test.network_size())}")
     if "selected" in own:
         kept = own["selected"]
         print(f"Selected without target labels by {kept['proxy']}: the student after {kept['step']} updates.")
     print(f"Figures in {folder / 'summary.json'}, everything on one page: {write_page(folder)}")
+
+
+def size_and_speed(model: T2SDAForSemanticSegmentation, image: np.ndarray, size: Size | None) -> str:
+    """Parameters that segment, and the time of the middle one of five forwards on the CPU, in words."""
+    numbers = sum(parameter.numel() for name, parameter in model.named_parameters() if "projector" not in name)
+    pixels, seconds = to_pixel_values(image, size, model.device), []
+    with torch.no_grad():
+        for _ in range(5):
+            began = time.perf_counter()
+            model(pixels)
+            seconds.append(time.perf_counter() - began)
+    height, width = pixels.shape[-2:]
+    median = 1000 * sorted(seconds)[2]
+    return f"{numbers / 1e6:.2f} million parameters, {median:.1f} ms for an image of {width}x{height} on the CPU"
 
 
 def _verdict(gain: float | None, judged: dict[str, Any]) -> str:

@@ -351,8 +351,18 @@ class UdaConfig(Section):
     pseudo_threshold: Number = key(
         0.968, "confidence from which a pseudo-label counts as sure", "P", at_least=0, at_most=1
     )
-    weight_scope: Literal["batch", "image"] = key(
-        "batch", "the share of sure pixels weighs pseudo-labels: one share for the batch, or one per image", "O A6"
+    weight_scope: Literal["batch", "image", "class"] = key(
+        "batch",
+        "the share of sure pixels weighs pseudo-labels: one share for the batch, or one per image; or class: those of "
+        "the surest class_share of every class weigh 1, and so do sure pixels, all others 0",
+        "O A6",
+    )
+    class_share: Number = key(
+        0.5,
+        "with weight_scope class, share of the pixels of each pseudo-class in a batch that are learned, so that no "
+        "class is left out because the teacher is less sure of it (CBST, arXiv 1810.07911)",
+        above=0,
+        at_most=1,
     )
     target_statistics: Whole = key(
         0,
@@ -641,6 +651,16 @@ class LossWeights(Section):
     )
     target: Number = key(1.0, "cross-entropy on mixed images with pseudo-labels", "P", at_least=0)
     pull: Number = key(0.1, "λ, the pull loss (Table 12)", "P", at_least=0)
+    anchor: Number = key(
+        0.0,
+        "of source_free: half the squared distance of all weights to those it starts from (L2-SP, arXiv 1802.01483)",
+        at_least=0,
+    )
+    distil: Number = key(
+        1.0,
+        "of distil: divergence of the student's classes from those of start_model, on source and target",
+        at_least=0,
+    )
     masked_consistency: Number = key(0.0, "cross-entropy on masked target images; 1 in MIC", "D", at_least=0)
 
 
@@ -722,6 +742,12 @@ class TrainConfig(Section):
     )
     keep_checkpoints: Whole = key(
         2, "the newest so many are kept, older ones are deleted", changes="nothing", at_least=1
+    )
+    stop_after_falls: Whole = key(
+        0,
+        "stop when the proxy of select has fallen in so many evaluations in a row, as it does when predictions "
+        "collapse to a few classes; 0 never stops",
+        at_least=0,
     )
     non_finite: Literal["stop", "skip"] = key(
         "stop", "what to do with an update whose losses or gradients are not finite", changes="nothing"
@@ -808,10 +834,17 @@ LABEL_PLACES = ("label_path", "label_suffix", "label_column")
 class RunConfig(Section):
     """One run: `method` learns `classes` from `source` and `target`, and is measured on `test`."""
 
-    method: Literal["t2sda", "source_only", "target_only", "generalization"] = key(
+    method: Literal["t2sda", "source_only", "target_only", "generalization", "source_free", "distil"] = key(
         "t2sda",
         "the objective; DACS, DAFormer, HRDA and MIC are t2sda with other weights; source_only is the lower bound, and "
-        "target_only, which learns the labels of the target, the upper one",
+        "target_only, which learns the labels of the target, the upper one; source_free adapts a finished model "
+        "(start_model) to the target without any source; distil teaches a smaller one what it says of both",
+    )
+    start_model: str = key(
+        "",
+        "of source_free and distil: folder or Hub id of a finished T2S-DA model or SegFormer. source_free starts from "
+        "it, with its sizes, so that model and projector say nothing; distil learns from it",
+        changes="placement",
     )
     baseline: Literal["none", "source_only"] = key(
         "none", "train this first from the same initial weights, and compare", changes="nothing"
@@ -936,6 +969,33 @@ class RunConfig(Section):
         self._check_target_labels()
         if self.hrda.enabled:
             self._check_hrda()
+        require(
+            not self.train.stop_after_falls or self.select != "last",
+            "train.stop_after_falls",
+            "0 with select last. Set select to the proxy that is watched, such as proxy:combined",
+            self.train.stop_after_falls,
+        )
+        if self.method == "source_free":
+            self._check_source_free()
+        require(
+            not self.start_model or self.method in ("source_free", "distil", "source_only"),
+            "start_model",
+            f"empty with method {self.method}: only source_free and distil begin with a finished model",
+            self.start_model,
+        )
+        require(
+            not self.loss_weights.anchor or self.method == "source_free",
+            "loss_weights.anchor",
+            f"0 with method {self.method}",
+            self.loss_weights.anchor,
+        )
+        if self.method == "distil":
+            require(
+                bool(self.start_model) and not self.hrda.enabled,
+                "start_model and hrda.enabled",
+                "a finished model and false with method distil, whose student is a plain one",
+                (self.start_model, self.hrda.enabled),
+            )
         if self.method == "generalization":
             self._check_generalization()
 
@@ -961,8 +1021,12 @@ class RunConfig(Section):
         """Every run learns something, and what is switched on has something to act on."""
         weights = self.loss_weights
         supervised = dict.fromkeys(SUPERVISED, ("source",))
-        used: dict[str, tuple[str, ...]] = supervised | {"generalization": ("source", "feature_distance", "pull")}
-        names = used.get(self.method, tuple(vars(weights)))
+        used: dict[str, tuple[str, ...]] = supervised | {
+            "generalization": ("source", "feature_distance", "pull"),
+            "source_free": ("target", "masked_consistency", "pull"),
+            "distil": ("distil", "source", "pull"),
+        }
+        names = used.get(self.method, tuple(name for name in vars(weights) if name not in ("anchor", "distil")))
         require(
             any(getattr(weights, name) > 0 for name in names),
             " or ".join(f"loss_weights.{name}" for name in names),
@@ -988,7 +1052,7 @@ class RunConfig(Section):
             self.uda.source_phase,
         )
         require(
-            self.method != "t2sda"
+            not self.self_trains
             or not self.uda.target_statistics
             or not self.target.streaming
             or self.target.num_images is not None,
@@ -1040,6 +1104,46 @@ class RunConfig(Section):
                 given,
             )
 
+    def _check_source_free(self) -> None:
+        require(
+            not self.source.path and not self.target_labelled.path and self.target_labels in (None, 0),
+            "source.path, target_labelled.path and target_labels",
+            "empty with method source_free: it learns without labels. Set method t2sda to use them",
+            (self.source.path, self.target_labelled.path, self.target_labels),
+        )
+        require(
+            bool(self.start_model),
+            "start_model",
+            "the folder or Hub id of a finished model with method source_free: outputs/demo/source_only/student, say",
+            self.start_model,
+        )
+        require(
+            self.baseline == "none",
+            "baseline",
+            "none with method source_free, which has no source. What it starts from is scored by `t2sda evaluate`",
+            self.baseline,
+        )
+        require(
+            not self.uda.source_phase and not self.loss_weights.feature_distance,
+            "uda.source_phase and loss_weights.feature_distance",
+            "0 with method source_free. loss_weights.anchor keeps it near the weights that it starts from",
+            (self.uda.source_phase, self.loss_weights.feature_distance),
+        )
+        require(
+            not self.loss_weights.target or self.train.batch_size > 1,
+            "train.batch_size",
+            "at least 2 with method source_free: classes of one image of a batch are pasted into another",
+            self.train.batch_size,
+        )
+        if self.loss_weights.pull:
+            pulled = (self.pull.query_domain, self.pull.key_domain)
+            require(
+                pulled == ("target", "source") and not self.pull.proto_momentum,
+                "pull.query_domain, pull.key_domain and pull.proto_momentum",
+                "target, source and 0 with method source_free: the target is pulled to the classifier's weights",
+                (*pulled, self.pull.proto_momentum),
+            )
+
     def _check_generalization(self) -> None:
         require(
             not self.target.path,
@@ -1079,8 +1183,13 @@ class RunConfig(Section):
 
     @property
     def labels_from(self) -> str:
-        """The domain whose labels are learned."""
-        return "target" if self.method == "target_only" else "source"
+        """The domain whose labels are learned; of source_free the one whose images are."""
+        return "target" if self.method in ("target_only", "source_free") else "source"
+
+    @property
+    def self_trains(self) -> bool:
+        """Whether a teacher labels images of a target."""
+        return self.method in ("t2sda", "source_free", "distil")
 
     @property
     def labelled(self) -> DomainConfig:
@@ -1090,7 +1199,7 @@ class RunConfig(Section):
     @property
     def labelled_target(self) -> DomainConfig | None:
         """Of the images in `target_labels` of this domain the labels are learned beside the source's; None: of none."""
-        if self.target_labels == 0 or self.method not in ("t2sda", "source_only"):
+        if self.target_labels == 0 or self.method not in ("t2sda", "source_only", "distil"):
             return None
         if self.target_labelled.path:
             return self.target_labelled
@@ -1121,16 +1230,16 @@ class RunConfig(Section):
     @property
     def translates(self) -> bool:
         """Whether the objective needs pseudo-target images."""
-        if self.supervised or self.translate.engine == "none":
+        if self.supervised or self.translate.engine == "none" or self.method == "source_free":
             return False
         pulls = self.loss_weights.pull > 0 and "ptarget" in (self.pull.query_domain, self.pull.key_domain)
-        if self.method == "generalization":
+        if self.method in ("generalization", "distil"):
             return pulls
         return pulls or self.mix.source == "pseudo_target" or self.uda.source_ce_on != "source"
 
     @property
     def uses_outer_crop(self) -> bool:
-        translates_windows = self.translates and self.method == "t2sda"
+        translates_windows = self.translates and self.method in ("t2sda", "distil")
         return translates_windows if self.data.outer_crop == "auto" else self.data.outer_crop == "true"
 
 

@@ -57,7 +57,8 @@ class LabelledTarget:
 
 @dataclass(frozen=True)
 class PairDataset(Dataset):
-    """Sample number `position` of an endless stream: a source crop with labels, and a target crop without.
+    """Sample number `position` of an endless stream: a source crop with labels, and a target crop without. Where there
+    is no source, its image and labels are empty.
 
     In the place of some source images stand those of `labelled_target`. They are in the style of the target already:
     their window is its own style reference, by which FDA leaves it as it is.
@@ -67,7 +68,7 @@ class PairDataset(Dataset):
     """
 
     config: RunConfig
-    source: Domain
+    source: Domain | None
     target: Domain | None
     rare: RareClasses | None
     translated: TranslatedFolder | None = None  # of the source images, instead of an engine that runs along
@@ -95,6 +96,10 @@ class PairDataset(Dataset):
 
     def _sample(self, rng: np.random.Generator, position: int) -> dict[str, np.ndarray]:
         few, labelled, rare = self.labelled_target, self.source, self.rare
+        if labelled is None:
+            empty = {"source_images": np.zeros((0, 0, 3), np.uint8), "source_labels": np.zeros((0, 0), np.uint8)}
+            assert self.target is not None
+            return empty | self._target_crop(self._draw_target(self.target, rng), self.target, rng)
         from_target = few is not None and few.has(position)
         if few is not None and from_target:
             labelled, rare = few.domain, few.rare
@@ -131,20 +136,24 @@ class PairDataset(Dataset):
                 "style_reference": _flipped(style, flip),
                 "inner_corner": np.array([inner.top, left]),
             }
-        unpadded = (target_image.shape[0], target_image.shape[1])
-        target_image = pad_image(target_image, data.crop_size)
-        crop = random_window((target_image.shape[0], target_image.shape[1]), data.crop_size, rng)
-        flip_target = bool(data.flip and rng.random() < 0.5)
-        uda = self.config.uda
-        size = (target_image.shape[0], target_image.shape[1])
-        valid = self.target.validity(unpadded)
+        return sample | self._target_crop(target_image, self.target, rng)
+
+    def _target_crop(self, image: np.ndarray, target: Domain, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """A crop of a target image, and where its pseudo-labels may be trusted, unless that is everywhere."""
+        data, uda, sample = self.config.data, self.config.uda, dict[str, np.ndarray]()
+        unpadded = (image.shape[0], image.shape[1])
+        image = pad_image(image, data.crop_size)
+        crop = random_window((image.shape[0], image.shape[1]), data.crop_size, rng)
+        flip = bool(data.flip and rng.random() < 0.5)
+        size = (image.shape[0], image.shape[1])
+        valid = target.validity(unpadded)
         if valid is not None or uda.ignore_left or uda.ignore_right:
             columns = np.arange(size[1])
             trusted = np.zeros(size, dtype=bool)  # padding is not
             trusted[: unpadded[0], : unpadded[1]] = True if valid is None else valid
             trusted &= (columns >= uda.ignore_left) & (columns < unpadded[1] - uda.ignore_right)
-            sample["target_valid"] = _flipped(crop.of(trusted), flip_target)
-        return sample | {"target_images": _flipped(crop.of(target_image), flip_target)}
+            sample["target_valid"] = _flipped(crop.of(trusted), flip)
+        return sample | {"target_images": _flipped(crop.of(image), flip)}
 
     def _draw_target(self, target: Domain, rng: np.random.Generator) -> np.ndarray:
         index = int(rng.integers(len(target)))  # drawn for a stream too: crops and flips do not depend on it

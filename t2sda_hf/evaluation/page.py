@@ -232,7 +232,7 @@ def _class_shares(run: RunFolder) -> dict[str, list[float]]:
 
 
 def _results(run: RunFolder) -> dict[str, Mapping[str, Any]]:
-    """Column title -> result on the target: baseline, student, teacher, and what a proxy selected."""
+    """Column title -> result on the target: baseline, student, teacher, what a proxy selected, and start_model."""
     found: dict[str, Mapping[str, Any]] = {}
     if run.baseline is not None:
         found["source-only"] = run.baseline.results.get("student", {})
@@ -243,6 +243,8 @@ def _results(run: RunFolder) -> dict[str, Mapping[str, Any]]:
     if "selected" in run.main.results:
         kept = run.main.results["selected"]
         found[f"{name} (after {kept['step']} updates, selected by proxy {kept['proxy']})"] = kept
+    if "start" in run.main.results:
+        found["start_model"] = run.main.results["start"]
     return found
 
 

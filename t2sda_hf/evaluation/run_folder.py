@@ -76,8 +76,8 @@ class RunFolder:
 
     @property
     def labels_from(self) -> str:
-        """The domain whose labels were learned."""
-        return "target" if self.main.name == UPPER_BOUND else "source"
+        """The domain whose labels were learned; of source_free the one whose images were."""
+        return "target" if self.main.name in (UPPER_BOUND, "source_free") else "source"
 
     @property
     def main(self) -> MethodFolder:

@@ -120,6 +120,14 @@ class Watch(nn.Module):
         return found
 
 
+def falls(values: Sequence[float]) -> int:
+    """How many times in a row a series has fallen up to its end."""
+    number = 0
+    while number + 1 < len(values) and values[-1 - number] < values[-2 - number]:
+        number += 1
+    return number
+
+
 def selects(folder: Path, select: str, proxies: Mapping[str, float]) -> bool:
     """Whether weights are the best so far: their proxy is above that of the ones kept in `folder`/selected.
 

@@ -35,6 +35,8 @@ METHODS = {
     "t2sda": f"T2S-DA: mean-teacher self-training with the pull loss ({PAPER})",
     "source_only": "supervised training on the source domain alone, no adaptation",
     "target_only": "supervised training on labels of the target domain itself, an upper bound for adaptation",
+    "source_free": "self-training of a finished model on images of the target, without any source",
+    "distil": "a small student of a finished model, taught on source and target",
     "generalization": "T2S-DA without a target: the pull loss between source images and other styles of them "
     f"({PAPER})",
 }
@@ -197,6 +199,7 @@ def gather_facts(run_folder: Path, repo_id: str, given: Mapping[str, Any] | None
     given = dict(given or {})
     folder = method_folder(run_folder)
     cfg = load_config(_existing(folder / "resolved_config.yaml"), record=True)
+    refuse_started(cfg)
     metrics = _read_json(folder / "metrics.json")
     push, slides = cfg.push_to_hub, cfg.evaluation.mode == "slide"
     start = placeless(str(given.get("start") or push.start), "start")
@@ -356,7 +359,10 @@ def method_folder(run_folder: Path) -> Path:
     Raises:
         ValueError: if there is no finished run.
     """
-    for folder in (run_folder, *(run_folder / method for method in ("t2sda", "generalization", *SUPERVISED))):
+    for folder in (
+        run_folder,
+        *(run_folder / method for method in ("t2sda", "generalization", "source_free", "distil", *SUPERVISED)),
+    ):
         if (folder / "metrics.json").is_file() and (folder / "student").is_dir():
             return folder
     raise ValueError(
@@ -434,6 +440,15 @@ def _said_of_target_labels(cfg: RunConfig) -> list[str]:
         return []
     number = "All labelled images" if cfg.target_labels is None else f"{cfg.target_labels} of the labelled images"
     return [f"{number} of the target were learned with their labels, too, by both methods that are compared."]
+
+
+def refuse_started(cfg: RunConfig) -> None:
+    """ValueError for a method of which a card could not say what its start model had learned."""
+    if cfg.method in ("source_free", "distil"):
+        raise ValueError(
+            f"there is no model card for method {cfg.method} yet: what its start model had learned, and under which "
+            "terms, is not known here. Publish its student/ with `hf upload` and a card of your own."
+        )
 
 
 def check_start(cfg: RunConfig, start: str) -> None:

@@ -35,6 +35,7 @@ from .card import (
     own_license,
     placeless,
     refuse,
+    refuse_started,
     render_card,
     render_results,
     save_facts,
@@ -210,6 +211,7 @@ def check_push(cfg: RunConfig) -> None:
     push = cfg.push_to_hub
     if not push.repo_id:
         return
+    refuse_started(cfg)
     lacks: list[str] = []  # all are told at once
     ask(lacks, _check_repo_id, push.repo_id)
     ask(lacks, _check_token, None)

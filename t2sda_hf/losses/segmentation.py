@@ -28,3 +28,19 @@ def segmentation_loss(logits: Tensor, labels: Tensor, pixel_weights: Tensor | No
     scores = logits.permute(0, 2, 3, 1).reshape(-1, logits.shape[1]).float()
     loss = F.cross_entropy(scores, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
     return (loss if pixel_weights is None else loss * pixel_weights.flatten()).mean()
+
+
+def soft_label_loss(logits: Tensor, others: Tensor) -> Tensor:
+    """KL(p‖q) of the classes q that a network sees from those p of another one, mean over pixels (arXiv 1503.02531).
+
+    Args:
+        logits: (B,K,h,w) of the network that learns, brought bilinearly to the size of `others`.
+        others: (B,K,H,W) logits without a gradient.
+
+    Returns:
+        () float32 >= 0, 0 where both see the same.
+    """
+    if logits.shape[-2:] != others.shape[-2:]:
+        logits = F.interpolate(logits.float(), size=others.shape[-2:], mode="bilinear", align_corners=False)
+    wanted = others.float().log_softmax(dim=1)
+    return (wanted.exp() * (wanted - logits.float().log_softmax(dim=1))).sum(dim=1).mean()

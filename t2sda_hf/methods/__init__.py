@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterator
 
+from .distil import distil_losses
 from .generalization import generalization_losses
+from .source_free import source_free_losses
 from .source_only import source_only_losses
 from .step import ClassMemory, Graph, Networks, Step, make_networks
 from .t2sda import t2sda_losses
@@ -14,6 +16,8 @@ METHODS: dict[str, Method] = {
     "source_only": source_only_losses,
     "target_only": source_only_losses,
     "generalization": generalization_losses,
+    "source_free": source_free_losses,
+    "distil": distil_losses,
 }
 
 __all__ = [
@@ -23,8 +27,10 @@ __all__ = [
     "Method",
     "Networks",
     "Step",
+    "distil_losses",
     "generalization_losses",
     "make_networks",
+    "source_free_losses",
     "source_only_losses",
     "t2sda_losses",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..batch import normalize
 from ..device import constant
 from ..losses.pull import class_confidences, class_weights, confidence_sums
-from ..teacher import make_pseudo_labels, pseudo_label_weights, trusted_rows
+from ..teacher import make_pseudo_labels, pseudo_label_weights, surest_of_each_class, trusted_rows
 from .step import Step
 
 
@@ -60,13 +60,17 @@ def look_at_target(step: Step, target_images: Tensor) -> tuple[PseudoLabels, dic
 
 def pseudo_labels_of(step: Step, logits: Tensor) -> PseudoLabels:
     """Labels of the target and their weights, from the teacher's logits (B,K,h,w)."""
-    uda, (height, width) = step.cfg.uda, step.batch.source_labels.shape[-2:]
-    labels, confidence = make_pseudo_labels(logits, (height, width))
-    margins = (uda.ignore_top, uda.ignore_bottom)
-    weights = pseudo_label_weights(confidence, uda.pseudo_threshold, uda.weight_scope, *margins)
-    inside = trusted_rows(confidence, *margins)
-    if step.batch.target_valid is not None:
-        weights, inside = weights * step.batch.target_valid, inside * step.batch.target_valid
+    uda, images = step.cfg.uda, step.batch.target_images
+    assert images is not None
+    labels, confidence = make_pseudo_labels(logits, (images.shape[-2], images.shape[-1]))
+    margins, valid = (uda.ignore_top, uda.ignore_bottom), step.batch.target_valid
+    inside = trusted_rows(confidence, *margins) if valid is None else trusted_rows(confidence, *margins) * valid
+    if uda.weight_scope == "class":
+        share, sure = uda.class_share, uda.pseudo_threshold
+        weights = surest_of_each_class(labels, confidence, inside, share, sure, len(step.cfg.classes))
+    else:
+        weights = pseudo_label_weights(confidence, uda.pseudo_threshold, uda.weight_scope, *margins)
+        weights = weights if valid is None else weights * valid
     importance = dynamic_weights(step, labels, confidence, inside)
     return PseudoLabels(logits, labels, confidence, weights, inside, importance)
 

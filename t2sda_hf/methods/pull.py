@@ -4,7 +4,7 @@ Legend: B batch, K classes, D embedding size, H×W image, h×w feature map; s so
 images in [0,1], y labels.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -185,10 +185,20 @@ def draw_samples(step: Step, labels: SmallLabels, pixels: SortedPixels, asked: T
 
 
 def embed(step: Step, network: nn.Module, images: Tensor, domain: str) -> Tensor:
-    """Projector output (B,D,h,w). With HRDA, pseudo-target images may be at half size already (method 5.9)."""
+    """Projector output (B,D,h,w); source-free what the classifier reads. With HRDA, pseudo-target images may be at half
+    size already (method 5.9)."""
+    if step.cfg.method == "source_free":
+        output = network(step.normalized(images), segment=False, output_hidden_states=True)
+        return before_classifier(network, output.hidden_states)
     shrunk, pixels = translates_context(step.cfg) and domain == "ptarget", step.normalized(images)
     embeddings: Tensor = network(pixels, project=True, segment=False, at_context_scale=shrunk).embeddings
     return embeddings
+
+
+def before_classifier(network: Any, hidden_states: Sequence[Tensor]) -> Tensor:
+    """(B,E,h,w), what the head makes of the encoder's maps and its classifier reads."""
+    features: Tensor = network.decode_head.penultimate(hidden_states)
+    return features
 
 
 def translates_context(cfg: RunConfig) -> bool:

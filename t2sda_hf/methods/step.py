@@ -64,21 +64,32 @@ class Networks:
     teacher: nn.Module
     imagenet: nn.Module | None  # frozen encoder of the feature distance; None if nobody asks for it
     translate: TranslationEngine
+    start: nn.Module | None = None  # frozen: the student as it started, or what it is taught by; None: not asked for
 
     def each(self, change: Callable[[str, nn.Module], nn.Module]) -> "Networks":
-        """The same with student, teacher and frozen encoder replaced by what `change` makes of a name and a network."""
+        """The same with each network replaced by what `change` makes of its name and it."""
         imagenet = None if self.imagenet is None else change("imagenet", self.imagenet)
-        return Networks(change("student", self.student), change("teacher", self.teacher), imagenet, self.translate)
+        start = None if self.start is None else change("start", self.start)
+        student, teacher = change("student", self.student), change("teacher", self.teacher)
+        return Networks(student, teacher, imagenet, self.translate, start)
 
 
-def make_networks(cfg: RunConfig, student: T2SDAForSemanticSegmentation, translate: TranslationEngine) -> Networks:
-    """A run's networks out of its student, which is not copied.
+def make_networks(
+    cfg: RunConfig,
+    student: T2SDAForSemanticSegmentation,
+    translate: TranslationEngine,
+    finished: T2SDAForSemanticSegmentation | None = None,
+) -> Networks:
+    """A run's networks out of its student, which is not copied, and of the finished model that it is distilled from.
 
     The frozen encoder is what the student's is now: before the training, so that it is the pretrained one itself.
     """
     anchored = not cfg.supervised and cfg.loss_weights.feature_distance > 0
     imagenet = make_teacher(student.encoder).eval() if anchored else None
-    return Networks(student, make_teacher(student), imagenet, translate)
+    start: nn.Module | None = make_teacher(student).eval() if cfg.loss_weights.anchor else None
+    if finished is not None:
+        start = finished.requires_grad_(False).eval()
+    return Networks(student, make_teacher(student), imagenet, translate, start)
 
 
 @dataclass(frozen=True)

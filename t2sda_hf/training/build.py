@@ -32,6 +32,7 @@ from ..data.rare_class_sampling import RareClasses, rare_classes
 from ..data.translated import TranslatedFolder, open_translated
 from ..device import choose_algorithms, make_accelerator
 from ..errors import leave_signals_to_parent
+from ..evaluation.inference import load_model, to_pixel_values
 from ..evaluation.watch import SELECTED, Watch, read_selected
 from ..listing import IMAGE_SUFFIXES, list_files, refuse_pointers
 from ..methods import METHODS
@@ -58,6 +59,8 @@ from .store import Store, unasked
 
 logger = logging.getLogger(__name__)
 
+_PREDICTED = 32  # images of the target that say how often a model without its source sees each class
+
 
 @dataclass(frozen=True)
 class Domains:
@@ -65,6 +68,7 @@ class Domains:
 
     `facts` are what `settle` needs to know of them.
     `source` is the domain whose labels are learned: of target_only it is the target, and nothing else is learned from.
+    Of source_free it is the target, too, without labels.
     `target` has no labels; None for a run that learns without such a one. `labelled_target` are the images of it whose
     labels are learned beside the source's, if there are any. `translated` holds images that were translated beforehand,
     if there are any.
@@ -81,7 +85,7 @@ class Domains:
 
     def adapted_to(self, cfg: RunConfig) -> Domain | None:
         """The target, if the method learns from its images: the baseline of a run does not."""
-        return self.target if cfg.method == "t2sda" else None
+        return self.target if cfg.self_trains else None
 
     @property
     def source_counts(self) -> np.ndarray:
@@ -91,7 +95,7 @@ class Domains:
     def rare_classes(self, cfg: RunConfig) -> list[RareClasses | None]:
         """What source and `labelled_target` are drawn by; None: evenly."""
         few = self.facts.labelled_target
-        if not cfg.rcs.enabled:
+        if not cfg.rcs.enabled or cfg.method == "source_free":
             return [None, None]
         how = cfg.rcs.temperature, cfg.rcs.min_pixels, joint_frequencies(cfg, self.facts)
         return [rare_classes(self.source_counts, *how), None if few is None else rare_classes(few[0], *how)]
@@ -104,7 +108,7 @@ def open_domains(cfg: RunConfig, accelerator: Accelerator) -> Domains:
         ValueError: see `load_domain`, `check_domain`, `settle`, `build_engine` and `open_translated`.
     """
     with _one_by_one(accelerator):
-        source = load_domain(cfg.labelled, cfg.classes)
+        source = load_domain(cfg.labelled, cfg.classes, labelled=cfg.method != "source_free")
         target = None
         if cfg.method not in ("generalization", "target_only"):
             target = load_domain(cfg.target, cfg.classes, labelled=False)
@@ -121,7 +125,7 @@ def open_domains(cfg: RunConfig, accelerator: Accelerator) -> Domains:
         if cfg.labelled_target is not None:
             few, of_few = open_labelled_target(cfg, cfg.labelled_target)
             contents["target_labelled_data"] = of_few.contents
-    if shared := read.images & of_test.images:
+    if source.rule is not None and (shared := read.images & of_test.images):
         logger.warning(
             "warning: %d of the images that are learned with their labels are test images, too, so scores say nothing "
             "of new images: give %s and test different images.",
@@ -195,6 +199,15 @@ def build_student(cfg: RunConfig, random: bool = False) -> T2SDAForSemanticSegme
     Raises:
         ValueError: for an encoder that cannot be found, built or loaded whole, or that does not fit the run.
     """
+    if cfg.method == "source_free":
+        with torch.device("cpu"):  # also where others only count what a network needs
+            student = start_student(cfg)
+        config: Any = student.config
+        student = T2SDAForSemanticSegmentation(config) if random else student
+        limit_training(student, cfg)
+        return student
+    if cfg.method == "distil" and not random:
+        start_student(cfg)  # so that its faults show now
     own_sizes: dict[str, Any] = {
         name: value
         for name in ("depths", "hidden_sizes", "num_attention_heads", "decoder_hidden_size")
@@ -251,6 +264,44 @@ def build_student(cfg: RunConfig, random: bool = False) -> T2SDAForSemanticSegme
                 "cannot be computed twice. For less memory lower train.batch_size and raise train.micro_batches."
             )
         student.activation_checkpointing_enable()
+    return student
+
+
+def start_student(cfg: RunConfig) -> T2SDAForSemanticSegmentation:
+    """The finished model that a run starts from, or distils, with its classes in the order of the run.
+
+    A projector that a file does not hold is a function of the seed; nothing of such a run reads it.
+
+    Raises:
+        ValueError: if it cannot be loaded, has other classes, or does not fit the run.
+    """
+    seed_initial_weights(cfg.seed)
+    student, names = load_model(cfg.start_model)
+    missing = [name for name in cfg.classes if name not in names]
+    if missing:
+        raise ValueError(
+            f"start_model {cfg.start_model!r} knows {', '.join(names)}, and not {', '.join(missing)}. Set classes to "
+            "some of those that it knows, under their names there."
+        )
+    if cfg.method == "source_free" and student.config.multi_resolution != cfg.hrda.enabled:
+        raise ValueError(
+            f"hrda.enabled must be {str(student.config.multi_resolution).lower()}, as in start_model "
+            f"{cfg.start_model!r}, got {str(cfg.hrda.enabled).lower()}."
+        )
+    if cfg.method == "source_free" and cfg.loss_weights.pull and student.config.head == "deeplabv2":
+        raise ValueError(
+            "loss_weights.pull must be 0 with method source_free for the deeplabv2 head of start_model "
+            f"{cfg.start_model!r}: its classifier has no single row for a class."
+        )
+    rows = [names.index(name) for name in cfg.classes]
+    classifiers = [student.decode_head, getattr(student, "scale_attention", None)]
+    for head in (head for head in classifiers if head is not None):
+        for classifier in getattr(head, "branches", None) or [head.classifier]:
+            classifier.weight = nn.Parameter(classifier.weight.detach()[rows].clone())
+            classifier.bias = nn.Parameter(classifier.bias.detach()[rows].clone())
+            classifier.out_channels = len(rows)
+    student.config.id2label = dict(enumerate(cfg.classes))
+    student.config.label2id = {name: index for index, name in enumerate(cfg.classes)}
     return student
 
 
@@ -336,8 +387,10 @@ def weights_contents(network: nn.Module) -> Contents:
 
 def contents_of_run(cfg: RunConfig, domains: Domains, initial: T2SDAForSemanticSegmentation) -> dict[str, Contents]:
     """All that a run reads, by its name in the record of a run."""
-    read = cfg.model.pretrained is not None and not cfg.model.random_start
+    read = cfg.model.pretrained is not None and not cfg.model.random_start and cfg.method != "source_free"
     start = {"start_weights": weights_contents(initial.pretrained_encoder)} if read else {}
+    if cfg.start_model:
+        start["finished_weights"] = weights_contents(initial if cfg.method == "source_free" else start_student(cfg))
     return dict(domains.contents) | start
 
 
@@ -347,7 +400,8 @@ def records(
     """What each method of the run depends on, in the order they are trained; for `resume.plan`."""
 
     def read_by(own: RunConfig) -> dict[str, Contents]:
-        kept = {f"{own.labels_from}_data", "start_weights"} | ({"target_data"} if own.method == "t2sda" else set())
+        kept = {f"{own.labels_from}_data", "start_weights"} | ({"target_data"} if own.self_trains else set())
+        kept |= {"finished_weights"} if own.method in ("source_free", "distil") else set()
         kept |= set() if own.labelled_target is None else {"target_labelled_data"}
         if own.translates:
             kept |= {"translated_images", "translator_weights", "style_images", "style_weights"}
@@ -359,7 +413,7 @@ def records(
         method: describe(
             own := config_of(cfg, method),
             labelled if own.labels_from == "source" else None,
-            target if method == "t2sda" else labelled if own.labels_from == "target" else None,
+            target if own.self_trains else labelled if own.labels_from == "target" else None,
             read_by(own),
             contents["test_data"],
             accelerator,
@@ -385,7 +439,7 @@ def data_record(cfg: RunConfig, domains: Domains, described: Mapping[str, Mappin
             if domain is not None and (part := known[kind]) is not None
         },
         "classes": cfg.classes,
-        "source_pixels": domains.source_counts.sum(axis=0).tolist(),
+        "source_pixels": domains.source_counts.sum(axis=0).tolist() if domains.source.rule is not None else [],
         "sampling": sampling,
     }
 
@@ -449,13 +503,29 @@ def build_parts(
     if not sharded:  # which may be too large to be whole on the device together with its teacher
         student = student.to(accelerator.device)
         broadcast_from_main([*student.parameters(), *student.buffers()], accelerator)
-    watch = Watch(domains.source_counts.sum(axis=0).tolist(), cfg.uda.pseudo_threshold).to(accelerator.device)
-    parts = make_parts(cfg, student, domains.translate, accelerator, watch)
+    counts = domains.source_counts.sum(axis=0)
+    if cfg.method == "source_free":
+        counts = predicted_pixels(initial, domains.source)
+    watch = Watch(counts.tolist(), cfg.uda.pseudo_threshold).to(accelerator.device)
+    finished = start_student(cfg).to(accelerator.device) if cfg.method == "distil" else None
+    parts = make_parts(cfg, student, domains.translate, accelerator, watch, finished)
     if cfg.train.compile != "none":
         compile_networks([parts.networks.student, parts.networks.teacher], cfg.train.compile)
     if not sharded:
         return parts, initial
     return parts, accelerator.prepare_model(deepcopy(initial), evaluation_mode=True)
+
+
+@torch.no_grad()
+def predicted_pixels(model: T2SDAForSemanticSegmentation, domain: Domain) -> np.ndarray:
+    """(K,) pixels per class as a model sees some images of a domain: they stand for the source's labels."""
+    training, counts = model.training, np.zeros(model.config.num_labels or 0, dtype=np.int64)
+    model.eval()
+    for index in np.unique(np.linspace(0, len(domain) - 1, _PREDICTED).astype(int)):
+        pixels = to_pixel_values(domain.resized_image(int(index)), None, model.device)
+        counts += np.bincount(model(pixels).logits.argmax(dim=1).flatten().cpu().numpy(), minlength=len(counts))
+    model.train(training)
+    return counts
 
 
 def read_batches(
@@ -471,7 +541,8 @@ def read_batches(
     few = domains.labelled_target
     labelled = None if few is None else LabelledTarget(few, cfg.data.target_labelled_share, rare_few)
     target = domains.adapted_to(cfg)
-    dataset = PairDataset(cfg, domains.source, target, rare, domains.translated, labelled_target=labelled)
+    source = None if cfg.method == "source_free" else domains.source
+    dataset = PairDataset(cfg, source, target, rare, domains.translated, labelled_target=labelled)
     on_gpu = accelerator.device.type == "cuda"
     loader = batches(dataset, accelerator.process_index, accelerator.num_processes, step, pin=on_gpu)
     loader.worker_init_fn = leave_signals_to_parent
@@ -540,5 +611,9 @@ def finish(
             selected.load_state_dict(weights)
         broadcast_from_main([*selected.parameters(), *selected.buffers()], accelerator)
         results["selected"] = evaluation.score(accelerator.prepare_model(selected, evaluation_mode=True)) | kept
+    if store.cfg.method in ("source_free", "distil"):
+        first = merged(initial) if store.cfg.method == "source_free" else start_student(store.cfg)
+        whole: Any = deepcopy(first).to(accelerator.device)
+        results["start"] = evaluation.score(accelerator.prepare_model(whole, evaluation_mode=True))
     store.close(results)
     return results

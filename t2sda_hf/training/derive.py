@@ -145,7 +145,7 @@ def derive(
         derived = {"rcs.temperature", "rcs.min_pixels"} <= values.keys()
         text, spoils = _said_of_draws(cfg, facts, num_processes, derived)
         (warnings if spoils else said).append(text)
-    if cfg.labels_from == "target" and cfg.labelled != cfg.target:
+    if cfg.method == "target_only" and cfg.labelled != cfg.target:
         said.append("target does not say how its labels are read, so they are read as those of test, of the same place")
     return Derived(cfg, values, said, warnings)
 
@@ -284,7 +284,7 @@ def _said_of_crops(cfg: RunConfig, domains: Mapping[str, np.ndarray]) -> str:
 def _said_of_schedule(cfg: RunConfig) -> str:
     updates, warm_up = cfg.train.max_steps, cfg.optim.warmup_steps
     said = f"warm-up {warm_up:,} of {updates:,} updates ({warm_up / updates:.0%})"
-    if cfg.method == "t2sda":
+    if cfg.self_trains:
         said += f"; the teacher keeps {cfg.uda.ema_momentum:g} of itself"
     return f"{said}; evaluated every {cfg.train.evaluate_every:,}, saved every {cfg.train.save_every:,}"
 
@@ -329,7 +329,7 @@ def _warnings(cfg: RunConfig, domains: Mapping[str, np.ndarray], kept: Mapping[s
     if (text := rate_is_too_low(cfg)) != "":
         found.append(text)
     rows, height = cfg.uda.ignore_top + cfg.uda.ignore_bottom, cfg.data.crop_size[0]
-    if cfg.method == "t2sda" and 2 * rows > height:
+    if cfg.self_trains and 2 * rows > height:
         found.append(
             f"uda.ignore_top and uda.ignore_bottom leave out {rows} of the {height} rows of every target crop. They "
             "are for cameras that film their own car; for other images set both to 0"
@@ -340,7 +340,7 @@ def _warnings(cfg: RunConfig, domains: Mapping[str, np.ndarray], kept: Mapping[s
             f"{_fda_side(cfg)} pixels: the translation changes the mean colour alone. Set it to null, or to at least "
             f"{1 / _fda_side(cfg):.3g}"
         )
-    if cfg.method == "t2sda" and cfg.loss_weights.masked_consistency:
+    if cfg.self_trains and cfg.loss_weights.masked_consistency:
         squares = math.prod(max(round(side / cfg.patch_mask.block_size), 1) for side in cfg.data.crop_size)
         if squares < 2:
             raise ValueError(

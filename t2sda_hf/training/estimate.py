@@ -213,6 +213,10 @@ def count_update(cfg: RunConfig) -> Cost:
     Images are random, and so are the pseudo-labels. Images that are translated by networks (style, trained) are taken
     as they are, without the cost of it.
     """
+    if cfg.method in ("source_free", "distil"):
+        raise ValueError(
+            f"what method {cfg.method} costs is not counted: `t2sda train --dry-run` measures its updates instead."
+        )
     cost, fake = Cost(fused=cfg.train.compile == "inductor"), FakeTensorMode()
     with torch.device("meta"):
         meta = random_student(cfg)
@@ -310,10 +314,10 @@ def random_batch(cfg: RunConfig, seed: int = 0) -> UdaBatch:
 
     blocks = torch.randint(0, len(cfg.classes), (num, -(-height // 16), -(-width // 16)), generator=random)
     labels = blocks.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, :height, :width].byte()
-    adapts = cfg.method == "t2sda"
+    adapts, empty = cfg.self_trains, cfg.method == "source_free"
     return UdaBatch(
-        source_images=images(height, width),
-        source_labels=labels.contiguous(),
+        source_images=images(0, 0) if empty else images(height, width),
+        source_labels=labels[:, :0, :0] if empty else labels.contiguous(),
         target_images=images(height, width) if adapts else None,
         outer_source=images(*outer) if adapts and cfg.translates else None,
         style_reference=images(*outer) if adapts and cfg.translates else None,

@@ -16,8 +16,9 @@ from ..batch import UdaBatch
 from ..config import LossWeights, RunConfig
 from ..device import advised, constant
 from ..errors import CheckpointError, DataFailed, LostFolder, NotFinite
-from ..evaluation.watch import panel_due, save_panel_of_step
+from ..evaluation.watch import falls, panel_due, save_panel_of_step
 from ..methods import Method, Step
+from ..storage import read_lines
 from ..teacher import ema_momentum, update_teacher
 from .checkpoint import Progress
 from .distributed import all_finite, average_gradients, decided_by_main, largest, whole_tensor
@@ -68,7 +69,7 @@ def train(
         CheckpointError: if a checkpoint cannot be written.
     """
     limit, networks, start = run.cfg.train, run.parts.networks, start or Progress()
-    at, took = _Position(start.step, start.step), list[float]()  # seconds of the first two updates
+    at, took, ended = _Position(start.step, start.step), list[float](), ""  # took: seconds of the first two updates
     with (
         Tracker(run.accelerator, store.folder, limit.max_steps, start, store.folder.name) as tracker,
         _saved_first(run, store, tracker, at),
@@ -82,6 +83,13 @@ def train(
                 at.watched = Buffers([] if run.parts.watch is None else [run.parts.watch])
                 at.watched.keep()
                 observe(run, step, tracker, store, results)
+                if ended := fallen(run, store):
+                    tracker.say(f"After {step} updates: {ended}")
+                    if at.done > at.saved:
+                        at.watched.restore()
+                        store.save_checkpoint(run.parts, tracker.progress(step))
+                        at.saved = step
+                    break
             began = time.perf_counter()
             with advised(_needing_less(run.cfg)):
                 seen = update(run, step, tracker)
@@ -104,11 +112,12 @@ def train(
         if start.step == limit.max_steps:  # a run may have ended before it had them
             evaluation.take_statistics(networks.student)
         student = store.save_student(networks.student)
-        results = evaluation.results(networks)
-        observe(run, limit.max_steps, tracker, store, results)
+        if not ended:
+            results = evaluation.results(networks)
+            observe(run, limit.max_steps, tracker, store, results)
         if run.accelerator.is_main_process:
             for name, path in evaluation.pictures(student, results, store.folder / "panels").items():
-                tracker.picture(limit.max_steps, name, path)
+                tracker.picture(at.done, name, path)
     return results
 
 
@@ -253,6 +262,21 @@ def observe(run: Run, done: int, tracker: Tracker, store: Store, results: dict[s
     if results or proxies:
         tracker.observed(done, results, proxies)
     store.save_selected(run.parts.networks.student, proxies, done)
+
+
+def fallen(run: Run, store: Store) -> str:
+    """A sentence if the selecting proxy fell in the last train.stop_after_falls evaluations; "" if not. Collective."""
+    limit, name = run.cfg.train.stop_after_falls, run.cfg.select.removeprefix("proxy:")
+    if not limit:
+        return ""
+
+    def look() -> str:
+        logged = read_lines(store.folder / "scalars.jsonl")  # a run that goes on finds in it what it had
+        values = [entry[f"proxy/{name}"] for entry in logged if f"proxy/{name}" in entry]
+        shown = ", ".join(f"{value:.3f}" for value in values[-limit - 1 :])
+        return f"the proxy {name} has fallen {limit} times in a row ({shown})." if falls(values) >= limit else ""
+
+    return decided_by_main(look, run.accelerator)
 
 
 def picture(run: Run, done: int, tracker: Tracker, store: Store, seen: Mapping[str, Any]) -> None:

@@ -139,6 +139,7 @@ def make_parts(
     translate: TranslationEngine,
     accelerator: Accelerator,
     watch: Watch | None = None,
+    finished: T2SDAForSemanticSegmentation | None = None,
 ) -> Parts:
     """The parts of a run at its start, on the device of the process, or in pieces on all of them. Collective.
 
@@ -148,6 +149,7 @@ def make_parts(
         translate: the translation engine.
         accelerator: of this process.
         watch: of the run; None watches nothing.
+        finished: what the student is distilled from, if it is.
     """
 
     def prepared(_: str, network: nn.Module) -> nn.Module:
@@ -157,7 +159,7 @@ def make_parts(
             shard(network, accelerator)
         return network
 
-    networks = make_networks(cfg, student, translate).each(prepared)
+    networks = make_networks(cfg, student, translate, finished).each(prepared)
     memory = ClassMemory(len(cfg.classes), cfg.projector.dim).to(accelerator.device)
     halves = half_weights(cfg, networks) if accelerator.mixed_precision == "bf16" and not shards(accelerator) else None
     return Parts(networks, memory, make_optimizer(student.pretrained_encoder, student, cfg.optim), watch, halves)

@@ -53,6 +53,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 # Where something lies that is read: its content is compared, under this name.
 _PLACES: dict[str, str] = {
     "model.pretrained": "start_weights",
+    "start_model": "finished_weights",
     "translate.trained.folder": "translated_images",
     "translate.trained.model": "translator_weights",
     "translate.style.images": "style_images",

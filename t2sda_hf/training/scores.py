@@ -136,7 +136,7 @@ class Evaluation:
         if not self.cfg.supervised:
             models["teacher"] = with_statistics_of(self._whole(networks.teacher), networks.student)
         found = self._score_on_test(models)
-        if self.cfg.evaluation.source_images:
+        if self.cfg.evaluation.source_images and self.source.rule is not None:
             seen_before = evenly_spread(self.source, self.cfg.evaluation.source_images, ", seen in training")
             scored = self._score(models, seen_before, self.source, skip_unreadable=True)
             found |= {f"{name}_source": result for name, result in scored.items()}
