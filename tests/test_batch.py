@@ -33,6 +33,7 @@ def test_there_is_no_place_for_target_labels():
         "target_valid",
         "redrawn",
         "shown",
+        "from_target",  # which images were drawn from target_labelled: data that the user labelled to be learned
     }
 
 

@@ -88,6 +88,12 @@ def _count_bytes(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return counts.reshape(256, 256)
 
 
+def counts_of_pairs(predictions: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor) -> None:
+    """Add to `counts` (256,256) int64 how often each pair (label, prediction) of bytes occurs; no wait for a device."""
+    pairs = (labels.flatten().long() << 8) | predictions.flatten()
+    counts.view(-1).scatter_add_(0, pairs, torch.ones((), dtype=torch.int64, device=pairs.device).expand_as(pairs))
+
+
 def scores(matrix: np.ndarray, class_names: Sequence[str] | None = None) -> dict[str, Any]:
     """Scores of a confusion matrix, all in [0, 1], with the keys of evaluate's `mean_iou`.
 
