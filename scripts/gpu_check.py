@@ -351,7 +351,7 @@ def adaptation(bench: Bench) -> Rows:
             *words,
         ]
         environment = os.environ | ({} if bench.on_gpu else {"ACCELERATE_USE_CPU": "true"})
-        done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"exit code {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
         summary = json.loads(Path(folder, "run", "summary.json").read_text(encoding="utf-8"))
