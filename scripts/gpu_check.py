@@ -414,7 +414,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if time.monotonic() > end:
                     show(phase, "ended here", "no time is left")
                     break
-        except Exception as error:
+        except Exception as error:  # any: the other phases are worth having, and the exit code says that one failed
             traceback.print_exc()
             show(phase, "failed", f"{type(error).__name__}: {error}"[:300])
             failed += 1

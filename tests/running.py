@@ -3,17 +3,22 @@
 import atexit
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from functools import cache
+from itertools import count
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
+
+from t2sda_hf.errors import Stopped
+from t2sda_hf.training import loop
 
 ROOT = Path(__file__).parents[1]
 TINY_NETWORK = """
@@ -49,6 +54,18 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"{train}.save_panel", lambda *_: None)
     monkeypatch.setattr(f"{train}.write_page", lambda folder: folder / "index.html")
     monkeypatch.setattr("t2sda_hf.evaluation.watch.save_grid", lambda path, *_: path.write_bytes(b"a picture"))
+
+
+def stopped_before(monkeypatch: pytest.MonkeyPatch, *updates: int) -> None:
+    """Stop the runs of this test as SIGTERM does, before these updates, counted from 1 over all of them."""
+    update, asked = loop.update, count(1)
+
+    def planted(*arguments: Any) -> object:
+        if next(asked) in updates:
+            raise Stopped(signal.SIGTERM)
+        return update(*arguments)
+
+    monkeypatch.setattr(loop, "update", planted)
 
 
 def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:

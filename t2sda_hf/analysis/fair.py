@@ -205,7 +205,8 @@ def label_curve_text(curve: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> st
         told = vars(paired_difference(*both)) if len(both[0].keys() & both[1].keys()) > 1 else None
         cells = [f"{number(one['mean'])} ± {number(one['sd'])} ({one['n']})" for one in (entry, other[count])]
         lines.append([count, *cells, _paired(told)])
-    return markdown(["labelled target images", f"{first} (seeds)", f"{second} (seeds)", "difference"], lines)
+    table = markdown(["labelled target images", f"{first} (seeds)", f"{second} (seeds)", "difference"], lines)
+    return f"{table}\n\nBoth rows have the learning rate of the config, so one of them may be better with another."
 
 
 def _headline(content: Mapping[str, Any]) -> str:

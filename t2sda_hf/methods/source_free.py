@@ -1,6 +1,7 @@
 """Source-free adaptation: a finished model and images of the target, and nothing else.
 
-Legend: B batch, K classes, E channels before the classifier, H×W image, h×w feature map; t target, m mixed, k masked.
+Legend: B batch, K classes, E channels before the classifier, H×W image, h×w feature map; t target, o the other one
+that is pasted, m mixed.
 x images in [0,1], y labels, w pixel weights.
 """
 
@@ -12,13 +13,12 @@ import torch
 from torch import Tensor
 
 from ..augment.class_mix import sample_class_mix
-from ..augment.patch_mask import mask_patches
 from ..batch import normalize, shown_ids
 from ..labels import IGNORE_INDEX
 from .pseudo_labels import pseudo_labels_of
 from .pull import augmented, before_classifier, pull_graph
 from .step import Graph, Step
-from .t2sda import draw_box, fused_and_detail_loss
+from .t2sda import masked_graph, mixed_graph
 
 
 def source_free_losses(step: Step) -> Iterator[Graph]:
@@ -29,7 +29,7 @@ def source_free_losses(step: Step) -> Iterator[Graph]:
 
     Args and Yields: as `t2sda_losses`, without "source".
     """
-    cfg, weights, student, generator = step.cfg, step.cfg.loss_weights, step.networks.student, step.generator
+    cfg, weights = step.cfg, step.cfg.loss_weights
     x_t = step.batch.target_images
     if x_t is None:
         raise ValueError("source_free adapts to target images, and the batch has none.")
@@ -44,19 +44,14 @@ def source_free_losses(step: Step) -> Iterator[Graph]:
     if weights.target:
         x_o, w_o = x_t.roll(1, 0), trust.roll(1, 0)
         y_o = torch.where(w_o > 0, y_t.roll(1, 0), IGNORE_INDEX)
-        pasted = sample_class_mix(y_o, shown_ids(y_o).cpu(), "image", generator) & (w_o > 0)  # (B,H,W) bool
+        pasted = sample_class_mix(y_o, shown_ids(y_o).cpu(), "image", step.generator) & (w_o > 0)  # (B,H,W) bool
         x_m = augmented(step, torch.where(pasted[:, None], x_o, x_t))
         y_m, w_m = torch.where(pasted, y_o, y_t), torch.where(pasted, w_o, trust)
-        mixed = student(normalize(x_m), detail_box=draw_box(cfg, y_m, generator))
-        seen_m = {"mixed_images": x_m, "mixed_labels": y_m, "mixed_weights": w_m, "from_source": pasted}
-        seen_m |= {"mixed_logits": mixed.logits.detach(), "trust": trust.mean()}
-        yield Graph({"target": fused_and_detail_loss(mixed, y_m, cfg, w_m)}, seen | seen_m)
+        yield mixed_graph(step, x_m, y_m, w_m, seen | {"from_source": pasted, "trust": trust.mean()})
 
     # L_mask (MIC), as in t2sda.
     if weights.masked_consistency:
-        x_k = mask_patches(normalize(augmented(step, x_t)), cfg.patch_mask.block_size, cfg.patch_mask.ratio, generator)
-        masked = student(x_k, detail_box=draw_box(cfg, y_t, generator))
-        yield Graph({"masked_consistency": fused_and_detail_loss(masked, y_t, cfg, trust)}, seen)
+        yield masked_graph(step, x_t, y_t, trust, seen)
 
     # L_pull: what is predicted as a class must embed like the classifier's row of it.
     if step.pulls:
@@ -69,7 +64,7 @@ def source_free_losses(step: Step) -> Iterator[Graph]:
         yield pull_graph(rows, {"target": x_t}, keys, replace(pseudo_labels, inside=(trust > 0).float()), seen)
 
     if weights.anchor and step.networks.start is not None:
-        pairs = zip(student.parameters(), step.networks.start.parameters(), strict=True)
+        pairs = zip(step.networks.student.parameters(), step.networks.start.parameters(), strict=True)
         differences = [own - first for own, first in pairs if own.requires_grad]
         yield Graph({"anchor": sum((part.square().sum() for part in differences), x_t.new_zeros(())) / 2}, {})
 

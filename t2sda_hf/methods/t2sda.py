@@ -35,7 +35,7 @@ def t2sda_losses(step: Step) -> Iterator[Graph]:
     Raises:
         ValueError: if the batch lacks target images, or what a translation needs.
     """
-    cfg, weights, student, generator = step.cfg, step.cfg.loss_weights, step.networks.student, step.generator
+    cfg, weights, generator = step.cfg, step.cfg.loss_weights, step.generator
     x_s, y_s, x_t = step.batch.source_images, step.batch.source_labels, step.batch.target_images
     if x_t is None:
         raise ValueError("t2sda adapts to target images, and the batch has none: give a target, or use source_only.")
@@ -63,16 +63,11 @@ def t2sda_losses(step: Step) -> Iterator[Graph]:
         # DRW on the target has mean 1 over classes.
         w_t = trust * step.num_members * pseudo_labels.class_weights[y_t] if cfg.drw.apply_to == "target" else trust
         w_m = torch.where(from_source, constant((1.0,), w_t.device) if w_s is None else w_s, w_t)
-        mixed = student(normalize(x_m), detail_box=draw_box(cfg, y_m, generator))
-        seen_m = {"mixed_images": x_m, "mixed_labels": y_m, "mixed_weights": w_m, "from_source": from_source}
-        seen_m |= {"mixed_logits": mixed.logits.detach(), "trust": w_t.mean()}
-        yield Graph({"target": fused_and_detail_loss(mixed, y_m, cfg, w_m)}, seen | seen_m)
+        yield mixed_graph(step, x_m, y_m, w_m, seen | {"from_source": from_source, "trust": w_t.mean()})
 
     # L_mask (MIC): say the same of the target although patches of it are hidden.
     if step.adapts and weights.masked_consistency:
-        x_k = mask_patches(normalize(augmented(step, x_t)), cfg.patch_mask.block_size, cfg.patch_mask.ratio, generator)
-        masked = student(x_k, detail_box=draw_box(cfg, y_t, generator))
-        yield Graph({"masked_consistency": fused_and_detail_loss(masked, y_t, cfg, trust)}, seen)
+        yield masked_graph(step, x_t, y_t, trust, seen)
 
     # L_pull: the same scene in target style must embed like its class does in the source.
     if step.pulls:
@@ -110,6 +105,22 @@ def source_graph(step: Step, images: Tensor, seen: Mapping[str, Any], pixel_weig
             output.hidden_states[-1], frozen, labels, len(cfg.classes), things, cfg.feature_distance.min_ratio
         )
     return Graph(losses, seen)
+
+
+def mixed_graph(step: Step, images: Tensor, labels: Tensor, pixel_weights: Tensor, seen: Mapping[str, Any]) -> Graph:
+    """L_target of mixed images (B,3,H,W) in [0,1], their labels (B,H,W) and the weights of these (B,H,W)."""
+    output = step.networks.student(normalize(images), detail_box=draw_box(step.cfg, labels, step.generator))
+    mixed = {"mixed_images": images, "mixed_labels": labels, "mixed_weights": pixel_weights}
+    loss = fused_and_detail_loss(output, labels, step.cfg, pixel_weights)
+    return Graph({"target": loss}, {**seen, **mixed, "mixed_logits": output.logits.detach()})
+
+
+def masked_graph(step: Step, images: Tensor, labels: Tensor, pixel_weights: Tensor, seen: Mapping[str, Any]) -> Graph:
+    """L_mask of target images (B,3,H,W) in [0,1], their pseudo-labels (B,H,W) and the weights of these (B,H,W)."""
+    how, pixels = step.cfg.patch_mask, normalize(augmented(step, images))
+    pixels = mask_patches(pixels, how.block_size, how.ratio, step.generator)
+    output = step.networks.student(pixels, detail_box=draw_box(step.cfg, labels, step.generator))
+    return Graph({"masked_consistency": fused_and_detail_loss(output, labels, step.cfg, pixel_weights)}, seen)
 
 
 def pseudo_target(step: Step) -> Tensor:

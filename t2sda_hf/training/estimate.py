@@ -242,7 +242,7 @@ def count_update(cfg: RunConfig) -> Cost:
             batch = random_batch(cfg).on(torch.device("cpu"))
             step = Step(batch, stand_ins, cfg, memory, *generators, _unchanged, cfg.full_from)
             for graph in METHODS[cfg.method](step):
-                backward(graph.losses, cfg.loss_weights, networks.student)
+                backward(graph.losses, cfg.loss_weights, networks.student.parameters())
                 if halves is not None:
                     with stand_ins.student.faked(), Counting(cost):  # type: ignore[operator]
                         halves.hand_over()

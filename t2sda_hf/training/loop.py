@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -178,7 +178,7 @@ def update(run: Run, step: int, tracker: Tracker) -> Mapping[str, Any]:
     # Before the average spreads it. Of a sharded student it is in the pieces of all processes already.
     own = _gradient_norms(student) if accelerator.num_processes > 1 else None
     average_gradients(student, accelerator, cfg.train.micro_batches)  # collective: every rank, every step
-    norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters() if p.grad is not None])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parts.trained if p.grad is not None])
     numbers = [whole_tensor(norm), *(value.float() for terms in logged for value in terms.values())]
     if not all_finite(numbers, accelerator):  # on every process or on none
         guilty = _broken_loss(logged) or _broken_gradient(own or _gradient_norms(student))
@@ -190,7 +190,7 @@ def update(run: Run, step: int, tracker: Tracker) -> Mapping[str, Any]:
     for terms in logged:
         tracker.add(terms)
     if cfg.optim.max_grad_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(student.parameters(), cfg.optim.max_grad_norm, norm)
+        torch.nn.utils.clip_grads_with_norm_(parts.trained, cfg.optim.max_grad_norm, norm)
     parts.optimizer.step()
     parts.optimizer.zero_grad()
     update_teacher(teacher, student, ema_momentum(step + 1, cfg.uda.ema_momentum))
@@ -245,7 +245,7 @@ def learn(run: Run, step: Step, logged: list[dict[str, Tensor]]) -> Mapping[str,
     """
     seen: dict[str, Any] = {}
     for graph in run.method(step):  # one at a time
-        backward(graph.losses, run.cfg.loss_weights, run.parts.networks.student)
+        backward(graph.losses, run.cfg.loss_weights, run.parts.trained)
         if run.parts.halves is not None:
             run.parts.halves.hand_over()
         logged.append(graph.logged)
@@ -288,14 +288,14 @@ def picture(run: Run, done: int, tracker: Tracker, store: Store, seen: Mapping[s
             tracker.picture(done, "pseudo-labels", path)
 
 
-def backward(losses: Mapping[str, Tensor], weights: LossWeights, student: nn.Module) -> None:
-    """Add the gradients of Σ weight · loss, of one graph, to those of the student.
+def backward(losses: Mapping[str, Tensor], weights: LossWeights, trained: Iterable[nn.Parameter]) -> None:
+    """Add the gradients of Σ weight · loss, of one graph, to those of the parameters that are trained.
 
     The weights are the first gradients: the sum is not made. What other graphs left is put aside, and added at the end
     for all parameters at once. By itself autograd adds parameter by parameter, with a kernel for each.
     """
     first = [constant((float(vars(weights)[name]),), loss.device, loss.dtype)[0] for name, loss in losses.items()]
-    before = [(parameter, parameter.grad) for parameter in student.parameters() if parameter.grad is not None]
+    before = [(parameter, parameter.grad) for parameter in trained if parameter.grad is not None]
     for parameter, _ in before:
         parameter.grad = None
     torch.autograd.backward(list(losses.values()), first)

@@ -48,7 +48,7 @@ def test_two_updates_of_a_small_version(folder, name):
         names: set[str] = set()
         for graph in tiny_graphs(cfg, networks, batch, index=step, seed=step):
             assert all(torch.isfinite(loss) for loss in graph.losses.values())
-            backward(graph.losses, cfg.loss_weights, networks.student)
+            backward(graph.losses, cfg.loss_weights, networks.student.parameters())
             names |= set(graph.losses)
         optimizer.step()
         optimizer.zero_grad()

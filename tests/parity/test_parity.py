@@ -229,7 +229,7 @@ def test_training_steps(monkeypatch, case, network, file, count, side, block, ov
         with monkeypatch.context() as patch:
             Draws(f"{case}/{step}/", numbers).install(patch)
             for graph in t2sda.t2sda_losses(Step(batch, networks, cfg, memory, Generator(), Generator(), alone, step)):
-                backward(graph.losses, cfg.loss_weights, networks.student)
+                backward(graph.losses, cfg.loss_weights, networks.student.parameters())
                 terms |= graph.losses
         optimizer.step()
         optimizer.zero_grad()

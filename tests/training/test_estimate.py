@@ -66,7 +66,7 @@ def made_for_real(cfg: RunConfig, build: Callable[[RunConfig], Networks] = tiny_
             memory = ClassMemory(len(cfg.classes), cfg.projector.dim)
             step = Step(batch, networks, cfg, memory, *generators, alone, cfg.full_from)
             for graph in METHODS[cfg.method](step):
-                backward(graph.losses, cfg.loss_weights, networks.student)
+                backward(graph.losses, cfg.loss_weights, networks.student.parameters())
     return cost
 
 

@@ -8,14 +8,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from faults.arena import RUN, outcome
-from running import undrawn
+from running import stopped_before, undrawn
 
 from t2sda_hf.cli import main
 from t2sda_hf.config import load_config
-from t2sda_hf.training import loop
 from t2sda_hf.training.build import open_domains, read_batches, settle
 from t2sda_hf.training.derive import joint_frequencies
-from t2sda_hf.training.stopping import Stopped
 
 FEW = ("--target_labels", "2")
 OF_TARGET = "--target_labelled.path=streets-target"
@@ -68,15 +66,7 @@ def test_a_run_that_was_stopped_ends_where_another_ends(config, tmp_path, monkey
     undrawn(monkeypatch)
     words = ["train", "--config", config, *FEW, "--pull.prototypes", "both", "--baseline", "source_only"]
     assert main([*words, "--output_dir", str(tmp_path / "whole")]) == 0
-    update, made = loop.update, [0]
-
-    def stopped(*arguments):
-        made[0] += 1
-        if made[0] in (6, 24):
-            raise Stopped(15)
-        return update(*arguments)
-
-    monkeypatch.setattr(loop, "update", stopped)
+    stopped_before(monkeypatch, 6, 24)
     cut = [*words, "--output_dir", str(tmp_path / "cut"), "--resume", "auto"]
     assert [main(cut), main(cut), main(cut)] == [143, 143, 0]
     for method in ("source_only", "t2sda"):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from faults.arena import RUN, outcome
-from running import undrawn
+from running import stopped_before, undrawn
 from safetensors.torch import load_file
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
@@ -16,7 +16,6 @@ from t2sda_hf.evaluation.inference import load_model
 from t2sda_hf.evaluation.watch import Watch
 from t2sda_hf.training import loop
 from t2sda_hf.training.build import build_student
-from t2sda_hf.training.stopping import Stopped
 
 CLASSES = ["road", "sidewalk", "building", "pole", "traffic sign", "vegetation", "sky", "person", "car", "bus"]
 FREE = [
@@ -71,15 +70,7 @@ def test_it_starts_as_the_model_it_is_given_with_classes_matched_by_name(tmp_pat
 def test_a_run_that_was_stopped_ends_where_another_ends(words, tmp_path, monkeypatch):
     anchored = [*words, "--loss_weights.anchor=0.01"]
     assert main([*anchored, "--output_dir", str(tmp_path / "whole")]) == 0
-    update, made = loop.update, [0]
-
-    def stopped(*arguments):
-        made[0] += 1
-        if made[0] == 8:
-            raise Stopped(15)
-        return update(*arguments)
-
-    monkeypatch.setattr(loop, "update", stopped)
+    stopped_before(monkeypatch, 8)
     cut = [*anchored, "--output_dir", str(tmp_path / "cut"), "--resume", "auto"]
     assert [main(cut), main(cut)] == [143, 0]
     assert outcome(tmp_path / "cut", "source_free") == outcome(tmp_path / "whole", "source_free")
@@ -133,15 +124,7 @@ def test_a_student_is_distilled_and_a_stop_in_between_changes_nothing(words, tmp
     assert "student: 0.0" in printed
     assert "start: 0.0" in printed
     assert "million parameters" in printed
-    update, made = loop.update, [0]
-
-    def stopped(*arguments):
-        made[0] += 1
-        if made[0] == 8:
-            raise Stopped(15)
-        return update(*arguments)
-
-    monkeypatch.setattr(loop, "update", stopped)
+    stopped_before(monkeypatch, 8)
     cut = [*distil, "--output_dir", str(tmp_path / "cut"), "--resume", "auto"]
     assert [main(cut), main(cut)] == [143, 0]
     assert outcome(tmp_path / "cut", "distil") == outcome(tmp_path / "whole", "distil")

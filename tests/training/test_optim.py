@@ -138,7 +138,7 @@ def test_gradients_of_several_graphs_are_those_that_autograd_adds_up():
         student.zero_grad()
         for losses in graphs():
             if at_once:
-                backward(losses, weights, student)
+                backward(losses, weights, student.parameters())
             else:
                 sum(getattr(weights, name) * loss for name, loss in losses.items()).backward()
         found.append([parameter.grad for parameter in student.parameters()])

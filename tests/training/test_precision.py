@@ -91,7 +91,7 @@ def three_steps(
     seen = []
     for step in range(3):
         for graph in tiny_graphs(cfg, networks, index=step, seed=step):
-            backward(graph.losses, cfg.loss_weights, networks.student)
+            backward(graph.losses, cfg.loss_weights, networks.student.parameters())
             assert graph.seen["teacher_logits"].dtype == torch.float32
             seen.append(graph.logged)
         after()
@@ -142,7 +142,7 @@ def test_weights_that_are_cast_once_give_the_losses_and_gradients_of_autocast(
         halves, seen = half_weights(cfg, networks) if cast_once else None, []
         with nullcontext() if halves is None else halves.in_place():
             for graph in tiny_graphs(cfg, networks):
-                backward(graph.losses, cfg.loss_weights, networks.student)
+                backward(graph.losses, cfg.loss_weights, networks.student.parameters())
                 seen.append(graph.logged)
                 if halves is not None:
                     halves.hand_over()
