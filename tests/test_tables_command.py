@@ -329,8 +329,8 @@ class FairTrainer(Trainer):
         code = super().call(runner, command)
         if code:
             return code
-        row, rate, seed = kind(command), float(value(command, "--optim.lr")), int(value(command, "--seed"))
-        iou = self.LEVEL[row] + seed - 5 * (rate != self.RATE[row])
+        row, seed = kind(command), int(value(command, "--seed"))
+        iou = self.level(row, command) + seed - 5 * (float(value(command, "--optim.lr")) != self.RATE[row])
         pixels = np.full((4, 2, 10), 100)
         pixels[:, 0] = iou
         method = "t2sda" if row == "self_training" else row
@@ -340,6 +340,9 @@ class FairTrainer(Trainer):
         (folder / method).mkdir()
         (folder / method / "metrics.json").write_text(json.dumps({"student": student}), encoding="utf-8")
         return 0
+
+    def level(self, row: str, command: list[str]) -> float:
+        return self.LEVEL[row]
 
 
 @pytest.fixture
@@ -515,18 +518,12 @@ def test_fair_is_given_alone(tmp_path, capsys):
 # ----------------------------------------------------------------------------------------------- the table "labels"
 
 
-class LabelTrainer(Trainer):
-    """Its runs score, in %, 30 for source-only and 40 for T2S-DA, a point more per label, and the seed."""
+class LabelTrainer(FairTrainer):
+    """A point more per label."""
 
-    def call(self, runner: object, command: list[str]) -> int:
-        self.commands.append(command)
-        asked, seed, method = value(command, "--target_labels"), int(value(command, "--seed")), kind(command)
-        miou = {"source_only": 30.0, "t2sda": 40.0}[method] + seed + (6 if asked == "1/1" else int(asked))
-        folder = Path(value(command, "--output_dir"))
-        folder.mkdir(parents=True)
-        summary = {method: {"miou": miou, "iou": [miou] * 10}, "seconds": 100.0}
-        (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
-        return 0
+    def level(self, row: str, command: list[str]) -> float:
+        asked = value(command, "--target_labels")
+        return self.LEVEL[row] + (6 if asked == "1/1" else int(asked))
 
 
 @pytest.fixture
@@ -534,28 +531,40 @@ def curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Calls the table "labels" of a tiny run, and the trainer that stands for its processes."""
     (tmp_path / "tiny.yaml").write_text(TINY_RUN, encoding="utf-8")
     words = ["tables", "labels", "--config", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / "out")]
-    return lambda *more: main([*words, *more]), LabelTrainer(monkeypatch)
+    return lambda *more: main([*words, "--rates", "0.1,0.2,0.3", *more]), LabelTrainer(monkeypatch)
 
 
-def test_the_curve_over_labels_has_both_rows_at_every_number(curve, tmp_path, capsys):
+def test_the_curve_over_labels_searches_both_rows_at_every_number(curve, tmp_path, capsys):
     call, trainer = curve
     assert call("--labels", "0,2,all", "--seeds", "0..2") == 0
     made = [(kind(c), value(c, "--target_labels"), int(value(c, "--seed"))) for c in trainer.commands]
-    numbers, rows = ("0", "2", "1/1"), ("t2sda", "source_only")
-    assert made == [(row, number, seed) for seed in range(3) for number in numbers for row in rows]
+    both = [(row, number) for number in ("0", "2", "1/1") for row in ("t2sda", "source_only")]
+    searched = [(*of_row, 0) for of_row in both for _ in range(3)]
+    assert made == searched + [(*of_row, seed) for seed in (1, 2) for of_row in both]
     assert all("--baseline=none" in command for command in trainer.commands)
-    told = "+10.00 (95 % over seeds: +10.00 to +10.00, n = 3)"
-    lines = [unaligned(line) for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    told = "+20.00 (95 % over seeds: +20.00 to +20.00, n = 3)"
+    printed = capsys.readouterr().out
+    assert "The learning rate of each row is the best of the same 3 values. It was chosen on the other 2" in printed
+    lines = [unaligned(line) for line in printed.splitlines() if line.startswith("|")]
     assert lines[2:] == [
-        f"| {name} | {ours}.00 ± 1.00 (3) | {ours - 10}.00 ± 1.00 (3) | {told} |"
+        f"| {name} | {ours}.00 ± 1.00 (3) | 0.3 | {ours - 20}.00 ± 1.00 (3) | 0.1 | {told} |"
         for name, ours in (("0", 41), ("2", 43), ("all", 47))
     ]
     drawn = (tmp_path / "out" / "tiny" / "labels.csv").read_text(encoding="utf-8").splitlines()
     assert drawn[0].split(",")[:4] == ["labelled images of the target", "T2S-DA: mean", "T2S-DA: sd", "T2S-DA: n"]
-    assert drawn[3].split(",") == ["all", "47.0", "1.0", "3", "37.0", "1.0", "3"]
+    assert [float(cell) for cell in drawn[3].split(",")[1:]] == pytest.approx([47, 1, 3, 27, 1, 3])
     assert (tmp_path / "out" / "tiny" / "labels.png").stat().st_size > 1000
     assert call("--labels", "0,2,all", "--seeds", "0..2") == 0  # nothing is trained again
-    assert len(trainer.commands) == 18
+    assert len(trainer.commands) == 3 * 6 + 2 * 6
+
+
+def test_a_row_of_the_curve_can_be_made_alone(curve, capsys):
+    call, trainer = curve
+    assert call("--labels", "0,2", "--seeds", "0,1", "--rows", "source_only") == 0
+    assert [kind(command) for command in trainer.commands] == ["source_only"] * 2 * (3 + 1)
+    assert "| 2 | - ± - (0) | – | 22.50 ± 0.71 (2) | 0.1 | fewer than two seeds in common |" in unaligned(
+        capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
@@ -565,7 +574,9 @@ def test_the_curve_over_labels_has_both_rows_at_every_number(curve, tmp_path, ca
         (["--labels", "some"], "target_labels must be a number of images, a share like 1/16, or null for all, got"),
         (["--target.split", "validation"], "of the labelled target images of streets-target (validation) are test"),
         (["--target_labels", "3"], "use --labels"),
-        (["--rates", "0.1"], "has no --scale, --rates, --search_seeds or --rows."),
+        (["--optim.lr", "0.1"], "optim.lr is decided for each run: use --rates"),
+        (["--rows", "target_only"], "--rows must be some of t2sda,source_only, got target_only."),
+        (["--scale", "demo"], "the table labels needs --config, a file or the name of a recipe, and has no --scale."),
         (["--method", "source_only"], "the table labels sets it for each row"),
     ],
 )

@@ -71,8 +71,8 @@ def best(scores: Mapping[float, float | None]) -> float | None:
     return max(known, key=lambda rate: known[rate]) if known else None
 
 
-def figures(results: Results, search_seeds: Sequence[int], seeds: Sequence[int]) -> dict[str, Any]:
-    """All that the table says, for JSON.
+def row_figures(results: Results, search_seeds: Sequence[int], seeds: Sequence[int]) -> dict[str, Any]:
+    """What a table with a search says of each of its rows, for JSON.
 
     Args:
         results: of every row and rate, also where there is none yet.
@@ -84,10 +84,6 @@ def figures(results: Results, search_seeds: Sequence[int], seeds: Sequence[int])
         - classes: their names.
         - rows: by name, "rates" (rate -> score on the choosing half), "rate" (the chosen one), "miou" (by seed), their
           mean, sd, sd_population and n, "iou" (mean over seeds, of each class).
-        - differences: "T2S-DA minus source-only" ... -> mean, low, high, sd, n of the pairs; None for fewer than two.
-        - share: of the gap that is closed, "miou" and "iou" of each class; None where there is no gap. "missing": the
-          rows without which there is no share.
-        - lost: class -> change against source-only, of those that lost more than a point.
 
     Raises:
         ValueError: if results are of different test images, or have fewer than two groups.
@@ -113,11 +109,36 @@ def figures(results: Results, search_seeds: Sequence[int], seeds: Sequence[int])
         rows[name] = {"rates": {f"{rate:g}": score for rate, score in scores.items()}, "rate": rate, "miou": miou}
         rows[name] |= spread(list(miou.values()))
         rows[name]["iou"] = [mean(of_class) for of_class in zip(*iou.values(), strict=True)] or [None] * len(classes)
-    told: dict[str, Any] = {}
-    for new, old in PAIRS:
-        both = rows[new]["miou"], rows[old]["miou"]
-        enough = len(both[0].keys() & both[1].keys()) > 1
-        told[f"{ROWS[new]} minus {ROWS[old]}"] = vars(paired_difference(*both)) if enough else None
+    known = {"images": images, "classes": classes, "rows": rows}
+    return known | {"search_seeds": list(search_seeds), "seeds": list(seeds)}
+
+
+def figures_over_labels(results: Results, search_seeds: Sequence[int], seeds: Sequence[int]) -> dict[str, Any]:
+    """What the table "labels" says: `row_figures`, where a row is named by its method and its number of labels.
+
+    Returns:
+        Also numbers: of labels, as they are named; differences: by number, "T2S-DA minus source-only" with that many.
+    """
+    found = row_figures(results, search_seeds, seeds)
+    numbers = list(dict.fromkeys(name.split()[1] for name in results))
+    pairs = {number: (f"t2sda {number}", f"source_only {number}") for number in numbers}
+    return found | {"numbers": numbers, "differences": {n: _pairs(found["rows"], *pair) for n, pair in pairs.items()}}
+
+
+def figures(results: Results, search_seeds: Sequence[int], seeds: Sequence[int]) -> dict[str, Any]:
+    """All that the table "fair" says.
+
+    Returns:
+        Those of `row_figures`, and
+
+        - differences: "T2S-DA minus source-only" ... -> mean, low, high, sd, n of the pairs; None for fewer than two.
+        - share: of the gap that is closed, "miou" and "iou" of each class; None where there is no gap. "missing": the
+          rows without which there is no share.
+        - lost: class -> change against source-only, of those that lost more than a point.
+    """
+    found = row_figures(results, search_seeds, seeds)
+    rows, classes = found["rows"], found["classes"]
+    told = {f"{ROWS[new]} minus {ROWS[old]}": _pairs(rows, new, old) for new, old in PAIRS}
     bounds = {name: rows[name] for name in ("t2sda", "source_only", "target_only")}
     share = {
         "miou": share_of_gap(*(row["mean"] for row in bounds.values())),
@@ -126,8 +147,7 @@ def figures(results: Results, search_seeds: Sequence[int], seeds: Sequence[int])
     }
     changes = map(difference, rows["t2sda"]["iou"], rows["source_only"]["iou"])
     lost = {name: change for name, change in zip(classes, changes, strict=True) if (change or 0) < -LOST}
-    known = {"images": images, "classes": classes, "rows": rows, "differences": told, "share": share, "lost": lost}
-    return known | {"search_seeds": list(search_seeds), "seeds": list(seeds)}
+    return found | {"differences": told, "share": share, "lost": lost}
 
 
 def share_of_gap(ours: float | None, lower: float | None, upper: float | None) -> float | None:
@@ -143,13 +163,7 @@ def fair_text(content: Mapping[str, Any]) -> str:
     if images is None:
         return "No run is finished yet."
     num_rates = max(len(row["rates"]) for row in rows.values())
-    few = ". A fair search has at least three" if num_rates < 3 else ""
-    said = [
-        f"All figures are of {images['shown']} of the {sum(images.values())} test images, in %. The learning rate of "
-        f"each row is the best of the same {num_rates} values{few}. It was chosen on the other {images['choosing']} "
-        f"test images, every other block of neighbours, with {_seeds(content['search_seeds'])}, whose own figures may "
-        "be a little high for that. Source-only is the one row that has seen no image of the target."
-    ]
+    said = [_said_of_search(content), "Source-only is the one row that has seen no image of the target."]
     unfinished = [ROWS[name] for name, row in rows.items() if None in row["rates"].values() and row["rate"]]
     if unfinished:
         said.append(f"Not every learning rate has a result yet (or ever, if its run failed): {', '.join(unfinished)}.")
@@ -191,22 +205,19 @@ def fair_text(content: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def label_curve_text(curve: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """The table "labels", in Markdown.
-
-    Args:
-        curve: name of a row -> number of labels -> "values" (mIoU in % by seed), mean, sd and n. The first row is
-            compared with the second one.
-    """
-    (first, own), (second, other) = curve.items()
+def label_curve_text(content: Mapping[str, Any]) -> str:
+    """The table "labels" of `figures_over_labels`, in Markdown."""
+    if content["images"] is None:
+        return "No run is finished yet."
+    rows = content["rows"]
     lines = []
-    for count, entry in own.items():
-        both = entry["values"], other[count]["values"]
-        told = vars(paired_difference(*both)) if len(both[0].keys() & both[1].keys()) > 1 else None
-        cells = [f"{number(one['mean'])} ± {number(one['sd'])} ({one['n']})" for one in (entry, other[count])]
-        lines.append([count, *cells, _paired(told)])
-    table = markdown(["labelled target images", f"{first} (seeds)", f"{second} (seeds)", "difference"], lines)
-    return f"{table}\n\nBoth rows have the learning rate of the config, so one of them may be better with another."
+    for count in content["numbers"]:
+        both = rows[f"t2sda {count}"], rows[f"source_only {count}"]
+        cells = [f"{number(row['mean'])} ± {number(row['sd'])} ({row['n']})" for row in both]
+        rates = ["–" if row["rate"] is None else f"{row['rate']:g}" for row in both]
+        lines.append([count, cells[0], rates[0], cells[1], rates[1], _paired(content["differences"][count])])
+    header = ["labelled target images", "T2S-DA (seeds)", "rate", "source-only + labels (seeds)", "rate", "difference"]
+    return "\n\n".join([_said_of_search(content), markdown(header, lines)])
 
 
 def _headline(content: Mapping[str, Any]) -> str:
@@ -219,6 +230,22 @@ def _headline(content: Mapping[str, Any]) -> str:
         return f"{title}: –. The upper bound ({upper:.2f}) is not above source-only ({lower:.2f})."
     values = f"({ours:.2f} - {lower:.2f}) / ({upper:.2f} - {lower:.2f})"
     return f"**{title}: {_percent(share['miou'])}** = {values}."
+
+
+def _said_of_search(content: Mapping[str, Any]) -> str:
+    images, num_rates = content["images"], max(len(row["rates"]) for row in content["rows"].values())
+    few = ". A fair search has at least three" if num_rates < 3 else ""
+    return (
+        f"All figures are of {images['shown']} of the {sum(images.values())} test images, in %. The learning rate of "
+        f"each row is the best of the same {num_rates} values{few}. It was chosen on the other {images['choosing']} "
+        f"test images, every other block of neighbours, with {_seeds(content['search_seeds'])}, whose own figures may "
+        "be a little high for that."
+    )
+
+
+def _pairs(rows: Mapping[str, Any], new: str, old: str) -> dict[str, Any] | None:
+    both = rows[new]["miou"], rows[old]["miou"]
+    return vars(paired_difference(*both)) if len(both[0].keys() & both[1].keys()) > 1 else None
 
 
 def _paired(told: Mapping[str, float] | None) -> str:

@@ -4,7 +4,7 @@
     t2sda tables table07 table08 --scale camvid --dry-run
     t2sda tables table12 --train.max_steps 400 --num_processes 2
     t2sda tables fair --config mine.yaml --rates 1e-4,3e-4,1e-3 --seeds 0..4
-    t2sda tables labels --config mine.yaml --labels 0,8,16,32,all --seeds 0..2
+    t2sda tables labels --config mine.yaml --labels 0,8,16,32,all --rates 1e-4,3e-4,1e-3 --seeds 0..2
 
 TABLE is one of table02 ... table17, encoders (which is none of the paper's), or the path of your own file with the same
 form as those in configs/ablations/.
@@ -29,8 +29,9 @@ the same time, with different --rows, or with different --seeds and the same --s
 them, and the others wait for it. The same call with all rows and seeds then trains nothing and prints the whole table.
 
 The table "labels" draws the curve over labels of target images: the config itself, and source-only with the same
-labels, at each number of --labels (see target_labels in `t2sda config`). The cells are stored in
-outputs/labels/CONFIG/, and the curve is labels.png beside them.
+labels, at each number of --labels (see target_labels in `t2sda config`). Every row at every number has its own best
+learning rate, found as in the table "fair". The cells are stored in outputs/labels/CONFIG/, and the curve is labels.png
+beside them.
 
 Exit codes:
     0     all cells are there
@@ -54,10 +55,10 @@ from typing import Any
 import torch
 from filelock import Timeout
 
-from ..analysis.fair import ROWS, best, fair_text, figures, label_curve_text, tried
+from ..analysis.fair import ROWS, best, fair_text, figures, figures_over_labels, label_curve_text, tried
 from ..analysis.plots import save_steps
 from ..config import RECIPES, RunConfig, changes, differences, find_recipe, load_config, read_yaml
-from ..data.domains import load_domain, read_domain
+from ..data.domains import Domain, load_domain, read_domain
 from ..data.streets import SCENES
 from ..evaluation.table import CLASS_SETS, markdown, spread, subset_miou
 from ..labels import THING_CLASSES
@@ -168,7 +169,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Search:
-    """How the table "fair" finds the learning rate of each of its rows.
+    """How the tables "fair" and "labels" find the learning rate of each of their rows.
 
     Attributes:
         rows: name -> rate -> the row at this rate.
@@ -277,22 +278,15 @@ def fair_table(args: Namespace) -> Table:
     trained = tuple(args.rows or FAIR)
     if unknown := [name for name in trained if name not in FAIR]:
         raise ValueError(f"--rows must be some of {','.join(FAIR)}, got {', '.join(unknown)}.")
-    rates = args.rates or [float(f"{cfg.optim.lr * factor:.3g}") for factor in (1 / 3, 1, 3)]
     always = ("--baseline=none", '--push_to_hub.repo_id=""', *crops_of(cfg))
     rows: dict[str, dict[float, Row]] = {}
     for name, own in FAIR.items():
         rows[name] = {}
-        for rate in rates:
+        for rate in rates_of(args, cfg):
             arguments = (*args.overrides, *own, f"--optim.lr={rate!r}", *always)
             label = ROWS[name], f"rate {rate:g}"
             rows[name][rate] = Row(label, (), args.config, arguments, load_config(args.config, arguments))
-    test = load_domain(cfg.test, cfg.classes)
-    images = min(len(test), cfg.evaluation.limit or sys.maxsize)
-    if images < 2:
-        raise ValueError(
-            f"the test domain has {images} image to be scored, and the table fair needs at least two: one half of them "
-            "chooses the learning rates, the other one makes the figures."
-        )
+    test = images_to_halve(cfg, "fair")
     if "target_only" in trained:
         bound = next(iter(rows["target_only"].values())).cfg
         assert bound is not None
@@ -312,9 +306,7 @@ def fair_table(args: Namespace) -> Table:
     question = f"How much of the gap between source-only and upper bound does T2S-DA close with {args.config}?"
     if not cfg.loss_weights.pull:
         question += " (Its loss_weights.pull is 0, so it is the self-training itself.)"
-    seeds = tuple(args.search_seeds or (args.seeds or [0])[:1])
-    every = tuple(row for of_name in rows.values() for row in of_name.values())
-    return Table("fair", question, (), (), False, (), every, Search(rows, trained, seeds))
+    return Table("fair", question, (), (), False, (), flat(rows), Search(rows, trained, search_seeds(args)))
 
 
 def labels_table(args: Namespace) -> Table:
@@ -324,29 +316,59 @@ def labels_table(args: Namespace) -> Table:
         ValueError: for a row whose config or labels are not valid.
     """
     reason = "the table labels sets it for each row"
-    refuse_keys(args.overrides, method=reason, baseline=reason, target_labels="use --labels")
-    if not args.config or args.scale or args.rates or args.search_seeds or args.rows:
-        raise ValueError(
-            "the table labels needs --config, a file or the name of a recipe, and has no --scale, --rates, "
-            "--search_seeds or --rows."
-        )
+    refuse_keys(
+        args.overrides, method=reason, baseline=reason, target_labels="use --labels", **{"optim.lr": "use --rates"}
+    )
+    if not args.config or args.scale:
+        raise ValueError("the table labels needs --config, a file or the name of a recipe, and has no --scale.")
     cfg = load_config(args.config, args.overrides)
     if cfg.method != "t2sda":
         raise ValueError(
             f"the table labels is of an adaptation, so the method of its config must be t2sda: {cfg.method}."
         )
+    trained = tuple(args.rows or LABELLED_ROWS)
+    if unknown := [name for name in trained if name not in LABELLED_ROWS]:
+        raise ValueError(f"--rows must be some of {','.join(LABELLED_ROWS)}, got {', '.join(unknown)}.")
+    images_to_halve(cfg, "labels")
     always = ("--baseline=none", '--push_to_hub.repo_id=""', *crops_of(cfg))
-    rows = []
+    rows: dict[str, dict[float, Row]] = {}
     for number in args.labels or ["0", "8", "16", "32", "all"]:
         asked = f"--target_labels={'1/1' if number == 'all' else number}"
-        for name, own in (("t2sda", ()), ("source_only", ("--method=source_only",))):
-            arguments = (*args.overrides, *own, asked, *always)
-            own_cfg = load_config(args.config, arguments)
-            rows.append(Row((LABELLED_ROWS[name], number), ((None, None),), args.config, arguments, own_cfg))
+        for name, own in LABELLED_ROWS.items():
+            of_rate = rows[f"{name} {number}"] = {}
+            for rate in rates_of(args, cfg):
+                arguments = (*args.overrides, *FAIR[name], asked, f"--optim.lr={rate!r}", *always)
+                own_cfg = load_config(args.config, arguments)
+                of_rate[rate] = Row((own, number, f"rate {rate:g}"), (), args.config, arguments, own_cfg)
             if own_cfg.labelled_target is not None:
                 open_labelled_target(own_cfg, own_cfg.labelled_target)
     question = f"What do labels of a few target images add to {args.config}?"
-    return Table("labels", question, ("row", "labels"), ("mIoU",), False, (), tuple(rows))
+    wanted = tuple(name for name in rows if name.split()[0] in trained)
+    return Table("labels", question, (), (), False, (), flat(rows), Search(rows, wanted, search_seeds(args)))
+
+
+def rates_of(args: Namespace, cfg: RunConfig) -> list[float]:
+    return args.rates or [float(f"{cfg.optim.lr * factor:.3g}") for factor in (1 / 3, 1, 3)]
+
+
+def search_seeds(args: Namespace) -> tuple[int, ...]:
+    return tuple(args.search_seeds or (args.seeds or [0])[:1])
+
+
+def flat(rows: Mapping[str, Mapping[float, Row]]) -> tuple[Row, ...]:
+    return tuple(row for of_name in rows.values() for row in of_name.values())
+
+
+def images_to_halve(cfg: RunConfig, table: str) -> Domain:
+    """The test domain; ValueError if it has too few images to choose rates by a half of them."""
+    test = load_domain(cfg.test, cfg.classes)
+    images = min(len(test), cfg.evaluation.limit or sys.maxsize)
+    if images < 2:
+        raise ValueError(
+            f"the test domain has {images} image to be scored, and the table {table} needs at least two: one half of "
+            "them chooses the learning rates, the other one makes the figures."
+        )
+    return test
 
 
 def crops_of(cfg: RunConfig) -> tuple[str, ...]:
@@ -364,7 +386,7 @@ def crops_of(cfg: RunConfig) -> tuple[str, ...]:
 def cells_of(table: Table, seeds: Sequence[int], folder: Path) -> Iterator[Cell]:
     """The cells of a call, seed after seed, so that an early look shows every row.
 
-    Those of the table "fair" at the best learning rates come last, and are known when the others have been made.
+    Those at the best learning rates, where there is a search, come last, and are known when the others have been made.
     """
     search = table.search
     if search is None:
@@ -381,7 +403,7 @@ def cells_of(table: Table, seeds: Sequence[int], folder: Path) -> Iterator[Cell]
 
 
 def chosen_rate(search: Search, name: str, folder: Path) -> float | None:
-    """The best rate of a row of the table "fair"; None while cells that say so were never tried."""
+    """The best rate of a row; None while cells that say so were never tried."""
     of_search = [cell_of(row, seed, folder) for row in search.rows[name].values() for seed in search.seeds]
     if any(cell.state == "missing" for cell in of_search):
         return None
@@ -391,7 +413,7 @@ def chosen_rate(search: Search, name: str, folder: Path) -> float | None:
 def results_of(
     search: Search, name: str, seeds: Sequence[int], folder: Path
 ) -> dict[float, dict[int, Mapping[str, Any]]]:
-    """Rate -> seed -> result of the student, of the finished cells of a row of the table "fair"."""
+    """Rate -> seed -> result of the student, of the finished cells of a row."""
     found: dict[float, dict[int, Mapping[str, Any]]] = {}
     for rate, row in search.rows[name].items():
         assert row.cfg is not None
@@ -557,8 +579,8 @@ def estimate(table: Table, folder: Path) -> tuple[float, int]:
         return sum(done) / len(done), len(done)
     if table.name not in ("fair", "labels"):
         return SECONDS[folder.name], 0
-    longest = table.rows[0] if table.search is None else next(iter(table.search.rows["t2sda"].values()))
-    cfg = longest.cfg
+    assert table.search is not None
+    cfg = next(row.cfg for name, rows in table.search.rows.items() if name.startswith("t2sda") for row in rows.values())
     assert cfg is not None
     cfg = without_data(cfg)
     if cfg.train.num_threads is not None:
@@ -587,17 +609,20 @@ def write(table: Table, seeds: Sequence[int], folder: Path) -> str:
     if table.search is None:
         content["rows"] = summary_of(table, seeds, folder)
         text = layout(table, content["rows"])
-        if table.name == "labels":
-            curve = {
-                name: {e["label"][1]: e for e in content["rows"] if e["label"][0] == name}
-                for name in LABELLED_ROWS.values()
-            }
-            text = label_curve_text(curve)
-            save_steps(folder / "labels.png", curve, "labelled images of the target", "mIoU in %")
     else:
         search, wanted = table.search, sorted({*seeds, *table.search.seeds})
-        content |= figures({name: results_of(search, name, wanted, folder) for name in FAIR}, search.seeds, seeds)
-        text = fair_text(content)
+        results = {name: results_of(search, name, wanted, folder) for name in search.rows}
+        if table.name == "fair":
+            content |= figures(results, search.seeds, seeds)
+            text = fair_text(content)
+        else:
+            content |= figures_over_labels(results, search.seeds, seeds)
+            text = label_curve_text(content)
+            curve = {
+                title: {number: content["rows"][f"{name} {number}"] for number in content["numbers"]}
+                for name, title in LABELLED_ROWS.items()
+            }
+            save_steps(folder / "labels.png", curve, "labelled images of the target", "mIoU in %")
     write_json(folder / f"{table.name}.json", content)  # first: by it the other is known as ours
     write_text(folder / f"{table.name}.md", f"{table.question}\n\n{text}\n")
     return text
