@@ -54,10 +54,14 @@ def make_pseudo_labels(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, T
     Returns:
         (B,H,W) int64 argmax and (B,H,W) float32 largest softmax in [0,1].
     """
-    logits = logits.float().contiguous()  # softmax and max over classes are twice as slow on channels_last
-    logits = nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-    confidence, pseudo_labels = logits.softmax(dim=1).max(dim=1)
+    confidence, pseudo_labels = class_probabilities(logits, size).max(dim=1)
     return pseudo_labels, confidence
+
+
+def class_probabilities(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B,K,h,w) logits, upsampled bilinearly to `size` = (H,W) -> (B,K,H,W) float32 softmax over classes."""
+    logits = logits.float().contiguous()  # softmax and max over classes are twice as slow on channels_last
+    return nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False).softmax(dim=1)
 
 
 def pseudo_label_weights(

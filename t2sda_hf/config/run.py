@@ -351,6 +351,11 @@ class UdaConfig(Section):
     pseudo_threshold: Number = key(
         0.968, "confidence from which a pseudo-label counts as sure", "P", at_least=0, at_most=1
     )
+    pseudo_labels: Literal["hard", "soft"] = key(
+        "hard",
+        "what is learned of the target: the likeliest class of each pixel, or with soft the probabilities of all "
+        "classes, so that thin classes which the teacher is never sure of are not unlearned (arXiv 1503.02531)",
+    )
     weight_scope: Literal["batch", "image", "class"] = key(
         "batch",
         "the share of sure pixels weighs pseudo-labels: one share for the batch, or one per image; or class: those of "

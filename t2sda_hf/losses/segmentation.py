@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..device import integers
 from ..labels import IGNORE_INDEX
 
 
@@ -15,7 +16,7 @@ def segmentation_loss(logits: Tensor, labels: Tensor, pixel_weights: Tensor | No
 
     Args:
         logits: (B,K,h,w), upsampled bilinearly to the labels' size.
-        labels: (B,H,W) int64 in [0,K) or 255.
+        labels: (B,H,W) int64 in [0,K) or 255; or (B,K,H,W) probabilities, all 0 where a pixel is ignored.
         pixel_weights: (B,H,W) >= 0; None weighs every pixel 1.
 
     Returns:
@@ -26,8 +27,17 @@ def segmentation_loss(logits: Tensor, labels: Tensor, pixel_weights: Tensor | No
         logits = logits.contiguous(memory_format=torch.channels_last)
         logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
     scores = logits.permute(0, 2, 3, 1).reshape(-1, logits.shape[1]).float()
-    loss = F.cross_entropy(scores, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    if labels.dim() == 4:
+        loss = F.cross_entropy(scores, labels.permute(0, 2, 3, 1).reshape(scores.shape), reduction="none")
+    else:
+        loss = F.cross_entropy(scores, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
     return (loss if pixel_weights is None else loss * pixel_weights.flatten()).mean()
+
+
+def as_probabilities(labels: Tensor, num_classes: int) -> Tensor:
+    """(B,H,W) int64 in [0,K) or 255 -> (B,K,H,W) float32: 1 for the label, all 0 where it is 255."""
+    classes = integers(num_classes, labels.dtype, labels.device)
+    return (labels[:, None] == classes[:, None, None]).float()
 
 
 def soft_label_loss(logits: Tensor, others: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..batch import normalize
 from ..device import constant
 from ..losses.pull import class_confidences, class_weights, confidence_sums
-from ..teacher import make_pseudo_labels, pseudo_label_weights, surest_of_each_class, trusted_rows
+from ..teacher import class_probabilities, make_pseudo_labels, pseudo_label_weights, surest_of_each_class, trusted_rows
 from .step import Step
 
 
@@ -27,6 +27,8 @@ class PseudoLabels:
         inside: (B,H,W), 0 in the margins and where the batch says so, elsewhere 1: where they may count at all. Not
             their weight, which is 0 everywhere if nothing is sure.
         class_weights: (K,) w* of DRW, sum 1.
+        probabilities: (B,K,H,W) of all classes, where these are learned in place of the labels (`uda.pseudo_labels:
+            soft`); else None.
     """
 
     logits: Tensor
@@ -35,6 +37,12 @@ class PseudoLabels:
     pixel_weights: Tensor
     inside: Tensor
     class_weights: Tensor
+    probabilities: Tensor | None = None
+
+    @property
+    def learned(self) -> Tensor:
+        """What `segmentation_loss` takes as labels: (B,H,W) labels, or (B,K,H,W) probabilities."""
+        return self.labels if self.probabilities is None else self.probabilities
 
     @property
     def seen(self) -> dict[str, Tensor]:
@@ -72,7 +80,8 @@ def pseudo_labels_of(step: Step, logits: Tensor) -> PseudoLabels:
         weights = pseudo_label_weights(confidence, uda.pseudo_threshold, uda.weight_scope, *margins)
         weights = weights if valid is None else weights * valid
     importance = dynamic_weights(step, labels, confidence, inside)
-    return PseudoLabels(logits, labels, confidence, weights, inside, importance)
+    soft = class_probabilities(logits, (images.shape[-2], images.shape[-1])) if uda.pseudo_labels == "soft" else None
+    return PseudoLabels(logits, labels, confidence, weights, inside, importance, soft)
 
 
 def dynamic_weights(step: Step, labels: Tensor, confidence: Tensor, inside: Tensor) -> Tensor:

@@ -47,11 +47,13 @@ def source_free_losses(step: Step) -> Iterator[Graph]:
         pasted = sample_class_mix(y_o, shown_ids(y_o).cpu(), "image", step.generator) & (w_o > 0)  # (B,H,W) bool
         x_m = augmented(step, torch.where(pasted[:, None], x_o, x_t))
         y_m, w_m = torch.where(pasted, y_o, y_t), torch.where(pasted, w_o, trust)
-        yield mixed_graph(step, x_m, y_m, w_m, seen | {"from_source": pasted, "trust": trust.mean()})
+        p_t = pseudo_labels.probabilities
+        p_m = None if p_t is None else torch.where(pasted[:, None], p_t.roll(1, 0), p_t)
+        yield mixed_graph(step, x_m, y_m, w_m, seen | {"from_source": pasted, "trust": trust.mean()}, p_m)
 
     # L_mask (MIC), as in t2sda.
     if weights.masked_consistency:
-        yield masked_graph(step, x_t, y_t, trust, seen)
+        yield masked_graph(step, x_t, pseudo_labels.learned, trust, seen)
 
     # L_pull: what is predicted as a class must embed like the classifier's row of it.
     if step.pulls:

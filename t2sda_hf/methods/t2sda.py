@@ -21,7 +21,7 @@ from ..batch import normalize
 from ..config import RunConfig
 from ..device import constant
 from ..losses.feature_distance import feature_distance
-from ..losses.segmentation import segmentation_loss
+from ..losses.segmentation import as_probabilities, segmentation_loss
 from ..models import T2SDAOutput
 from ..models.multi_resolution import Box, context_images, cut, draw_detail_box
 from .pseudo_labels import look_at_target
@@ -60,14 +60,18 @@ def t2sda_losses(step: Step) -> Iterator[Graph]:
         from_source = sample_class_mix(y_s, step.batch.ids_shown(), cfg.mix.classes_from, generator)  # (B,H,W) bool
         x_m = torch.where(from_source[:, None], x_s if cfg.mix.source == "source" else x_st, x_t)
         x_m, y_m = augmented(step, x_m), torch.where(from_source, y_s, y_t)
+        p_m = None  # (B,K,H,W), learned in place of the labels if the teacher's probabilities are
+        if pseudo_labels.probabilities is not None:
+            p_s = as_probabilities(y_s, len(cfg.classes))
+            p_m = torch.where(from_source[:, None], p_s, pseudo_labels.probabilities)
         # DRW on the target has mean 1 over classes.
         w_t = trust * step.num_members * pseudo_labels.class_weights[y_t] if cfg.drw.apply_to == "target" else trust
         w_m = torch.where(from_source, constant((1.0,), w_t.device) if w_s is None else w_s, w_t)
-        yield mixed_graph(step, x_m, y_m, w_m, seen | {"from_source": from_source, "trust": w_t.mean()})
+        yield mixed_graph(step, x_m, y_m, w_m, seen | {"from_source": from_source, "trust": w_t.mean()}, p_m)
 
     # L_mask (MIC): say the same of the target although patches of it are hidden.
     if step.adapts and weights.masked_consistency:
-        yield masked_graph(step, x_t, y_t, trust, seen)
+        yield masked_graph(step, x_t, pseudo_labels.learned, trust, seen)
 
     # L_pull: the same scene in target style must embed like its class does in the source.
     if step.pulls:
@@ -107,16 +111,26 @@ def source_graph(step: Step, images: Tensor, seen: Mapping[str, Any], pixel_weig
     return Graph(losses, seen)
 
 
-def mixed_graph(step: Step, images: Tensor, labels: Tensor, pixel_weights: Tensor, seen: Mapping[str, Any]) -> Graph:
-    """L_target of mixed images (B,3,H,W) in [0,1], their labels (B,H,W) and the weights of these (B,H,W)."""
+def mixed_graph(
+    step: Step,
+    images: Tensor,
+    labels: Tensor,
+    pixel_weights: Tensor,
+    seen: Mapping[str, Any],
+    probabilities: Tensor | None = None,
+) -> Graph:
+    """L_target of mixed images (B,3,H,W) in [0,1], their labels (B,H,W) and the weights of these (B,H,W).
+
+    Where there are probabilities (B,K,H,W), these are learned, and the labels are for the pictures.
+    """
     output = step.networks.student(normalize(images), detail_box=draw_box(step.cfg, labels, step.generator))
     mixed = {"mixed_images": images, "mixed_labels": labels, "mixed_weights": pixel_weights}
-    loss = fused_and_detail_loss(output, labels, step.cfg, pixel_weights)
+    loss = fused_and_detail_loss(output, labels if probabilities is None else probabilities, step.cfg, pixel_weights)
     return Graph({"target": loss}, {**seen, **mixed, "mixed_logits": output.logits.detach()})
 
 
 def masked_graph(step: Step, images: Tensor, labels: Tensor, pixel_weights: Tensor, seen: Mapping[str, Any]) -> Graph:
-    """L_mask of target images (B,3,H,W) in [0,1], their pseudo-labels (B,H,W) and the weights of these (B,H,W)."""
+    """L_mask of target images (B,3,H,W) in [0,1], `PseudoLabels.learned` and the weights of these (B,H,W)."""
     how, pixels = step.cfg.patch_mask, normalize(augmented(step, images))
     pixels = mask_patches(pixels, how.block_size, how.ratio, step.generator)
     output = step.networks.student(pixels, detail_box=draw_box(step.cfg, labels, step.generator))
@@ -149,7 +163,7 @@ def fused_and_detail_loss(
 
     Args:
         output: of the student.
-        labels: (B,H,W).
+        labels: (B,H,W), or probabilities (B,K,H,W).
         cfg: the run.
         pixel_weights: (B,H,W) or None.
     """

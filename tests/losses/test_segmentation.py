@@ -7,7 +7,7 @@ import reference.segmentation as slow
 import torch
 import torch.nn.functional as F
 
-from t2sda_hf.losses.segmentation import segmentation_loss
+from t2sda_hf.losses.segmentation import as_probabilities, segmentation_loss
 
 K = 3
 
@@ -26,6 +26,24 @@ def test_equals_the_loop_over_pixels(weighted):
     pixel_weights = weights if weighted else None
     expected = slow.cross_entropy(logits, labels, pixel_weights)
     assert segmentation_loss(logits, labels, pixel_weights).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_probabilities_of_labels_are_these_labels(weighted):
+    logits, labels, weights = given((2, 3))
+    weights = weights if weighted else None
+    certain = as_probabilities(labels, K)
+    assert certain.sum(dim=1).equal((labels != 255).float())
+    assert segmentation_loss(logits, certain, weights).item() == pytest.approx(
+        segmentation_loss(logits, labels, weights).item(), rel=1e-6
+    )
+
+
+def test_of_probabilities_the_loss_is_their_mean_over_labels():
+    logits, labels, weights = given()
+    shares = torch.rand(2, K, 4, 6, generator=torch.Generator().manual_seed(1)).softmax(dim=1)
+    of_class = [segmentation_loss(logits, torch.full_like(labels, k), weights * shares[:, k]) for k in range(K)]
+    torch.testing.assert_close(segmentation_loss(logits, shares, weights), sum(of_class))
 
 
 @pytest.mark.parametrize("size", [(2, 3), (1, 2), (3, 5)])

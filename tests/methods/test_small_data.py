@@ -70,6 +70,53 @@ def test_labelled_pixels_keep_their_weight_where_they_are_pasted_and_pseudo_labe
     torch.testing.assert_close(seen["mixed_weights"][of_teacher], plain["mixed_weights"][of_teacher])
 
 
+# ------------------------------------------------------------------------------------------------ soft pseudo-labels
+
+
+SOFT = "--uda.pseudo_labels=soft"
+
+
+@pytest.mark.parametrize("also", [[], ["--loss_weights.masked_consistency=1", "--patch_mask.block_size=16"]])
+def test_the_target_is_learned_from_all_probabilities_and_pasted_pixels_from_their_labels(also):
+    cfg = tiny_config(CALM, SOFT, *also)
+    networks, logits = tiny_networks(cfg), []
+    networks.student.register_forward_hook(lambda *args: logits.append(args[2].logits))
+    losses, seen = together(tiny_graphs(cfg, networks, tiny_batch(cfg)))
+    size = seen["mixed_labels"].shape[-2:]
+
+    def upsampled(maps):
+        return torch.nn.functional.interpolate(maps.double(), size=size, mode="bilinear", align_corners=False)
+
+    wanted = upsampled(seen["teacher_logits"]).softmax(dim=1)
+    mixed = wanted.clone()
+    for image, row, column in seen["from_source"].nonzero().tolist():
+        label = seen["mixed_labels"][image, row, column].item()
+        mixed[image, :, row, column] = 0
+        if label != 255:
+            mixed[image, label, row, column] = 1
+    given = {"target": (logits[1], mixed, seen["mixed_weights"])}
+    if also:
+        given["masked_consistency"] = (logits[2], wanted, seen["pixel_weights"])
+    for name, (seen_logits, probabilities, weights) in given.items():
+        by_hand = (-(probabilities * upsampled(seen_logits).log_softmax(dim=1)).sum(dim=1) * weights).mean()
+        assert losses[name].item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_a_teacher_that_is_certain_gives_the_same_soft_or_hard():
+    def losses(*more):
+        cfg = tiny_config(CALM, *more)
+        networks = tiny_networks(cfg)
+        for parameter in networks.teacher.decode_head.classifier.parameters():
+            parameter.mul_(1e4)
+        return together(tiny_graphs(cfg, networks, tiny_batch(cfg)))[0]
+
+    # Between two cells of the teacher's map even a certain one is not: so few of these pixels are.
+    hard, soft = losses(), losses(SOFT)
+    assert soft["target"].item() == pytest.approx(hard["target"].item(), rel=2e-3)
+    assert soft["pull"] == hard["pull"]
+    assert soft["source"] == hard["source"]
+
+
 # -------------------------------------------------------------------------------------------------- warm-up and colours
 
 
