@@ -1,6 +1,7 @@
 """One file in, one array out: RGB images and maps of ids, or a ValueError that says what is wrong with the file.
 
-A cell is what a column `Image(decode=False)` of `datasets` holds: {"bytes", "path"}, one of them None.
+A cell is what a column `Image(decode=False)` of `datasets` holds: {"bytes", "path"}, one of them None. A path may go
+on with `RANGE`: the file is a part of another one.
 """
 
 import io
@@ -34,6 +35,7 @@ Color = tuple[int, int, int]
 
 HUB = "hf://datasets/"  # how paths on the Hub begin
 ZIP = "zip://"  # how `datasets` names a file of an archive: zip://NAME::ARCHIVE
+RANGE = "#bytes="  # how a path goes on that means a part of a file: PATH#bytes=FIRST-BEHIND_LAST
 _PIXELS = 2**22  # files up to 64 MiB are read whatever max_pixels says
 TRANSPARENT: Color = (256, 0, 0)  # stands for pixels of no opacity, whatever their colour
 _LOSSY = ("jpeg", "tiff_jpeg", "webp", "jxl", "jpegxl", "jp2k", "lerc")  # compressions inside of a TIFF
@@ -323,6 +325,12 @@ def _read(path: str, where: str, most: int) -> bytes:
             with fsspec.open(archive) as stream, zipfile.ZipFile(stream) as opened:
                 size = opened.getinfo(name).file_size  # no more is read, whatever the archive holds
                 data: bytes | None = opened.read(name) if size <= most else None
+        elif part := re.fullmatch(rf"(.*){RANGE}(\d+)-(\d+)", path, re.S):
+            start, size = int(part[2]), int(part[3]) - int(part[2])
+            system, place = fsspec.core.url_to_fs(part[1])
+            with system.open(place, cache_type="none") as stream:
+                stream.seek(start)
+                data = stream.read(size) if size <= most else None
         elif path.startswith(HUB):
             with fsspec.open(path) as stream:
                 size = stream.size

@@ -525,7 +525,7 @@ def test_an_image_that_breaks_in_the_middle_is_drawn_again(run, stop_after, tmp_
     """What is drawn for it depends on the position alone, so a stop changes nothing; too many end the run."""
     broken = {0, 1, 2, 3}
 
-    def draw(self: PairDataset, target: Domain, rng: np.random.Generator) -> np.ndarray:
+    def draw(self: PairDataset, target: Domain, rng: np.random.Generator, *_: object) -> np.ndarray:
         index = int(rng.integers(len(target)))
         if index in broken:
             raise ValueError(f"street {index} is cut")

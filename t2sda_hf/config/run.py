@@ -45,10 +45,12 @@ class DomainConfig(Section):
     label_column: str = key("label", "column of the label maps in a data set")
     streaming: Flag = key(
         False,
-        "parquet or a data set of the Hub without having all of it first: the first num_images are fetched; of a "
-        "target without num_images, images as they come, after a resume in another order",
+        "parquet or a data set of the Hub without having all of it first: the first num_images are fetched; without "
+        "num_images, images of a target as they are drawn, and of a source that `t2sda prepare` wrote",
     )
-    shuffle_buffer: Whole = key(128, "images of a stream that are held to shuffle them", at_least=1)
+    shuffle_buffer: Whole = key(
+        128, "images of a streamed target that are held at least, to draw from several row groups", at_least=1
+    )
     frame_step: Whole = key(1, "of a video, every so many frames", at_least=1)
     label_space: str = key(
         "",
@@ -80,6 +82,11 @@ class DomainConfig(Section):
         2**25, "larger files are refused before they are decoded; 8192x4096 is allowed", at_least=1, at_most=178_956_970
     )
     num_images: Whole | None = key(None, "the first so many images; null takes all", at_least=1)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether images are read while a run trains, and not all of them are there before."""
+        return self.streaming and self.num_images is None
 
     def check(self) -> None:
         given = [name for name in ("class_names", "label_ids", "label_colors") if getattr(self, name)]
@@ -1057,14 +1064,18 @@ class RunConfig(Section):
             self.uda.source_phase,
         )
         require(
-            not self.self_trains
-            or not self.uda.target_statistics
-            or not self.target.streaming
-            or self.target.num_images is not None,
+            not self.self_trains or not self.uda.target_statistics or not self.target.streamed,
             "uda.target_statistics",
             "0 with a target that is streamed without num_images: always the same crops are needed. Give num_images",
             self.uda.target_statistics,
         )
+        for role in ("test", "target_labelled"):
+            require(
+                not getattr(self, role).streamed,
+                f"{role}.streaming",
+                "false, or num_images be given: all of its images are read before the first step",
+                True,
+            )
 
     def _check_hrda(self) -> None:
         require(

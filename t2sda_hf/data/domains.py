@@ -6,15 +6,16 @@ what is in a file in `files`; what the ids mean is settled here, once, by class 
 
 import difflib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import count
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Image, IterableDataset, Value
-from datasets.distributed import split_dataset_by_node
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Image, Value
 from PIL import ImageColor
 
 from ..config import DomainConfig
@@ -22,16 +23,19 @@ from ..files import TRANSPARENT, Color, LabelRule, file_bytes, read_header, read
 from ..labels import CITYSCAPES_CLASSES, IGNORE_INDEX, LABEL_SPACES, SPACE_COLORS, id_map
 from ..listing import account
 from .contents import Contents, digest, remembered, settings_of, stamp
-from .sources import at_home, load_rows, open_stream
+from .shards import COUNTS, DIGEST, SIZE, Shards, counts_file
+from .sources import LOOKED_AT, as_cell, at_home, load_rows, open_shards
 from .transforms import Size, resize_image, resize_labels, resized_size
 
 logger = logging.getLogger(__name__)
 
-_LOOKED_AT = 16  # first rows of a stream that are checked before training
+_ORDER_STREAM = 4  # tells the random numbers of the order of a stream from others
+_TRIES = 1000  # row groups that are looked at for one that is taken
 NOT_NAMED = (
     "Pixels of 255 are ignored: if 255 stands for a class, name it in label_ids, for example {0: back, 255: object}."
 )
-COUNTS = "class_counts"  # column of prepared domains: pixels per id at the size of the original file
+
+RowGroup = tuple[pa.Table, list[int]]  # its rows, and which of them are drawn one after the other
 
 
 @dataclass(frozen=True)
@@ -139,67 +143,104 @@ class Domain:
 
 @dataclass(frozen=True)
 class StreamedDomain(Domain):
-    """Images alone, as a stream brings them. `table` has its first rows: they are what is checked and compared.
+    """Images alone, read while a run trains. `table` has the first rows: they are what is checked and compared.
 
     Attributes:
-        stream: undecoded rows; their images come from an `ImageStream`.
+        shards: the files of all rows; their images come from an `ImageStream`.
     """
 
-    stream: IterableDataset
+    shards: Shards
 
 
-class ImageStream(Iterator[np.ndarray]):
-    """The images of a streamed domain for one process, resized like those of any other, without an end.
+class ImageStream:
+    """Images of a streamed domain, each a function of the seed and of its place in the run, resized like any other.
 
-    Every process takes its own share of the stream: whole shards where they divide evenly, otherwise every so many-th
-    row. Its workers take shards of that: until the first image is asked for, a copy for a worker is all that it is.
-    After the last row comes another round in another order.
-    Unreadable images are left out and told: nobody looked at them before.
+    Parquet is read by whole *row groups*. In each of several *lanes* one of them is open, and its images are drawn in
+    random order, as many as a usual row group has; then the next one follows. Batch number b draws in lane b modulo
+    the number of lanes. So each process reads lanes of its own, and so does each data worker if their number divides
+    `LANES`; whatever their number, the images are the same.
+
+    Each file has its turn before one comes again. Where a row group is short, or is one of few in its file, it is taken
+    as much more rarely, and another one is drawn at random instead, so that images are drawn equally often. What is
+    usual the first file says. Unreadable images are left out and told: nobody looked at them before.
 
     Args:
-        domain: with the stream.
-        process_index, num_processes: whose share.
+        domain: with the files.
         seed: of the order.
+        slots: micro-batches of a step, of all processes together.
+        draws: images of a micro-batch.
+
+    Raises:
+        ValueError: if the first file cannot be read or is empty.
     """
 
-    def __init__(self, domain: StreamedDomain, process_index: int, num_processes: int, seed: int) -> None:
-        self._domain, self._process, self._num_processes, self._seed = domain, process_index, num_processes, seed
-        self._images: Iterator[np.ndarray] | None = None
+    LANES = 4  # of each slot, at least
 
-    def __next__(self) -> np.ndarray:
-        """The next image, (H,W,3) uint8 RGB.
+    def __init__(self, domain: StreamedDomain, seed: int, slots: int, draws: int) -> None:
+        self._domain, self._seed, self._draws = domain, seed, draws
+        with domain.shards.open(0) as first:
+            rows = _rows_of_groups(first)
+        if not any(rows):
+            raise ValueError(f"the first file of {domain.name}, {domain.shards.names[0]}, has no rows: remove it.")
+        self._usual, self._weight = max(rows), len(rows) * max(rows)
+        self.lanes = slots * self.LANES * math.ceil(domain.config.shuffle_buffer / (self.LANES * self._usual))
+        self._held: dict[int, tuple[int, RowGroup]] = {}  # lane -> what is open there, and the number of its visit
+
+    def image(self, batch: int, draw: int) -> np.ndarray:
+        """(H,W,3) uint8 RGB.
+
+        Args:
+            batch: number of the micro-batch, counted over the whole run and over all processes.
+            draw: place in it, below `draws`.
 
         Raises:
-            ValueError: if a whole round has no readable image.
+            ValueError: if a file cannot be read, or no image of a row group.
         """
-        if self._images is None:
-            self._images = self._rounds()
-        return next(self._images)
+        lane, place = batch % self.lanes, batch // self.lanes * self._draws + draw
+        visit = place // self._usual * self.lanes + lane
+        held = self._held.get(lane)
+        if held is None or held[0] != visit:
+            self._held.pop(lane, None)  # before the next one is read
+            held = self._held[lane] = visit, self._visited(visit)
+        rows, order = held[1]
+        domain, config, first = self._domain, self._domain.config, place % self._usual
+        for index in dict.fromkeys((*order[first:], *order[:first])):
+            row = rows.slice(index, 1).to_pylist()[0]
+            cell = as_cell(row[config.image_column])
+            where = f"an image {row.get('file_name') or (cell or {}).get('path') or ''}".strip() + f" of {domain.name}"
+            try:
+                image = domain.cut(read_image(at_home(cell, where, config), where, config.max_pixels))
+            except ValueError as error:
+                logger.warning("left out: %s", error)
+                continue
+            return resize_image(image, domain.working_size((image.shape[0], image.shape[1])))
+        raise ValueError(f"{domain.name} has {len(rows)} images in one row group of which none can be read.")
 
-    def _rounds(self) -> Iterator[np.ndarray]:
-        domain, config = self._domain, self._domain.config
-        mixed = domain.stream.shuffle(seed=self._seed, buffer_size=config.shuffle_buffer)
-        # `datasets` itself gives workers their shards of it.
-        mine = split_dataset_by_node(mixed, self._process, self._num_processes)
-        for round_ in count():
-            mine.set_epoch(round_)
-            readable = 0
-            for row in mine:
-                where = f"an image {row.get('file_name') or (row[config.image_column] or {}).get('path') or ''}"
-                where = f"{where.strip()} of {domain.name}"
-                try:
-                    cell = at_home(row[config.image_column], where, config)
-                    image = domain.cut(read_image(cell, where, config.max_pixels))
-                except ValueError as error:
-                    logger.warning("left out: %s", error)
-                    continue
-                readable += 1
-                yield resize_image(image, domain.working_size((image.shape[0], image.shape[1])))
-            if not readable:
-                raise ValueError(
-                    f"process {self._process} of {self._num_processes}, or a worker of it, gets no readable image of "
-                    f"{domain.name}. Set data.num_workers to at most the shards that a process has, or do not stream."
-                )
+    def _visited(self, visit: int) -> RowGroup:
+        """The row group of a visit, and which of its rows are drawn one after the other."""
+        shards, config = self._domain.shards, self._domain.config
+        turn, place = divmod(visit, len(shards))
+        number = int(self._random(0, turn).permutation(len(shards))[place])
+        rng = self._random(1, visit)
+        for _ in range(_TRIES):
+            with shards.open(number) as opened:
+                rows = _rows_of_groups(opened)
+                group = int(self._random(2, number, turn // len(rows)).permutation(len(rows))[turn % len(rows)])
+                if rng.random() * self._weight < len(rows) * rows[group]:
+                    kept = [name for name in (config.image_column, "file_name") if name in opened.schema_arrow.names]
+                    found = opened.read_row_group(group, columns=kept)
+                    orders = [rng.permutation(len(found)) for _ in range(math.ceil(self._usual / len(found)))]
+                    return found, np.concatenate(orders)[: self._usual].tolist()
+            number, turn = int(rng.integers(len(shards))), int(rng.integers(2**31))
+        raise ValueError(f"{self._domain.name} has hardly a row group as large as the first one of its first file.")
+
+    def _random(self, *what: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, _ORDER_STREAM, *what])
+
+
+def _rows_of_groups(opened: pq.ParquetFile) -> list[int]:
+    """Rows of each row group; one without rows stands for none."""
+    return [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)] or [0]
 
 
 def load_domain(
@@ -216,15 +257,13 @@ def load_domain(
         ValueError: if there is no such data set or split, a column is missing, it is empty, or label names do not fit.
     """
     config = DomainConfig(path=domain) if isinstance(domain, str) else domain
-    if config.streaming and config.num_images is None:
-        if labelled:
-            raise ValueError(
-                f"{config.path!r} is streamed, and labels are read by index, to know which classes are rare. Set "
-                "num_images, to fetch the first so many, or stream the target alone."
-            )
-        first = load_domain(replace(config, num_images=_LOOKED_AT), classes, labelled)
-        return StreamedDomain(first.name, first.table, None, first.valid, config, open_stream(config))
-    rows, space, ignored = load_rows(config, labelled)
+    if config.streamed and labelled and (config.crop_box is not None or config.valid_mask):
+        raise ValueError(
+            f"{config.path!r} is streamed with its labels, and the class counts beside it are of whole images: "
+            "crop_box and valid_mask would change them. Leave them out, or set num_images to fetch the first so many."
+        )
+    shards = open_shards(config) if config.streamed else None
+    rows, space, ignored = load_rows(config, labelled, shards)
     name = f"{config.name or config.path} ({config.split})"
     columns = {"image": config.image_column} | ({"label": config.label_column} if labelled else {})
     for kind, column in columns.items():
@@ -239,9 +278,8 @@ def load_domain(
         rows = rows.select(range(min(config.num_images, len(rows))))
     if not len(rows):
         raise ValueError(f"{name} is empty: there is no image to train or test on. Check path and split.")
-    kept = [
-        column for column in ("file_name", COUNTS) if column in rows.column_names and column not in columns.values()
-    ]
+    own = ("file_name", COUNTS, SIZE, DIGEST) if config.streamed else ("file_name", COUNTS)
+    kept = [column for column in own if column in rows.column_names and column not in columns.values()]
     rows = rows.select_columns([*columns.values(), *kept])
     for kind, column in columns.items():
         kept_as = rows.features[column]
@@ -256,6 +294,8 @@ def load_domain(
         rule = label_rule(config, space, classes) if labelled else None
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+    if shards is not None and not labelled:
+        return StreamedDomain(name, rows, None, _validity_mask(config), config, shards)
     return Domain(name, rows, rule, _validity_mask(config), config, ignored=ignored)
 
 
@@ -383,11 +423,47 @@ def read_domain(domain: Domain, classes: Sequence[str]) -> Reading:
         ValueError: naming the first row that is not an image, has a label map of another size or orientation, or shows
             an id that the data set does not define; or if fewer than two classes occur in a labelled domain.
     """
+    if domain.rule is not None and domain.config.streamed:
+        return _read_counted(domain, domain.rule, classes)
     stamps, names = _stamps(domain)
     key = ["pixels of classes, and ignored, and sizes", settings_of(domain.config), _rules(domain), len(classes)]
     rows = remembered(domain.name, key, stamps, lambda index: _check_row(domain, index, len(classes)))
     counts = np.array([row["counts"] for row in rows], dtype=np.int64).reshape(len(domain), len(classes) + 1)
-    counts, ignored = counts[:, :-1], counts[:, -1].sum()
+    _refuse_few_classes(domain, counts[:, :-1], bool(counts[:, -1].any()), classes)
+    sizes = np.array([row["size"] for row in rows], dtype=np.int64).reshape(len(domain), 2)
+    return Reading(counts[:, :-1], sizes, _contents(domain, names, [row["digest"] for row in rows]))
+
+
+def _read_counted(domain: Domain, rule: LabelRule, classes: Sequence[str]) -> Reading:
+    """Of a streamed domain with labels what the class counts beside it say, after a look at some of its images.
+
+    Raises:
+        ValueError: if these are others.
+    """
+    table = domain.table.with_format("numpy")
+    digests, names = domain.table[DIGEST][:], domain.table["file_name"][:]
+    for index in np.unique(np.linspace(0, len(domain) - 1, LOOKED_AT).astype(int)).tolist():
+        where = domain.where(domain.table[index], index)
+        row = _read_files(domain, domain.table[index], where)
+        if _digest(row) != digests[index]:
+            raise ValueError(
+                f"{where} is not the image that {counts_file(domain.config.split)} tells of: its class counts are of "
+                "other files. Write it anew with `t2sda prepare`."
+            )
+        _checked(domain, row, where, len(classes))
+    of_ids = np.asarray(table[COUNTS][:], dtype=np.int64)
+    counts = np.zeros((len(domain), IGNORE_INDEX + 1), dtype=np.int64)
+    for label_id, found in enumerate(of_ids.T):
+        counts[:, rule.ids[label_id]] += found
+    ignored = bool(counts[:, IGNORE_INDEX].any())
+    counts = counts[:, : len(classes)]
+    _refuse_few_classes(domain, counts, ignored, classes)
+    sizes = np.asarray(table[SIZE][:], dtype=np.int64)
+    return Reading(counts, sizes, _contents(domain, names, digests))
+
+
+def _refuse_few_classes(domain: Domain, counts: np.ndarray, ignored: bool, classes: Sequence[str]) -> None:
+    """ValueError if a labelled domain shows fewer than two classes; those that it does not show are told."""
     present = [name for name, total in zip(classes, counts.sum(axis=0), strict=True) if total]
     if domain.rule is not None and len(present) < 2:
         raise ValueError(
@@ -400,8 +476,6 @@ def read_domain(domain: Domain, classes: Sequence[str]) -> Reading:
         logger.warning(
             "%s shows no pixel of %s: nothing is learned or scored of it there.%s", domain.name, absent, hint
         )
-    sizes = np.array([row["size"] for row in rows], dtype=np.int64).reshape(len(domain), 2)
-    return Reading(counts, sizes, _contents(domain, names, [row["digest"] for row in rows]))
 
 
 def domain_contents(domain: Domain) -> Contents:
@@ -420,9 +494,11 @@ def domain_contents(domain: Domain) -> Contents:
 
 
 def _check_row(domain: Domain, index: int, num_classes: int) -> dict[str, Any]:
-    row = domain.table[index]
-    where = domain.where(row, index)
-    row = _read_files(domain, row, where)
+    where = domain.where(domain.table[index], index)
+    return _checked(domain, _read_files(domain, domain.table[index], where), where, num_classes)
+
+
+def _checked(domain: Domain, row: dict[str, Any], where: str, num_classes: int) -> dict[str, Any]:
     size, orientation = read_header(row["image"], where, domain.config.max_pixels)
     counts = _count_row(row, where, domain, num_classes, size, orientation)
     return {"digest": _digest(row), "counts": counts, "size": list(size)}
@@ -447,6 +523,9 @@ def _contents(domain: Domain, names: Sequence[str], digests: Sequence[str]) -> C
     rules += [] if domain.valid is None else [digest(np.packbits(domain.valid).tobytes())]
     names_of_rules = [] if domain.rule is None else ["what the ids mean"]
     names_of_rules += [] if domain.valid is None else ["valid_mask"]
+    if isinstance(domain, StreamedDomain):
+        rules.append(domain.shards.contents())
+        names_of_rules.append("the list of its files")
     return Contents("images and label maps", [*names, *names_of_rules], [*digests, *rules])
 
 

@@ -1,9 +1,5 @@
-"""(source, target) samples as a pure function of (seed, position): no sampler or worker has a state to lose.
+"""(source, target) samples as a pure function of (seed, position): no sampler or worker has a state to lose."""
 
-The exception is a target that is streamed, see `domains.ImageStream`.
-"""
-
-import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,8 +23,6 @@ from .transforms import (
     shows_several_classes,
 )
 from .translated import TranslatedFolder
-
-logger = logging.getLogger(__name__)
 
 # Of a crop that is too uniform, and of one that misses its rare class; the last one is kept (DAFormer). Also of images
 # that could be read when the run began, and cannot any more.
@@ -88,7 +82,7 @@ class PairDataset(Dataset):
             try:
                 sample: dict[str, Any] = self._sample(rng, position)
             except (ValueError, OSError) as error:
-                if self.stream is not None or len(redrawn) == RETRIES:  # a stream leaves out by itself
+                if len(redrawn) == RETRIES:
                     raise
                 redrawn.append(str(error))
             else:
@@ -99,7 +93,7 @@ class PairDataset(Dataset):
         if labelled is None:
             empty = {"source_images": np.zeros((0, 0, 3), np.uint8), "source_labels": np.zeros((0, 0), np.uint8)}
             assert self.target is not None
-            return empty | self._target_crop(self._draw_target(self.target, rng), self.target, rng)
+            return empty | self._target_crop(self._draw_target(self.target, rng, position), self.target, rng)
         from_target = few is not None and few.has(position)
         if few is not None and from_target:
             labelled, rare = few.domain, few.rare
@@ -119,11 +113,11 @@ class PairDataset(Dataset):
         if self.target is None:
             return sample
 
-        target_image = self._draw_target(self.target, rng)
+        target_image = self._draw_target(self.target, rng, position)
         if self.config.translates:
             style = target_image
             if self.config.translate.reference == "random":
-                style = self._draw_target(self.target, rng)
+                style = self._draw_target(self.target, rng, position, second=True)
             style = outer_image if from_target else resize_image(style, outer_size)
             made = None if from_target else self.translated
             if made is not None:  # the translation itself stands where others have its style
@@ -155,9 +149,13 @@ class PairDataset(Dataset):
             sample["target_valid"] = _flipped(crop.of(trusted), flip)
         return sample | {"target_images": _flipped(crop.of(image), flip)}
 
-    def _draw_target(self, target: Domain, rng: np.random.Generator) -> np.ndarray:
+    def _draw_target(self, target: Domain, rng: np.random.Generator, position: int, second: bool = False) -> np.ndarray:
+        """The target image of a position, or the second one, of which only the style is used."""
         index = int(rng.integers(len(target)))  # drawn for a stream too: crops and flips do not depend on it
-        return target.resized_image(index) if self.stream is None else next(self.stream)
+        if self.stream is None:
+            return target.resized_image(index)
+        batch, place = divmod(position, self.config.train.batch_size)
+        return self.stream.image(batch, place + second * self.config.train.batch_size)
 
     def _source_window(
         self,
@@ -238,16 +236,14 @@ def batches(
 ) -> DataLoader[UdaBatch]:
     """The micro-batches of one process from `start_step` to the last step, in order: one pass, whose workers stay.
 
-    A function of the seed and the step; but a streamed target begins anew at `start_step`, in another order. `pin`
-    puts batches where a GPU reads them by itself.
+    A function of the seed and the step. `pin` puts batches where a GPU reads them by itself.
     """
     train = dataset.config.train
     target = dataset.target
     if isinstance(target, StreamedDomain):
-        seed = int(np.random.default_rng([dataset.config.seed, _DATA_STREAM, start_step]).integers(2**31))
-        dataset = replace(dataset, stream=ImageStream(target, process_index, num_processes, seed))
-        if start_step:
-            logger.warning("%s is streamed: its images come in another order than without a stop.", target.name)
+        of_sample = 2 if dataset.config.translates and dataset.config.translate.reference == "random" else 1
+        slots, draws = num_processes * train.micro_batches, of_sample * train.batch_size
+        dataset = replace(dataset, stream=ImageStream(target, dataset.config.seed, slots, draws))
     sampler = PositionSampler(
         train.batch_size,
         train.micro_batches,

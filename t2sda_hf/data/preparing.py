@@ -5,7 +5,7 @@ import io
 import json
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from multiprocessing import get_context, parent_process
@@ -25,8 +25,9 @@ from ..errors import SIGNALS
 from ..files import file_bytes, read_header
 from ..labels import IGNORE_INDEX, LABEL_SPACES, VOID
 from ..storage import write_text
-from .domains import COUNTS, Domain, load_domain
+from .domains import Domain, load_domain
 from .layouts import LAYOUTS
+from .shards import COUNTS, counts_file, counts_of_shard, write_counts
 from .transforms import resize_labels
 
 Encoding = Literal["png", "jpeg", "raw"]
@@ -109,23 +110,41 @@ def prepare(
     paths = [output / f"{split}-{shard:05d}-of-{shards:05d}.parquet" for shard in range(shards)]
     _claim(domain, output, split, encoding)
     todo = [shard for shard in range(shards) if not paths[shard].exists()]
-    workers = min(num_processes or os.cpu_count() or 1, max(len(todo), 1))
     jobs = [(domain, shard, paths[shard], num_classes, encoding) for shard in todo]
     with tqdm(total=len(domain), initial=len(domain) - _rows(todo, len(domain)), unit="image", desc=split) as bar:
-        if workers == 1:
-            for job in jobs:
-                bar.update(_write_shard(*job))
-            return
-        context = get_context("forkserver")  # not forked from here: threads, torch's among them, would be missing
-        context.set_forkserver_preload([__name__])
-        with ProcessPoolExecutor(workers, context, _begin_worker) as pool:
-            running = [pool.submit(_write_shard, *job) for job in jobs]
-            try:
-                for future in as_completed(running):
-                    bar.update(future.result())
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        for _, written in _in_processes(_write_shard, jobs, num_processes):
+            bar.update(written)
+    counted = output / counts_file(split)
+    if domain.rule is None or (not todo and counted.exists()):
+        return
+    counted.unlink(missing_ok=True)
+    parts = {}
+    with tqdm(total=shards, unit="file", desc=f"{split}: where images lie") as bar:
+        of_all = [(path, domain.config.max_pixels) for path in paths]
+        for place, part in _in_processes(counts_of_shard, of_all, num_processes):
+            parts[place] = part
+            bar.update()
+    write_counts(output, split, [parts[place] for place in range(shards)], [path.name for path in paths])
+
+
+def _in_processes(
+    function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], num_processes: int | None
+) -> Iterator[tuple[int, Any]]:
+    """(place of the job, what the function gave) as they end."""
+    workers = min(num_processes or os.cpu_count() or 1, max(len(jobs), 1))
+    if workers == 1:
+        yield from ((place, function(*job)) for place, job in enumerate(jobs))
+        return
+    context = get_context("forkserver")  # not forked from here: threads, torch's among them, would be missing
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(workers, context, _begin_worker) as pool:
+        running = {pool.submit(function, *job): place for place, job in enumerate(jobs)}
+        try:
+            for future in as_completed(running):
+                yield running[future], future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _begin_worker() -> None:
@@ -248,7 +267,7 @@ def _encoded(pixels: np.ndarray, encoding: Encoding) -> bytes:
 
 def _describe(output: Path, name: str, space: str) -> None:
     """The card by which `datasets` finds the splits: a configuration each, since one may have no labels."""
-    splits = sorted({file.name.split("-")[0] for file in output.glob("*.parquet")})
+    splits = sorted({file.name.split("-")[0] for file in output.glob("*-of-*.parquet")})
     configs = "\n".join(
         f"- config_name: {split}\n  data_files:\n  - split: {split}\n    path: {split}-*.parquet" for split in splits
     )

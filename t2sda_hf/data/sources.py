@@ -13,6 +13,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,15 +35,18 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError, DatasetsError
+from datasets.packaged_modules.parquet.parquet import Parquet
 from huggingface_hub import constants, hf_hub_download, metadata_load
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from PIL import Image as PILImage
 
 from ..config import DomainConfig
 from ..errors import RunFailed, causes
-from ..files import HUB, ZIP, Cell, VideoFrames, read_image
+from ..files import HUB, RANGE, ZIP, Cell, VideoFrames, read_image
 from ..listing import IMAGE_SUFFIXES, LABEL_SUFFIXES, VIDEO_SUFFIXES, Listing, account, list_files, refuse_pointers
 from .contents import digest, set_aside
 from .layouts import find_files
+from .shards import Shards, counts_file, read_counts
 from .streets import streets
 
 logger = logging.getLogger(__name__)
@@ -53,13 +57,17 @@ DRAWN: dict[str, Callable[[DomainConfig], Dataset]] = {
     "streets-target": lambda config: streets("target", config.split, config.num_images),
 }
 LIST_SUFFIXES = (".txt", ".csv", ".tsv")
+LOOKED_AT = 16  # rows of a stream that are checked before training
 
 Pair = tuple[Path, Path | None]
 Ignored = dict[str, list[Path]]  # reason -> files of a folder that are not used
 
 
-def load_rows(config: DomainConfig, labelled: bool) -> tuple[Dataset, str, Ignored]:
+def load_rows(config: DomainConfig, labelled: bool, shards: Shards | None = None) -> tuple[Dataset, str, Ignored]:
     """The table of a domain, the label space of its label files, and the files that are not used.
+
+    Args:
+        shards: of a domain that is streamed: with labels the table has all their rows, otherwise the first ones.
 
     Returns:
         Rows with the columns config.image_column and, if there are labels, config.label_column, and perhaps
@@ -73,6 +81,8 @@ def load_rows(config: DomainConfig, labelled: bool) -> tuple[Dataset, str, Ignor
     if not config.path:
         raise ValueError("a domain has no path. Set source.path, target.path and test.path.")
     with cache_explained():
+        if shards is not None:
+            return (_counted(shards, config) if labelled else _first_of(shards, config)), config.label_space, {}
         return _rows(config, labelled)
 
 
@@ -428,8 +438,7 @@ def _loaded(config: DomainConfig) -> Dataset:
     if saved := _saved(path, config.split):
         return _at_home(saved, config)
     name, how = _given(config)
-    if not how:
-        _refuse_foreign_files(config)
+    how = how or _configuration(config)
     try:
         if config.streaming and not path.is_file():
             return _first_rows(config)
@@ -482,8 +491,14 @@ def _given(config: DomainConfig) -> tuple[str, dict[str, Any]]:
     raise ValueError(f"there is no domain {config.path!r}: no such file, folder or name. {hint}")
 
 
-def _refuse_foreign_files(config: DomainConfig) -> None:
-    """ValueError if the card of a data set sends its reader elsewhere: `datasets` would ask any address it names."""
+def _configuration(config: DomainConfig) -> dict[str, str]:
+    """Which configuration of a data set `load_dataset` is told to read, by its card: {"name": that of the split}, as
+    `t2sda prepare` writes them, or {} where `datasets` knows.
+
+    Raises:
+        ValueError: if the card sends its reader elsewhere: `datasets` would ask any address it names.
+    """
+    names: list[str] = []
     for name in ("README.md", ".huggingface.yaml"):
         card = Path(config.path) / name
         if not Path(config.path).exists():
@@ -498,12 +513,16 @@ def _refuse_foreign_files(config: DomainConfig) -> None:
             described = metadata_load(card) if name == "README.md" else yaml.safe_load(text)
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{card} cannot be read, and says where the files of a data set lie: {error}") from error
-        for place in _texts((described or {}).get("configs") if isinstance(described, dict) else None):
+        listed = described.get("configs") if isinstance(described, dict) else None
+        found = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+        names += ["default" if one.get("default") else one.get("config_name", "default") for one in found]
+        for place in _texts(listed):
             if ("://" in place and not place.startswith(HUB)) or place.startswith("/") or ".." in Path(place).parts:
                 raise ValueError(
                     f"{card} says that files of the data set lie at {place!r}, which is no part of it: nothing is "
                     "opened."
                 )
+    return {"name": config.split} if len(names) > 1 and "default" not in names and config.split in names else {}
 
 
 def _texts(tree: Any) -> Iterator[str]:
@@ -575,9 +594,12 @@ def at_home(cell: Cell | None, where: str, config: DomainConfig) -> Cell | None:
     else:
         folder = Path(constants.HF_HUB_CACHE) / f"datasets--{config.path.replace('/', '--')}"
         roots = [folder, Path(datasets.config.DOWNLOADED_DATASETS_PATH)]
-        if path.startswith((f"{HUB}{config.path}/", f"{HUB}{config.path}@")) and ".." not in path and "::" not in path:
+        own_address = path.startswith((f"{HUB}{config.path}/", f"{HUB}{config.path}@"))
+        if own_address and not any(sign in path for sign in ("..", "::", RANGE)):
             return cell
-    real = Path(os.path.realpath(folder / path)) if "://" not in path and "\0" not in path else None
+    real = None
+    if not any(sign in path for sign in ("://", "\0", RANGE)):
+        real = Path(os.path.realpath(folder / path))
     if real is None or not any(real.is_relative_to(os.path.realpath(root)) for root in roots):
         inside = real is not None and Path(_place(folder / path)).is_relative_to(folder)
         linked = " but a link out of it" if inside else ""
@@ -614,27 +636,37 @@ def _moved(row: dict[str, Any], column: str, config: DomainConfig) -> dict[str, 
     return {column: cell if cell is None or cell["bytes"] is None else {"bytes": cell["bytes"], "path": None}}
 
 
+def _refuse_needless(config: DomainConfig) -> None:
+    """ValueError for a domain that is read by index from the disk anyway."""
+    path = Path(config.path)
+    needless = config.layout or config.label_path or config.path in DRAWN
+    needless = needless or (path.is_file() and path.suffix.lower() != ".parquet")
+    if path.is_dir() and not needless and not _shards_in(path, config.split):
+        needless = _holds_images_only(list_files(path, IMAGE_SUFFIXES))
+        needless = needless or any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    if needless:
+        raise ValueError(
+            f"streaming reads parquet files and data sets of the Hub; {config.path!r} needs none. Leave it out."
+        )
+
+
+def _shards_in(folder: Path, split: str) -> list[str]:
+    """Names of the parquet files of a split that lie in a folder itself."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if fnmatchcase(entry.name, f"{glob.escape(split)}-*.parquet"))
+
+
 def open_stream(config: DomainConfig) -> IterableDataset:
     """The rows of a parquet file or folder or of a data set of the Hub, undecoded, as they come.
 
     Its cells are those of the data set: whoever reads one asks `at_home` first.
 
     Raises:
-        ValueError: for another kind of domain; those are read by index from the disk anyway.
+        ValueError: for another kind of domain.
     """
-    path = Path(config.path)
-    needless = config.layout or config.label_path or config.path in DRAWN
-    needless = needless or (path.is_file() and path.suffix.lower() != ".parquet")
-    if path.is_dir():
-        needless = needless or _holds_images_only(list_files(path, IMAGE_SUFFIXES))
-        needless = needless or any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
-    if needless:
-        raise ValueError(
-            f"streaming reads parquet files and data sets of the Hub; {config.path!r} needs none. Leave it out."
-        )
+    _refuse_needless(config)
     name, how = _given(config)
-    if not how:
-        _refuse_foreign_files(config)
+    how = how or _configuration(config)
     stream: IterableDataset = load_dataset(name, split=config.split, streaming=True, **how)
     columns = [name for name in (config.image_column, config.label_column) if name in (stream.column_names or [])]
     for column in columns:
@@ -645,18 +677,95 @@ def open_stream(config: DomainConfig) -> IterableDataset:
     return stream
 
 
+def open_shards(config: DomainConfig) -> Shards:
+    """The parquet files of a parquet file or folder or of a data set of the Hub. None of them is opened.
+
+    Raises:
+        ValueError: for another kind of domain, or if a data set of the Hub is not there or has other files.
+    """
+    if not config.path:
+        raise ValueError("a domain has no path. Set source.path, target.path and test.path.")
+    _refuse_needless(config)
+    path = Path(os.path.abspath(config.path))
+    if path.is_file():
+        return Shards(str(path.parent), (path.name,))
+    if path.is_dir() and (names := _shards_in(path, config.split)):
+        return Shards(str(path), tuple(names))
+    name, _ = _given(config)
+    how = _configuration(config)
+    try:
+        builder = load_dataset_builder(name, **how)
+        files = (builder.config.data_files or {}).get(config.split)
+    except (OSError, ValueError) as error:
+        hint = "" if path.exists() else " There is no file or folder of this name here either."
+        raise ValueError(f"cannot load the data set {config.path!r}, split {config.split!r}: {error}{hint}") from error
+    if not files:
+        raise ValueError(
+            f"cannot load the data set {config.path!r}, split {config.split!r}: it has "
+            f"{', '.join(builder.config.data_files or ()) or 'no split'}."
+        )
+    if not isinstance(builder, Parquet):
+        raise ValueError(
+            f"a stream reads parquet files, and {config.path!r} is of the kind {builder.name}: save it as "
+            "parquet (`Dataset.to_parquet`), or set num_images to fetch the first so many."
+        )
+    root = str(path) if path.exists() else re.match(rf"{HUB}[^/]+/[^/]+", files[0])[0]  # type: ignore[index]
+    names = sorted(os.path.relpath(file, root) for file in files)
+    return Shards(root, tuple(name for name in names if name != counts_file(config.split)))
+
+
+def _counted(shards: Shards, config: DomainConfig) -> Dataset:
+    """All rows of shards, by the class counts that lie beside them."""
+    name, file = counts_file(config.split), Path(shards.root)
+    if shards.root.startswith(HUB):
+        _, _, revision = shards.root.partition("@")
+        try:
+            file = Path(hf_hub_download(config.path, name, repo_type="dataset", revision=revision or None))
+        except RemoteEntryNotFoundError:
+            file = Path(name)
+        except OSError as error:
+            raise ValueError(f"cannot load {name} of the data set {config.path!r}: {error}") from error
+    else:
+        file = file / name
+    if not file.is_file():
+        raise ValueError(
+            f"{config.path!r} is streamed with its labels, and {name}, which says what each image shows and where it "
+            "lies, is not there: write it with `t2sda prepare`, or set num_images to fetch the first so many."
+        )
+    return read_counts(shards, file, config.image_column, config.label_column)
+
+
+def _first_of(shards: Shards, config: DomainConfig) -> Dataset:
+    """The first rows of shards, which are looked at before training."""
+    rows, schema = shards.first_rows([config.image_column, "file_name"], LOOKED_AT)
+    kept_as = schema.field(config.image_column).type if config.image_column in schema.names else None
+    if kept_as is None or not (pa.types.is_struct(kept_as) or pa.types.is_binary(kept_as)):
+        return Dataset(pa.Table.from_pylist(rows, schema))  # what is wrong is said where all columns are looked at
+    return _kept(rows, [config.image_column], config)
+
+
 def _first_rows(config: DomainConfig) -> Dataset:
     """The first rows of a stream, kept locally: training reads images by index, in an order of its own."""
     stream = open_stream(config)
     columns = [name for name in (config.image_column, config.label_column) if name in (stream.column_names or [])]
+    return _kept(stream.take(config.num_images or 0), columns, config)
+
+
+def _kept(stream: Iterable[Mapping[str, Any]], columns: list[str], config: DomainConfig) -> Dataset:
     features = Features(dict.fromkeys(columns, Image()) | {"file_name": Value("string")})
     rows = []
-    for index, row in enumerate(stream.take(config.num_images or 0)):
-        cells = {column: at_home(row[column], f"row {index} of {config.path}", config) for column in columns}
-        name = row.get("file_name") or ((row[columns[0]] or {}).get("path") if columns else None)
+    for index, row in enumerate(stream):
+        given = {column: as_cell(row.get(column)) for column in columns}
+        cells = {column: at_home(given[column], f"row {index} of {config.path}", config) for column in columns}
+        name = row.get("file_name") or ((given[columns[0]] or {}).get("path") if columns else None)
         # With a path beside the bytes, `datasets` would drop the bytes wherever there is a file of this name.
         cells = {
             key: {**cell, "path": None} if cell and cell["bytes"] is not None else cell for key, cell in cells.items()
         }
         rows.append({**cells, "file_name": name})
     return Dataset.from_list(rows, features=features)
+
+
+def as_cell(value: Any) -> Cell | None:
+    """A value of a column of images in parquet: a cell, or the bytes of a file alone."""
+    return {"bytes": value, "path": None} if isinstance(value, bytes) else value

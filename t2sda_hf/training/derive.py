@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..config import DomainConfig, RunConfig
+from ..data.domains import ImageStream
 from ..data.rare_class_sampling import RareClasses, rare_classes, shares_of_pixels
 from ..data.transforms import Size, resized_size
 from ..translate.fda import beta_for
@@ -135,7 +136,9 @@ def derive(
     put("rcs.temperature", _temperature(facts.counts, cfg.rcs.min_pixels))
     said, warnings = [_said_of_crops(cfg, domains), _said_of_schedule(cfg)], _warnings(cfg, domains, kept)
     if cfg.data.num_workers is None:
-        workers = 0 if cfg.target.streaming else loading_processes(cores)  # each would open the stream anew
+        workers = loading_processes(cores)
+        if cfg.target.streamed:  # a number that divides its lanes: no two of them open the same row group
+            workers = max(number for number in (0, 1, 2, ImageStream.LANES) if number <= workers)
         values["data.num_workers"] = workers
         cfg = _with(cfg, {"data.num_workers": workers})
         said.append(f"{workers} processes load data ahead, of {cores} cores (data.num_workers)")

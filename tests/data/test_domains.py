@@ -1089,8 +1089,8 @@ def test_a_stream_leaves_out_what_points_elsewhere(tmp_path, beacon, caplog):
     url, asked = beacon
     cells = [(IMAGE, None)] * 16 + [(None, url), (None, "/dev/zero")]
     config = DomainConfig(path=pointing(tmp_path / "data", *cells), streaming=True)
-    stream = domains.ImageStream(load_domain(config, CLASSES, labelled=False), 0, 1, seed=0)
-    assert all(np.array_equal(next(stream), arrays()[0]) for _ in range(17))  # and the next round has begun
+    stream = domains.ImageStream(load_domain(config, CLASSES, labelled=False), seed=0, slots=1, draws=18)
+    assert all(np.array_equal(stream.image(0, draw), arrays()[0]) for draw in range(18))  # all of its row group
     assert caplog.text.count("which is no file of this data set") >= 2
     assert not asked
 

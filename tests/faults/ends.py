@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import datasets
@@ -58,15 +59,15 @@ def files_vanish(yard: Yard, trials: int) -> Row:
         def plant(at: int = int(position), gone: range = gone) -> None:
             sample, draw, now = PairDataset._sample, PairDataset._draw_target, [0]
 
-            def counted(self: PairDataset, rng: object) -> object:
+            def counted(self: PairDataset, rng: object, *which: object) -> object:
                 now[0] += 1
-                return sample(self, rng)
+                return sample(self, rng, *which)
 
-            def drawn(self: PairDataset, target: object, rng: object) -> object:
-                number = int(rng.integers(len(target)))
+            def drawn(self: PairDataset, target: object, rng: object, *which: object) -> object:
+                number = int(deepcopy(rng).integers(len(target)))
                 if now[0] > at and number in gone:
                     raise ValueError(f"street {number} is gone")
-                return target.resized_image(number) if self.stream is None else draw(self, target, rng)
+                return draw(self, target, rng, *which)
 
             PairDataset._sample, PairDataset._draw_target = counted, drawn
 
