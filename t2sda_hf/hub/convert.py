@@ -1,4 +1,5 @@
-"""Released checkpoints of mmsegmentation's forks as our models: DAFormer, HRDA, MIC, SegFormer, DeepLab-V2.
+"""Released checkpoints of mmsegmentation's forks as our models: DAFormer, HRDA, MIC, SegFormer, DeepLab-V2. And the
+encoder of VFM-UDA and VFM-UDA++, whose decoders are none of our heads.
 
 Architecture and widths are read from the names and shapes of the tensors. Each of them must find a place, or nothing is
 written. What tensors cannot say is as released: dilations, 1-2-5-8 attention heads, detail crops of 512. The projector,
@@ -6,7 +7,8 @@ which these networks do not have, is a new one. No code in a file is run.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from math import isqrt
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import Dinov2Config, Dinov2Model
 
 from ..data.transforms import Size
 from ..labels import CITYSCAPES_CLASSES
@@ -73,13 +76,45 @@ DEEPLABV2_NAMES = {r"branches\.(\d)": "aspp_modules.{0}.conv"}
 DEEPLABV2_DILATIONS = {2: (6, 12), 4: (6, 12, 18, 24)}  # by the number of branches
 MIT_HEADS = (1, 2, 5, 8)  # of every published Mix Transformer
 
+# VFM-UDA's Lightning files: the networks of which an encoder is taken, and what else of a training they may hold.
+LIGHTNING = {"student": "network.", "teacher": "network_ema."}
+LIGHTNING_OTHERS = ("network_feature_extractor.", "network_feature_head.", "metrics.")
+# transformers' names of a DINOv2 -> those of its own release, which VFM-UDA keeps.
+DINOV2_NAMES = {
+    r"embeddings\.cls_token": "cls_token",
+    r"embeddings\.mask_token": "mask_token",
+    r"embeddings\.position_embeddings": "pos_embed",
+    r"embeddings\.patch_embeddings\.projection": "patch_embed.proj",
+    r"encoder\.layer\.(\d+)\.attention\.[qkv]_proj": "blocks.{0}.attn.qkv",
+    r"encoder\.layer\.(\d+)\.attention\.o_proj": "blocks.{0}.attn.proj",
+    r"encoder\.layer\.(\d+)\.layer_scale(\d)\.lambda1": "blocks.{0}.ls{1}.gamma",
+    r"encoder\.layer\.(\d+)\.(norm\d|mlp\.fc\d)": "blocks.{0}.{1}",
+    "layernorm": "norm",
+}
+DINOV2_HEAD = 64  # channels of an attention head, in every size
+# Beside the ViT. VFM-UDA: two transposed convolutions, a 3x3 and a 1x1 one, on the last map. VFM-UDA++: a ViT-adapter,
+# whose deformable attention is a compiled operator, and a head on its four maps.
+DECODER = ("upscale.", "out.", "token_masking.")
+ADAPTER = tuple(
+    f"encoder.{name}" for name in ("level_embed", "spm.", "interactions.", "up.", *(f"norm{i}." for i in "1234"))
+)
+
 # What training scripts note beside tensors: numbers of NumPy, under both names that its releases give to their maker.
-# These make numbers and nothing else; all other objects are refused unread.
+# These make numbers and nothing else, and Lightning's dict is read as a dict; all other objects are refused unread.
 NUMBERS: list[Any] = [
     np.dtype,
     *(type(np.dtype(name)) for name in ("bool", "int32", "int64", "uint32", "uint64", "float32", "float64")),
     (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
     (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
+    *(
+        (dict, f"{place}.AttributeDict")
+        for place in (
+            "lightning.fabric.utilities.data",
+            "lightning_fabric.utilities.data",
+            "lightning.pytorch.utilities.parsing",
+            "pytorch_lightning.utilities.parsing",
+        )
+    ),
 ]
 
 
@@ -238,7 +273,7 @@ def read_head(shapes: Shapes, head: str) -> tuple[dict[str, Any], dict[str, str]
 def translate(name: str, names: Mapping[str, str]) -> str:
     """One of our names in theirs."""
     for pattern, theirs in names.items():
-        found = re.match(pattern + r"(?=\.)", name)
+        found = re.match(pattern + r"(?=\.|$)", name)
         if found:
             number = int(found[1]) + 1 if found.groups() else 0
             return theirs.format(*found.groups(), next=number) + name[found.end() :]
@@ -286,14 +321,46 @@ def convert(tensors: Mapping[str, Tensor], **fields: Any) -> tuple[T2SDAForSeman
     # A SegFormer head inherits a classifier that it does not use; DeepLab's auxiliary head is for training.
     unused = (f"{head}conv_seg.",) if head_names in (SEGFORMER_NAMES, NVIDIA_NAMES) else ()
     idle = [name for name in tensors if name.startswith(("auxiliary_head.", *unused))]
-    unknown = sorted(tensors.keys() - theirs.values() - set(idle))
+    looks = (
+        f"{head_fields['head']} on {encoder_fields['encoder']} {encoder_fields['hidden_sizes']}, depths "
+        f"{encoder_fields['depths']}"
+    )
+
+    def as_ours(name: str, tensor: Tensor) -> Tensor:
+        return rearranged(name, tensor, head_names is NVIDIA_NAMES)
+
     # Files from before PyTorch 0.4.1 have no counter of batches; nothing reads it here.
-    missing = {other for name, other in theirs.items() if not name.endswith("num_batches_tracked")} - tensors.keys()
-    converted = {
-        name: rearranged(name, tensors[other], head_names is NVIDIA_NAMES)
-        for name, other in theirs.items()
-        if other in tensors
-    }
+    converted = fitted(own, theirs, tensors, idle, ("num_batches_tracked",), as_ours, looks)
+    model.load_state_dict(model.state_dict() | converted)
+    return model.eval(), idle
+
+
+def fitted(
+    own: Mapping[str, Tensor],
+    theirs: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    idle: Collection[str],
+    needless: tuple[str, ...],
+    as_ours: Callable[[str, Tensor], Tensor],
+    looks: str,
+) -> dict[str, Tensor]:
+    """The tensors of a network under our names.
+
+    Args:
+        own: of our network.
+        theirs: our name -> theirs.
+        tensors: theirs.
+        idle: names of theirs that are left out.
+        needless: endings of our names that a file may lack.
+        as_ours: what our tensor of this name is, of theirs.
+        looks: like what, for the message.
+
+    Raises:
+        ValueError: naming what is missing, unknown or of another shape.
+    """
+    unknown = tensors.keys() - theirs.values() - set(idle)
+    missing = {other for name, other in theirs.items() if not name.endswith(needless)} - tensors.keys()
+    converted = {name: as_ours(name, tensors[other]) for name, other in theirs.items() if other in tensors}
     misshapen = {
         f"{theirs[name]} {tuple(tensors[theirs[name]].shape)}"
         for name, tensor in converted.items()
@@ -306,11 +373,68 @@ def convert(tensors: Mapping[str, Tensor], **fields: Any) -> tuple[T2SDAForSeman
     ]
     if problems:
         raise ValueError(
-            f"it looks like {head_fields['head']} on {encoder_fields['encoder']} {encoder_fields['hidden_sizes']}, "
-            f"depths {encoder_fields['depths']}, but of its tensors are {'; '.join(problems)}. Only networks as they "
-            f"were released can be converted."
+            f"it looks like {looks}, but of its tensors are {'; '.join(problems)}. Only networks as they were released "
+            "can be converted."
         )
-    model.load_state_dict(model.state_dict() | converted)
+    return converted
+
+
+def convert_encoder(tensors: Mapping[str, Tensor], weights: str) -> tuple[Dinov2Model, list[str]]:
+    """The DINOv2 of a VFM-UDA or VFM-UDA++ network, and the names of its tensors that are left out.
+
+    The last norm and the mask token, which VFM-UDA++ does not have, are new ones, and the norm is not applied.
+
+    Args:
+        tensors: of a Lightning module, whole.
+        weights: "student" or "teacher".
+
+    Raises:
+        ValueError: naming what is missing, unknown or of another shape.
+    """
+    strangers = [name for name in tensors if not name.startswith((*LIGHTNING.values(), *LIGHTNING_OTHERS))]
+    if strangers:
+        raise ValueError(
+            f"{len(strangers)} unknown tensors: {name_some(strangers)}. VFM-UDA's have the prefixes "
+            f"{', '.join(LIGHTNING.values())} and {', '.join(LIGHTNING_OTHERS)}."
+        )
+    prefix = LIGHTNING.get(weights, "none")
+    network = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if not network:
+        found = [name for name, one in LIGHTNING.items() if any(full.startswith(one) for full in tensors)]
+        raise ValueError(f"no {weights}, only {', '.join(found)}. Give another --weights.")
+    idle = [name for name in network if name.startswith((*DECODER, *ADAPTER))]
+    adapted = any(name.startswith(ADAPTER) for name in idle)
+    encoder = {name.removeprefix("encoder."): tensor for name, tensor in network.items() if name not in idle}
+    shapes = Shapes(encoder)
+    _, positions, hidden = shapes("pos_embed")
+    patch, side = shapes("patch_embed.proj.weight")[2], isqrt(positions - 1)
+    if hidden % DINOV2_HEAD or side**2 != positions - 1:
+        raise ValueError(
+            f"pos_embed {(1, positions, hidden)} is no DINOv2's: it has one position, those of a square, and heads of "
+            f"{DINOV2_HEAD} channels."
+        )
+    depth = shapes.count("blocks.")
+    model = Dinov2Model(
+        Dinov2Config(
+            hidden_size=hidden,
+            num_hidden_layers=depth,
+            num_attention_heads=hidden // DINOV2_HEAD,
+            mlp_ratio=shapes("blocks.0.mlp.fc1.weight")[0] // hidden,
+            patch_size=patch,
+            image_size=side * patch,
+            apply_layernorm=not adapted,
+        )
+    )
+    own = model.state_dict()
+    theirs = {name: translate(name, DINOV2_NAMES) for name in own}
+    needless = ("mask_token", *(name for name in own if adapted and name.startswith("layernorm.")))
+
+    def as_ours(name: str, tensor: Tensor) -> Tensor:
+        part = re.search(r"\.([qkv])_proj\.", name)
+        return tensor.chunk(3)["qkv".index(part[1])] if part else tensor
+
+    looks = f"DINOv2 of {hidden} channels and {depth} blocks"
+    model.load_state_dict(own | fitted(own, theirs, encoder, (), needless, as_ours, looks))
     return model.eval(), idle
 
 
@@ -329,8 +453,8 @@ def class_names(given: Sequence[str] | None, notes: Mapping[str, Any], num_label
 
 def convert_file(
     source: Path, output: Path, weights: str, classes: Sequence[str] | None, image_size: Size | None
-) -> tuple[T2SDAConfig, Size | None, list[str]]:
-    """Write a checkpoint as a folder for `from_pretrained`, or nothing at all.
+) -> tuple[T2SDAConfig | Dinov2Config, Size | None, list[str]]:
+    """Write a checkpoint as a folder for `from_pretrained`, or nothing at all: of VFM-UDA the encoder alone.
 
     Args:
         source: file of torch.save; only read.
@@ -341,7 +465,7 @@ def convert_file(
             says that images keep theirs.
 
     Returns:
-        The model's config, its input size, and the names of the tensors that were left out.
+        The config of the model, or of the encoder, its input size, and the names of the tensors that were left out.
 
     Raises:
         ValueError: naming what is missing, unknown or of another shape, or that `output` exists.
@@ -350,6 +474,19 @@ def convert_file(
     if output.exists():
         raise ValueError(f"{output} exists: nothing is overwritten, choose another folder.")
     tensors, notes = read_checkpoint(source)
+    if any(name.startswith(tuple(LIGHTNING.values())) for name in tensors):
+        if classes is not None or image_size is not None:
+            raise ValueError(
+                f"{source} is of VFM-UDA, of which the encoder alone is converted: leave out --classes and "
+                "--image_size."
+            )
+        try:
+            encoder, left = convert_encoder(tensors, weights)
+        except ValueError as error:
+            raise ValueError(f"{source} is not converted: {error}") from error
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_folder(output, encoder.save_pretrained, manifest=False)
+        return encoder.config, None, left
     try:
         model, idle = convert(pick_network(tensors, weights))
         config: Any = model.config  # transformers types it as that of any model

@@ -1,12 +1,16 @@
 """`t2sda convert`: what it takes, what it refuses, and that nothing is left of a refused one."""
 
 import json
+import sys
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from parity.recipe import checkpoint, image, networks, weight
 from safetensors.torch import load_file
 from torch import Tensor
@@ -16,7 +20,14 @@ from t2sda_hf.cli import main
 from t2sda_hf.evaluation.inference import load_model, saved_image_size
 from t2sda_hf.hub.convert import Shapes, pick_network, read_checkpoint, read_encoder
 from t2sda_hf.labels import CITYSCAPES_CLASSES
-from t2sda_hf.models import MIT_SIZES, T2SDAForSemanticSegmentation, T2SDAImageProcessor
+from t2sda_hf.models import (
+    MIT_SIZES,
+    T2SDAConfig,
+    T2SDAForSemanticSegmentation,
+    T2SDAImageProcessor,
+    encoder_fields,
+    load_pretrained_encoder,
+)
 
 DAFORMER = "model.decode_head.fuse_layer.bottleneck.conv.weight"
 SEGFORMER_LAST = "decode_head.linear_pred"
@@ -303,3 +314,122 @@ def test_the_config_says_what_was_read(tmp_path):
     assert (config["depths"], config["head_dilations"]) == ([3, 4, 6, 3], [6, 12])
     assert (config["hidden_sizes"], config["detail_crop_size"]) == ([32, 64, 128, 256], [512, 512])
     assert saved_image_size(str(tmp_path / "out")) == (1024, 2048)
+
+
+# ------------------------------------------------------------------------------------------------- encoders of VFM-UDA
+
+
+def vit(prefix: str, norm: bool, seed: int, channels: int = 64, blocks: int = 2) -> dict[str, Tensor]:
+    """A DINOv2 under the names of its own release, of random numbers."""
+    random = torch.Generator().manual_seed(seed)
+    shapes = {"cls_token": (1, 1, channels), "pos_embed": (1, 17, channels)}
+    shapes |= {"patch_embed.proj.weight": (channels, 3, 14, 14), "patch_embed.proj.bias": (channels,)}
+    shapes |= {"mask_token": (1, channels)} if norm else {}
+    linear = {"attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.fc1": (4, 1), "mlp.fc2": (1, 4)}
+    for block in range(blocks):
+        for name, (out, given) in linear.items():
+            shapes[f"blocks.{block}.{name}.weight"] = out * channels, given * channels
+            shapes[f"blocks.{block}.{name}.bias"] = (out * channels,)
+        for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "ls1.gamma", "ls2.gamma"):
+            shapes[f"blocks.{block}.{name}"] = (channels,)
+    shapes |= {"norm.weight": (channels,), "norm.bias": (channels,)} if norm else {}
+    return {prefix + name: torch.randn(shape, generator=random) * 0.2 for name, shape in shapes.items()}
+
+
+VFM_UDA = {"upscale.0.weight": (64, 32, 2, 2), "upscale.5.weight": (16, 16, 3, 3), "out.weight": (19, 16, 1, 1)}
+ADAPTED = {
+    "encoder.level_embed": (3, 64),
+    "encoder.spm.stem.0.weight": (8, 3, 3, 3),
+    "encoder.norm1.running_mean": (64,),
+}
+ADAPTED |= {"encoder.interactions.0.injector.gamma": (64,), "upscale.up_conv1.weight": (64, 32, 2, 2)}
+
+
+def vfm_uda(plus: bool = False) -> dict[str, Tensor]:
+    """Student and teacher as a Lightning module has them; of VFM-UDA++ also a frozen DINOv2."""
+    tensors: dict[str, Tensor] = {}
+    for seed, network in enumerate(("network.", "network_ema.")):
+        tensors |= vit(f"{network}encoder.", not plus, seed)
+        tensors |= {network + name: torch.zeros(shape) for name, shape in (ADAPTED if plus else VFM_UDA).items()}
+    others = vit("network_feature_extractor.encoder.", True, 9) if plus else {}
+    return tensors | others | ({} if plus else {"network.token_masking.mask_token": torch.zeros(1, 64)})
+
+
+class AttributeDict(dict):
+    """Stands for Lightning's, which notes the settings of a module in one."""
+
+
+AttributeDict.__module__, AttributeDict.__qualname__ = "lightning.fabric.utilities.data", "AttributeDict"
+
+
+def as_released(tensors: dict[str, Tensor], images: Tensor, norm: bool) -> Tensor:
+    """DINOv2 by its paper and the names of its release, of images that its positions cover."""
+    x = F.conv2d(images, tensors["patch_embed.proj.weight"], tensors["patch_embed.proj.bias"], stride=14)
+    x = torch.cat([tensors["cls_token"].expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
+    x = x + tensors["pos_embed"]
+
+    def layer(name: str, given: Tensor) -> Tensor:
+        weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+        return F.linear(given, weight, bias) if weight.ndim == 2 else F.layer_norm(given, (64,), weight, bias, 1e-6)
+
+    for block in ("blocks.0", "blocks.1"):
+        query, key, value = layer(f"{block}.attn.qkv", layer(f"{block}.norm1", x)).chunk(3, dim=-1)
+        seen = (query @ key.transpose(1, 2) / 8).softmax(-1) @ value  # one head of 64 channels
+        x = x + tensors[f"{block}.ls1.gamma"] * layer(f"{block}.attn.proj", seen)
+        wide = F.gelu(layer(f"{block}.mlp.fc1", layer(f"{block}.norm2", x)))
+        x = x + tensors[f"{block}.ls2.gamma"] * layer(f"{block}.mlp.fc2", wide)
+    x = layer("norm", x) if norm else x
+    return x[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+
+
+@pytest.mark.parametrize("plus", [False, True])
+@pytest.mark.parametrize("weights", ["student", "teacher"])
+def test_of_vfm_uda_the_encoder_is_converted(tmp_path, capsys, monkeypatch, plus, weights):
+    tensors = vfm_uda(plus)
+    place = ""
+    for part in AttributeDict.__module__.split("."):
+        place = f"{place}.{part}".lstrip(".")
+        monkeypatch.setitem(sys.modules, place, SimpleNamespace(AttributeDict=AttributeDict))
+    settings = {"hyper_parameters": AttributeDict(lr=5e-5, network={"model_name": "dinov2_vitb14"}), "epoch": 0}
+    assert convert(tmp_path, tensors, "--weights", weights, **settings, pytorch_lightning_version="2.4.0") == 0
+
+    said = capsys.readouterr().out
+    assert "the encoder alone, a DINOv2 of 64 channels, 2 blocks and patches of 14, for model.pretrained" in said
+    assert ("Its adapter between its blocks" in said) == plus
+    encoder = load_pretrained(tmp_path / "out")
+    images = image("any", (2, 3, 56, 56)) * 4 - 2
+    network = "network.encoder." if weights == "student" else "network_ema.encoder."
+    own = {name.removeprefix(network): tensor for name, tensor in tensors.items() if name.startswith(network)}
+    with torch.no_grad():
+        found = encoder(images).feature_maps[-1]
+    torch.testing.assert_close(found, as_released(own, images, norm=not plus), rtol=1e-4, atol=1e-4)
+
+
+def load_pretrained(folder: Path) -> Any:
+    """The backbone of a student that starts from the folder."""
+    fields = encoder_fields(folder)
+    student = T2SDAForSemanticSegmentation(T2SDAConfig(**fields, out_layers=(2,), decoder_hidden_size=8)).eval()
+    load_pretrained_encoder(student, folder)
+    return student.backbone.model
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"network.blocks.7.strange": torch.ones(1)}, ["1 unknown: blocks.7.strange"]),
+        ({"network.encoder.blocks.1.attn.qkv.weight": None}, ["1 missing: blocks.1.attn.qkv.weight"]),
+        ({"network.encoder.blocks.1.norm1.bias": torch.ones(7)}, ["1 of another shape: blocks.1.norm1.bias (7,)"]),
+        ({"network.encoder.pos_embed": torch.ones(1, 16, 64)}, ["pos_embed (1, 16, 64) is no DINOv2's"]),
+        ({"discriminator.weight": torch.ones(1)}, ["1 unknown tensors: discriminator.weight"]),
+    ],
+)
+def test_a_vfm_uda_that_is_another_network_is_refused_by_name(tmp_path, capsys, change, words):
+    tensors = {name: tensor for name, tensor in (vfm_uda() | change).items() if tensor is not None}
+    assert_refused(tmp_path, capsys, convert(tmp_path, tensors), "is not converted:", *words)
+
+
+def test_what_only_a_whole_segmenter_has_is_refused_for_an_encoder(tmp_path, capsys):
+    code = convert(tmp_path, vfm_uda(), "--image_size", "512", "512")
+    assert_refused(tmp_path, capsys, code, "of which the encoder alone is converted: leave out --classes")
+    student = {name: tensor for name, tensor in vfm_uda().items() if not name.startswith("network_ema.")}
+    assert_refused(tmp_path, capsys, convert(tmp_path, student, "--weights", "teacher"), "no teacher, only student")
