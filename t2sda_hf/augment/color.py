@@ -5,13 +5,15 @@ Hue, saturation and value follow the usual hexagon: hue in [0,1) of a full turn,
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from ..device import exact_products, per_channel, sent
+from ..device import constant, exact_products, per_channel, sent
 
 
 def rgb_to_hsv(images: Tensor) -> Tensor:
@@ -35,37 +37,15 @@ def hsv_to_rgb(images: Tensor) -> Tensor:
     return value[:, None] * (1 - saturation[:, None] * ramp)
 
 
-def change_colors(images: Tensor, hue: Tensor | None = None, saturation: Tensor | None = None) -> Tensor:
-    """Turn the hue of HSV and multiply its saturation, up to 1, without the way into HSV and back.
+def hue_matrix(turns: Tensor) -> Tensor:
+    """(B,3,5): turns (B,) of the hue, in full turns, as a matrix on red, green, blue, V and L.
 
     V and L, the largest and the smallest of the three channels, stay what they are under a turn. Along the circle of
     hues a channel goes from V to L, stays there, and comes back. Let it go on beyond both at the same slope: this
     triangular wave of channel c is 2·x_c + V + L - Σx. After a whole sixth of a turn it is the wave of another channel,
     or V + L minus that. Between two sixths it is linear, except beyond V and L, where it is cut off anyway. So a turned
-    image is a matrix product, clamped to [L,V]. For the saturation all channels move away from V.
-
-    Args:
-        images: (B,3,H,W) in [0,1].
-        hue: (B,3,5) of `hue_matrix`, or (B,15,1,1); None leaves the hue.
-        saturation: (B,1,1,1) factors >= 0; None leaves the saturation.
-
-    Returns:
-        (B,3,H,W) in [0,1].
+    image is this product, clamped to [L,V].
     """
-    value, lowest = images.amax(dim=1, keepdim=True), images.amin(dim=1, keepdim=True)
-    if hue is not None:
-        known = torch.cat([images, value, lowest], dim=1).flatten(2)
-        with exact_products():
-            turned = torch.bmm(hue.view(-1, 3, 5), known)
-        images = turned.view(images.shape).clamp(lowest, value)
-    if saturation is not None:
-        full = value / (value - lowest)  # brings the saturation to 1; no number for black
-        images = torch.lerp(value, images, torch.fmin(full, saturation))
-    return images.clamp(0, 1)
-
-
-def hue_matrix(turns: Tensor) -> Tensor:
-    """(B,3,5), for `change_colors`: turns (B,) of the hue, in full turns, as a matrix on red, green, blue, V and L."""
     sixths = turns.double() * 6 % 6
     whole = sixths.floor()
     of_even = torch.where(whole % 2 == 0, 1 - (sixths - whole), sixths - whole)[
@@ -77,20 +57,81 @@ def hue_matrix(turns: Tensor) -> Tensor:
     return torch.cat([matrix, of_even.expand(-1, 3, 2)], dim=2).to(turns.dtype)
 
 
+@dataclass(frozen=True)
+class ColorSteps:
+    """Changes of the colours of B images, one after the other, by numbers that were drawn for each image on the host.
+
+    Attributes:
+        first: (B,4) of `_affine`, before all others; None: there is no such step.
+        others: (B,39) of `color_step` each.
+    """
+
+    first: Tensor | None
+    others: tuple[Tensor, ...]
+
+
+def color_step(turns: Tensor, saturation: Tensor, affine: Tensor | None = None) -> Tensor:
+    """(B,39): turn the hue of HSV and multiply its saturation, up to 1; then a step of `_affine`.
+
+    For the saturation all channels move away from V. So with y the turned image a channel becomes
+    a·V + b - (V-y)·min(a·V/(V-L), a·saturation), of six products of red, green, blue, V, L and 1.
+
+    Args:
+        turns: (B,) of the hue, in full turns.
+        saturation: (B,) factors >= 0.
+        affine: (B,4); None: clamp to [0,1].
+    """
+    num = len(turns)
+    if affine is None:
+        affine = _affine((torch.ones(num), torch.zeros(num)))
+    scale, shift, low, high = affine.unbind(dim=1)
+    products = turns.new_zeros(num, 6, 6)
+    products[:, :3, 3] = 1
+    products[:, :3, :5] -= hue_matrix(turns)  # V - y
+    products[:, 3, 3], products[:, 3, 4] = 1, -1  # V - L
+    products[:, 4, 3] = products[:, 5, 3] = scale  # a·V, and the same + b
+    products[:, 5, 5] = shift
+    products[:, 4, 5] = 1e9 * (saturation == 1)  # no limit, where a translation may have left [0,1]
+    return torch.cat([products.flatten(1), torch.stack([scale * saturation, low, high], dim=1)], dim=1)
+
+
+def change_colors(images: Tensor, steps: ColorSteps) -> Tensor:
+    """(B,3,H,W) in [0,1] of images (B,3,H,W), without the way into HSV and back."""
+    num, _, height, width = images.shape
+    host = [*([] if steps.first is None else [steps.first]), *steps.others]
+    there = sent(torch.cat(host, dim=1).to(images.dtype), images.device)[..., None, None]
+    known = images.new_empty(num, 6, height, width)  # red, green, blue, V, L, 1
+    known[:, 5].fill_(1)
+    if steps.first is None:
+        known[:, :3].copy_(images)
+    for left, own, given in zip(range(1 - len(host), 1), host, there.split([len(h[0]) for h in host], 1), strict=True):
+        if own is steps.first:
+            scale, shift, low, high = given.split(1, dim=1)
+            images = torch.addcmul(shift, images, scale)
+        else:
+            products, factor, low, high = given.split([36, 1, 1, 1], dim=1)
+            torch.amax(known[:, :3], dim=1, out=known[:, 3])
+            torch.amin(known[:, :3], dim=1, out=known[:, 4])
+            with exact_products():
+                made = torch.bmm(products.view(num, 6, 6), known.flatten(2)).view_as(known)
+            away, chroma, value, moved = made.split([3, 1, 1, 1], dim=1)
+            away = away.clamp(constant((0.0,), images.device, images.dtype), chroma)
+            if not torch.equal(own[:, 36], own[:, 27]):  # a·saturation and a
+                factor = torch.fmin(value / chroma, factor)  # no number for black
+            images = torch.addcmul(moved, away, factor, value=-1)
+        plain = not own[:, -2].any() and bool((own[:, -1] == 1).all())
+        bounds: Any = (0, 1) if plain else (low, high)
+        images = torch.clamp(images, *bounds, out=known[:, :3] if left else None)
+    return images
+
+
 def _uniform(num: int, low: float, high: float, generator: Generator) -> Tensor:
     """One number per image."""
     return torch.rand(num, generator=generator) * (high - low) + low
 
 
-def _per_image(images: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
-    """Numbers (B,...) of the host, each as (B,number,1,1) where the images are; they travel together."""
-    columns = [values.view(len(values), -1).to(images.dtype) for values in numbers]
-    there = sent(torch.cat(columns, dim=1), images.device)[..., None, None]
-    return there.split([values.shape[1] for values in columns], dim=1)
-
-
-def _affine(*steps: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Several steps factor · x + shift, factor >= 0, each clamped to [0,1], as one: a, b, low, high (B,) of
+def _affine(*steps: tuple[Tensor, Tensor]) -> Tensor:
+    """Several steps factor · x + shift, factor >= 0, each clamped to [0,1], as one: a, b, low, high, together (B,4), of
     clamp(a · x + b, low, high).
     """
     (scale, shift), *others = steps
@@ -98,14 +139,10 @@ def _affine(*steps: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tens
     for factor, added in others:
         scale, shift = factor * scale, factor * shift + added
         low, high = ((factor * end + added).clamp(0, 1) for end in (low, high))
-    return scale, shift, low, high
+    return torch.stack([scale, shift, low, high], dim=1)
 
 
-def _apply(images: Tensor, scale: Tensor, shift: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    return torch.addcmul(shift, images, scale).clamp(low, high)
-
-
-def color_jitter(images: Tensor, strength: float, generator: Generator) -> Tensor:
+def draw_jitter(num: int, strength: float, generator: Generator) -> ColorSteps:
     """The jitter DAFormer trained with (the semantics of kornia 0.5.8, which later releases changed; method 2.6).
 
     Brightness is *added*, U(-s,s); contrast *multiplies*, U(1-s,1+s), not around the mean; saturation is scaled in
@@ -113,36 +150,50 @@ def color_jitter(images: Tensor, strength: float, generator: Generator) -> Tenso
     image, and every result is clamped to [0,1].
 
     Args:
-        images: (B,3,H,W) RGB in [0,1].
+        num: of images.
         strength: s in [0,1].
         generator: of the CPU.
-
-    Returns:
-        (B,3,H,W) in [0,1].
     """
-    num = len(images)
     ranges = ((-strength, strength), (1 - strength, 1 + strength), (1 - strength, 1 + strength), (-strength, strength))
-    drawn = [_uniform(num, low, high, generator) for low, high in ranges]
-    brightness, contrast, saturation, hue = drawn
+    brightness, contrast, saturation, hue = (_uniform(num, low, high, generator) for low, high in ranges)
     zero, one = torch.zeros(num), torch.ones(num)
-    order: list[int] = torch.randperm(4, generator=generator).tolist()
-    # Neighbours are one operation: brightness and contrast are affine, saturation and hue leave the largest channel.
+    affine = ((one, brightness), (contrast, zero))
+    # Neighbours are one step: brightness and contrast are affine, saturation and hue leave the largest channel.
     # Not at the start, where a translation may have left [0,1], so that it matters which of them clamps first.
-    groups = [list(group) for _, group in itertools.groupby(order, lambda number: number < 2)]
-    groups[:1] = [groups[0]] if groups[0][0] < 2 else [[number] for number in groups[0]]
-    operations: list[Callable[..., Tensor]] = []
-    numbers: list[tuple[Tensor | None, ...]] = []
-    for group in groups:
-        if group[0] < 2:
-            operations.append(_apply)
-            numbers.append(_affine(*([(one, brightness), (contrast, zero)][number] for number in group)))
-        else:
-            operations.append(change_colors)
-            numbers.append((hue_matrix(hue) if 3 in group else None, saturation if 2 in group else None))
-    there = iter(_per_image(images, *(values for own in numbers for values in own if values is not None)))
-    for operation, own in zip(operations, numbers, strict=True):
-        images = operation(images, *(None if values is None else next(there) for values in own))
-    return images
+    first: list[tuple[Tensor, Tensor]] = []
+    others: list[tuple[dict[int, Tensor], list[tuple[Tensor, Tensor]]]] = []
+    for number in torch.randperm(4, generator=generator).tolist():
+        if number < 2:
+            (others[-1][1] if others else first).append(affine[number])
+            continue
+        if not others or others[-1][1] or not (first or len(others) > 1):
+            others.append(({2: one, 3: zero}, []))
+        others[-1][0][number] = (saturation, hue)[number - 2]
+    return ColorSteps(
+        _affine(*first) if first else None,
+        tuple(
+            # what came before has clamped already
+            color_step(own[3], own[2], _affine(*([] if after and (first or place) else [(one, zero)]), *after))
+            for place, (own, after) in enumerate(others)
+        ),
+    )
+
+
+def joined(drawn: Sequence[ColorSteps]) -> ColorSteps:
+    """The steps of several batches as those of one. A step that a batch does not have is one that changes nothing."""
+    nums = [len(steps.others[0]) for steps in drawn]
+
+    def together(own: Sequence[Tensor | None], as_it_is: Callable[[int], Tensor]) -> Tensor:
+        return torch.cat([as_it_is(num) if x is None else x for num, x in zip(nums, own, strict=True)])
+
+    firsts = [steps.first for steps in drawn]
+    others = itertools.zip_longest(*(steps.others for steps in drawn))
+    return ColorSteps(
+        together(firsts, lambda num: torch.tensor([[1, 0, -math.inf, math.inf]]).expand(num, -1))
+        if any(first is not None for first in firsts)
+        else None,
+        tuple(together(own, lambda num: color_step(torch.zeros(num), torch.ones(num))) for own in others),
+    )
 
 
 def blur_kernel_size(side: int) -> int:
@@ -173,32 +224,67 @@ def gaussian_blur(images: Tensor, sigmas: Tensor, kernel_size: tuple[int, int]) 
     return padded.view(images.shape)
 
 
-def strong_augment(
-    images: Tensor, jitter_probability: float, jitter_strength: float, blur_probability: float, generator: Generator
-) -> Tensor:
-    """Colour jitter, then Gaussian blur with σ ~ U(0.15, 1.15) per image (method 2.6).
+@dataclass(frozen=True)
+class StrongAugmentation:
+    """Jitter and blur of a batch, drawn. What does not happen is None.
 
-    Whether each of the two happens is drawn once for the batch, its factors per image.
+    Attributes:
+        jitter: of its colours.
+        sigmas: (B,) of a Gaussian blur, in pixels.
+    """
+
+    jitter: ColorSteps | None
+    sigmas: Tensor | None
+
+    @classmethod
+    def draw(
+        cls,
+        num: int,
+        jitter_probability: float,
+        jitter_strength: float,
+        blur_probability: float,
+        generator: Generator,
+    ) -> "StrongAugmentation":
+        """Colour jitter, and Gaussian blur with σ ~ U(0.15, 1.15) per image (method 2.6).
+
+        Whether each of the two happens is drawn once for the batch, its factors per image.
+
+        Args:
+            num: of images.
+            jitter_probability, blur_probability: the true ones (DAFormer's "0.2" applies if u > 0.2).
+            jitter_strength: s of `draw_jitter`.
+            generator: of the CPU.
+        """
+        chances = torch.tensor([jitter_probability, blur_probability])
+        jitters, blurs = (torch.rand(2, generator=generator) < chances).tolist()
+        jitter = draw_jitter(num, jitter_strength, generator) if jitters else None
+        return cls(jitter, torch.rand(num, generator=generator) + 0.15 if blurs else None)
+
+
+def strong_augment(batches: Sequence[Tensor], drawn: Sequence[StrongAugmentation]) -> list[Tensor]:
+    """First the jitter, then the blur, of several batches at once if the same happens to all of them.
 
     Args:
-        images: (B,3,H,W) RGB in [0,1]. DAFormer blurs normalised values; the blur is linear, so the result is the same.
-        jitter_probability, blur_probability: the true probabilities (DAFormer's "0.2" applies if u > 0.2).
-        jitter_strength: s of `color_jitter`.
-        generator: of the CPU.
+        batches: (B,3,H,W) RGB in [0,1], all of one height and width. DAFormer blurs normalised values; the blur is
+            linear, so the result is the same.
+        drawn: for each of them.
 
     Returns:
-        (B,3,H,W) in [0,1].
+        (B,3,H,W) in [0,1] each; a batch to which nothing happens as it is.
     """
-    jitters, blurs = (
-        torch.rand(2, generator=generator) < torch.tensor([jitter_probability, blur_probability])
-    ).tolist()
+    if len({(own.jitter is None, own.sigmas is None) for own in drawn}) > 1:
+        return [strong_augment([batch], [own])[0] for batch, own in zip(batches, drawn, strict=True)]
+    jitters = [own.jitter for own in drawn if own.jitter is not None]
+    sigmas = [own.sigmas for own in drawn if own.sigmas is not None]
+    if not jitters and not sigmas:
+        return list(batches)
+    images = batches[0] if len(batches) == 1 else torch.cat(list(batches))
     if jitters:
-        images = color_jitter(images, jitter_strength, generator)
-    if blurs:
-        sigmas = torch.rand(len(images), generator=generator) + 0.15
+        images = change_colors(images, joined(jitters))
+    if sigmas:
         height, width = images.shape[-2:]
-        images = gaussian_blur(images, sigmas, (blur_kernel_size(height), blur_kernel_size(width)))
-    return images
+        images = gaussian_blur(images, torch.cat(sigmas), (blur_kernel_size(height), blur_kernel_size(width)))
+    return list(images.split([len(batch) for batch in batches]))
 
 
 def photometric_distortion(images: Tensor, generator: Generator) -> Tensor:
@@ -222,9 +308,7 @@ def photometric_distortion(images: Tensor, generator: Generator) -> Tensor:
     saturation = torch.where(coin(), _uniform(num, 0.5, 1.5, generator), 1.0)
     turn = torch.randint(-18, 18, (num,), generator=generator) / 180 * coin()
     first = coin()
-    before, after = torch.where(first, contrast, 1.0), torch.where(first, 1.0, contrast)
     zero, one = torch.zeros(num), torch.ones(num)
-    affine = _affine((one, brightness), (before, zero))
-    *affine_there, hue, saturation, after = _per_image(images, *affine, hue_matrix(turn), saturation, after)
-    images = change_colors(_apply(images, *affine_there), hue, saturation)
-    return (images * after).clamp(0, 1)
+    before, after = torch.where(first, contrast, one), torch.where(first, one, contrast)
+    colors = color_step(turn, saturation, _affine((one, zero), (after, zero)))
+    return change_colors(images, ColorSteps(_affine((one, brightness), (before, zero)), (colors,)))

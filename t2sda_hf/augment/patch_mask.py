@@ -25,4 +25,7 @@ def mask_patches(images: Tensor, block_size: int, ratio: float, generator: Gener
     rows, columns = (max(round(side / block_size), 1) for side in (height, width))
     kept = (torch.rand(num, 1, rows, columns, generator=generator) >= ratio).to(images.dtype)
     kept = sent(kept, images.device)
-    return images * torch.nn.functional.interpolate(kept, size=(height, width), mode="nearest")
+    if height % rows or width % columns:
+        return images * torch.nn.functional.interpolate(kept, size=(height, width), mode="nearest")
+    cells = images.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))
+    return (cells * kept[:, :, :, None, :, None]).view_as(images)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..augment.color import strong_augment
+from ..augment.color import StrongAugmentation, strong_augment
 from ..config import RunConfig
 from ..device import constant
 from ..labels import IGNORE_INDEX
@@ -223,5 +223,11 @@ def untracked(student: nn.Module, cfg: RunConfig) -> Iterator[None]:
 
 def augmented(step: Step, images: Tensor) -> Tensor:
     """Images (B,3,H,W) in colours of the strong augmentation."""
+    return strong_augment([images], [draw_augmentation(step, images)])[0]
+
+
+def draw_augmentation(step: Step, images: Tensor) -> StrongAugmentation:
+    """Colours of the strong augmentation for images (B,3,H,W)."""
     aug = step.cfg.augment
-    return strong_augment(images, aug.jitter_probability, aug.jitter_strength, aug.blur_probability, step.generator)
+    how = (aug.jitter_probability, aug.jitter_strength, aug.blur_probability)
+    return StrongAugmentation.draw(len(images), *how, step.generator)

@@ -18,7 +18,7 @@ from ..labels import IGNORE_INDEX
 from .pseudo_labels import pseudo_labels_of
 from .pull import augmented, before_classifier, pull_graph
 from .step import Graph, Step
-from .t2sda import masked_graph, mixed_graph
+from .t2sda import draw_box, masked_graph, mixed_graph
 
 
 def source_free_losses(step: Step) -> Iterator[Graph]:
@@ -49,11 +49,12 @@ def source_free_losses(step: Step) -> Iterator[Graph]:
         y_m, w_m = torch.where(pasted, y_o, y_t), torch.where(pasted, w_o, trust)
         p_t = pseudo_labels.probabilities
         p_m = None if p_t is None else torch.where(pasted[:, None], p_t.roll(1, 0), p_t)
-        yield mixed_graph(step, x_m, y_m, w_m, seen | {"from_source": pasted, "trust": trust.mean()}, p_m)
+        box = draw_box(cfg, y_m, step.generator)
+        yield mixed_graph(step, x_m, y_m, w_m, seen | {"from_source": pasted, "trust": trust.mean()}, box, p_m)
 
     # L_mask (MIC), as in t2sda.
     if weights.masked_consistency:
-        yield masked_graph(step, x_t, pseudo_labels.learned, trust, seen)
+        yield masked_graph(step, augmented(step, x_t), pseudo_labels.learned, trust, seen)
 
     # L_pull: what is predicted as a class must embed like the classifier's row of it.
     if step.pulls:

@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..augment.class_mix import sample_class_mix
-from ..augment.color import photometric_distortion
+from ..augment.color import photometric_distortion, strong_augment
 from ..augment.patch_mask import mask_patches
 from ..batch import normalize
 from ..config import RunConfig
@@ -25,7 +25,7 @@ from ..losses.segmentation import as_probabilities, segmentation_loss
 from ..models import T2SDAOutput
 from ..models.multi_resolution import Box, context_images, cut, draw_detail_box
 from .pseudo_labels import look_at_target
-from .pull import augmented, pull_graph, translates_context
+from .pull import draw_augmentation, pull_graph, translates_context
 from .step import Graph, Step
 
 
@@ -55,11 +55,23 @@ def t2sda_losses(step: Step) -> Iterator[Graph]:
         x_l = photometric_distortion(x_l, generator) if cfg.augment.source == "photometric" else x_l
         yield source_graph(step, x_l, seen, w_s)
 
-    # L_target: learn the target from the teacher, on source classes pasted into target images.
-    if step.adapts and weights.target:
+    # What the student sees of the target, in other colours: mixed with source classes, and masked (MIC).
+    mixes, masks = step.adapts and weights.target > 0, step.adapts and weights.masked_consistency > 0
+    plain, colors = [], []
+    if mixes:
         from_source = sample_class_mix(y_s, step.batch.ids_shown(), cfg.mix.classes_from, generator)  # (B,H,W) bool
-        x_m = torch.where(from_source[:, None], x_s if cfg.mix.source == "source" else x_st, x_t)
-        x_m, y_m = augmented(step, x_m), torch.where(from_source, y_s, y_t)
+        plain.append(torch.where(from_source[:, None], x_s if cfg.mix.source == "source" else x_st, x_t))
+        colors.append(draw_augmentation(step, x_t))
+        box = draw_box(cfg, y_s, generator)
+    if masks:
+        plain.append(x_t)
+        colors.append(draw_augmentation(step, x_t))
+    colored = strong_augment(plain, colors)
+    plain.clear()
+
+    # L_target: learn the target from the teacher, on source classes pasted into target images.
+    if mixes:
+        x_m, y_m = colored.pop(0), torch.where(from_source, y_s, y_t)
         p_m = None  # (B,K,H,W), learned in place of the labels if the teacher's probabilities are
         if pseudo_labels.probabilities is not None:
             p_s = as_probabilities(y_s, len(cfg.classes))
@@ -67,11 +79,11 @@ def t2sda_losses(step: Step) -> Iterator[Graph]:
         # DRW on the target has mean 1 over classes.
         w_t = trust * step.num_members * pseudo_labels.class_weights[y_t] if cfg.drw.apply_to == "target" else trust
         w_m = torch.where(from_source, constant((1.0,), w_t.device) if w_s is None else w_s, w_t)
-        yield mixed_graph(step, x_m, y_m, w_m, seen | {"from_source": from_source, "trust": w_t.mean()}, p_m)
+        yield mixed_graph(step, x_m, y_m, w_m, seen | {"from_source": from_source, "trust": w_t.mean()}, box, p_m)
 
     # L_mask (MIC): say the same of the target although patches of it are hidden.
-    if step.adapts and weights.masked_consistency:
-        yield masked_graph(step, x_t, pseudo_labels.learned, trust, seen)
+    if masks:
+        yield masked_graph(step, colored.pop(), pseudo_labels.learned, trust, seen)
 
     # L_pull: the same scene in target style must embed like its class does in the source.
     if step.pulls:
@@ -117,13 +129,15 @@ def mixed_graph(
     labels: Tensor,
     pixel_weights: Tensor,
     seen: Mapping[str, Any],
+    box: Box | None,
     probabilities: Tensor | None = None,
 ) -> Graph:
     """L_target of mixed images (B,3,H,W) in [0,1], their labels (B,H,W) and the weights of these (B,H,W).
 
-    Where there are probabilities (B,K,H,W), these are learned, and the labels are for the pictures.
+    `box` is of `draw_box`. Where there are probabilities (B,K,H,W), these are learned, and the labels are for the
+    pictures.
     """
-    output = step.networks.student(normalize(images), detail_box=draw_box(step.cfg, labels, step.generator))
+    output = step.networks.student(normalize(images), detail_box=box)
     mixed = {"mixed_images": images, "mixed_labels": labels, "mixed_weights": pixel_weights}
     loss = fused_and_detail_loss(output, labels if probabilities is None else probabilities, step.cfg, pixel_weights)
     return Graph({"target": loss}, {**seen, **mixed, "mixed_logits": output.logits.detach()})
@@ -131,8 +145,8 @@ def mixed_graph(
 
 def masked_graph(step: Step, images: Tensor, labels: Tensor, pixel_weights: Tensor, seen: Mapping[str, Any]) -> Graph:
     """L_mask of target images (B,3,H,W) in [0,1], `PseudoLabels.learned` and the weights of these (B,H,W)."""
-    how, pixels = step.cfg.patch_mask, normalize(augmented(step, images))
-    pixels = mask_patches(pixels, how.block_size, how.ratio, step.generator)
+    how = step.cfg.patch_mask
+    pixels = mask_patches(normalize(images), how.block_size, how.ratio, step.generator)
     output = step.networks.student(pixels, detail_box=draw_box(step.cfg, labels, step.generator))
     return Graph({"masked_consistency": fused_and_detail_loss(output, labels, step.cfg, pixel_weights)}, seen)
 

@@ -60,7 +60,7 @@ _NO_KERNEL |= {"new_empty_strided", "_local_scalar_dense", "sym_size", "sym_stri
 _PARTS = (
     ("networks", {"transformers", f"models{os.sep}modeling_t2sda.py", f"models{os.sep}resnet.py"}),
     ("pull", {"pull_against", "pull_loss", "dynamic_weights"}),
-    ("losses", {"segmentation_loss", "feature_distance"}),
+    ("losses", {"segmentation_loss", "feature_distance", "fused_and_detail_loss"}),
     ("images", {"pseudo_labels_of", "pseudo_target", "sample_class_mix", "strong_augment", "photometric_distortion"}),
     ("images", {"mask_patches", "on", "normalize", "t2sda_losses"}),
 )

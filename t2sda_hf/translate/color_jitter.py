@@ -3,8 +3,8 @@
 import torch
 from torch import Generator, Tensor
 
-from ..augment.color import change_colors, hue_matrix
-from ..device import per_channel, sent
+from ..augment.color import ColorSteps, change_colors, color_step
+from ..device import per_channel
 
 GREY = (0.2989, 0.587, 0.114)  # luma of red, green and blue
 
@@ -45,6 +45,7 @@ def _jitter_one(image: Tensor, probability: float, strength: float, generator: G
         elif operation == 2:
             image = saturation * image + (1 - saturation) * (image * luma).sum(1, keepdim=True)
         else:
-            image = change_colors(image, sent(hue_matrix(0.2 * strength * draws[3:]), image.device))
+            turn = color_step(0.2 * strength * draws[3:], torch.ones(1))
+            image = change_colors(image, ColorSteps(None, (turn,)))
         image = image.clamp(0, 1)
     return image

@@ -97,7 +97,7 @@ def with_low_amplitude(source_images: Tensor, amplitude: Tensor) -> Tensor:
     rows, columns = amplitude.shape[-2] // 2, amplitude.shape[-1] - 1
     source_low = _low_block(source_images, rows, columns)
     # A frequency the source does not have has phase 0, as numpy's angle(0).
-    change = torch.polar(amplitude.to(source_images) - source_low.abs(), source_low.angle()).flatten(0, 1)
+    change = (torch.polar(amplitude.to(source_images), source_low.angle()) - source_low).flatten(0, 1)
     back = _fourier_rows(height, -rows, rows, source_images.device, source_low.dtype).mH.expand(len(change), -1, -1)
     parts = torch.view_as_real(torch.bmm(back, change)).flatten(2).flatten(0, 1)  # (B·3·H,2c+2)
     across = _mirrored_fourier_rows(width, columns, source_images.device, source_low.dtype)

@@ -8,12 +8,15 @@ import torch
 from torch import Generator, Tensor
 
 from t2sda_hf.augment.color import (
+    ColorSteps,
+    StrongAugmentation,
     blur_kernel_size,
     change_colors,
-    color_jitter,
+    color_step,
+    draw_jitter,
     gaussian_blur,
     hsv_to_rgb,
-    hue_matrix,
+    joined,
     photometric_distortion,
     rgb_to_hsv,
     strong_augment,
@@ -69,10 +72,10 @@ def test_full_turns_change_nothing():
 def test_colors_are_changed_as_in_the_standard_library(turn, factor):
     """Of every corner of the cube, where channels are equal and nothing has a hue, and of both sides of every sixth."""
     images = corners_and_noise()
-    hue = hue_matrix(torch.tensor([turn]))
-    changed = change_colors(images, hue, None if factor is None else torch.full((1, 1, 1, 1), factor))
-    pixels = (colorsys.rgb_to_hsv(*rgb) for rgb in images[0, :, 0].double().T.tolist())
     scale = 1.0 if factor is None else factor
+    step = color_step(torch.tensor([turn]), torch.tensor([scale]))
+    changed = change_colors(images, ColorSteps(None, (step,)))
+    pixels = (colorsys.rgb_to_hsv(*rgb) for rgb in images[0, :, 0].double().T.tolist())
     expected = [colorsys.hsv_to_rgb((h + turn) % 1, min(s * scale, 1), v) for h, s, v in pixels]
     torch.testing.assert_close(changed[0, :, 0].T, torch.tensor(expected), rtol=0, atol=1e-5)
     assert 0 <= changed.min() <= changed.max() <= 1
@@ -80,14 +83,22 @@ def test_colors_are_changed_as_in_the_standard_library(turn, factor):
 
 def test_every_image_is_turned_by_its_own_share():
     images, turns = torch.rand(3, 3, 4, 5, generator=random()), torch.tensor([0.1, -0.4, 0.0])
-    together = change_colors(images, hue_matrix(turns))
+
+    def turned(images: Tensor, turns: Tensor) -> Tensor:
+        return change_colors(images, ColorSteps(None, (color_step(turns, torch.ones(len(turns))),)))
+
+    together = turned(images, turns)
     for index in range(3):
-        alone = change_colors(images[index, None], hue_matrix(turns[index, None]))
+        alone = turned(images[index, None], turns[index, None])
         torch.testing.assert_close(together[index, None], alone, rtol=0, atol=1e-6)
     torch.testing.assert_close(together[2], images[2], rtol=0, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------- jitter
+
+
+def color_jitter(images: Tensor, strength: float, generator: Generator) -> Tensor:
+    return change_colors(images, draw_jitter(len(images), strength, generator))
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -176,9 +187,13 @@ def test_blur_commutes_with_normalisation():
 # -------------------------------------------------------------------------------------------- strong augmentation
 
 
+def augmented(images: Tensor, jitter: float, blur: float, generator: Generator) -> Tensor:
+    return strong_augment([images], [StrongAugmentation.draw(len(images), jitter, 0.2, blur, generator)])[0]
+
+
 def test_strong_augmentation_with_probability_zero_is_the_image():
     images = torch.rand(2, 3, 16, 16, generator=random())
-    assert torch.equal(strong_augment(images, 0.0, 0.2, 0.0, random()), images)
+    assert torch.equal(augmented(images, 0.0, 0.0, random()), images)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -189,7 +204,7 @@ def test_strong_augmentation_is_jitter_then_blur(seed):
     expected = color_jitter(images, 0.2, draws)
     sigmas = torch.rand(2, generator=draws) + 0.15  # U(0.15, 1.15)
     expected = gaussian_blur(expected, sigmas, (7, 9))
-    assert torch.equal(strong_augment(images, 1.0, 0.2, 1.0, random(seed)), expected)
+    assert torch.equal(augmented(images, 1.0, 1.0, random(seed)), expected)
 
 
 @pytest.mark.parametrize(("jitter", "blur"), [(0.8, 0.0), (0.0, 0.5), (0.3, 0.0), (0.0, 1.0)])
@@ -197,11 +212,41 @@ def test_strong_augmentation_happens_with_its_probability_to_the_whole_batch(jit
     images = torch.rand(2, 3, 32, 32, generator=random())
     changed = []
     for seed in range(400):
-        augmented = strong_augment(images, jitter, 0.2, blur, random(seed))
-        each = [not torch.equal(augmented[index], images[index]) for index in range(2)]
+        made = augmented(images, jitter, blur, random(seed))
+        each = [not torch.equal(made[index], images[index]) for index in range(2)]
         assert each[0] == each[1]
         changed.append(each[0])
     assert sum(changed) / 400 == pytest.approx(jitter + blur, abs=0.06)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_two_batches_at_once_are_what_they_are_alone(seed):
+    """Each in an order of its own, so that steps of one stand beside none of the other; some values are outside."""
+    batches = [torch.rand(num, 3, 32, 48, generator=random(seed + num)) * 1.2 - 0.1 for num in (2, 3)]
+    drawn = [StrongAugmentation.draw(len(batch), 0.7, 0.5, 0.7, random(9 * seed + len(batch))) for batch in batches]
+    before = [batch.clone() for batch in batches]
+    together = strong_augment(batches, drawn)
+    for made, batch, own, kept in zip(together, batches, drawn, before, strict=True):
+        torch.testing.assert_close(made, strong_augment([batch], [own])[0], rtol=0, atol=2e-6)
+        assert torch.equal(batch, kept)
+
+
+def test_all_orders_fit_into_steps_of_one_batch():
+    """24 images, each jittered in another order; the largest has as many steps as one alone may have."""
+    images = torch.rand(24, 3, 2, 3, generator=random(1)) * 1.2 - 0.1
+    found = {}
+    for seed in range(400):
+        draws = random(seed)
+        torch.rand(4, generator=draws)
+        found.setdefault(tuple(torch.randperm(4, generator=draws).tolist()), seed)
+    assert len(found) == 24
+    drawn = [draw_jitter(1, 0.5, random(seed)) for seed in found.values()]
+    steps = joined(drawn)
+    assert steps.first is not None
+    assert len(steps.others) == 2
+    together = change_colors(images, steps)
+    for image, own, made in zip(images.split(1), drawn, together.split(1), strict=True):
+        torch.testing.assert_close(made, change_colors(image, own), rtol=0, atol=2e-6)
 
 
 # ----------------------------------------------------------------------------------------- photometric distortion

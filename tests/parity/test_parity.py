@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny import alone
 from torch import Generator, Tensor
 
-from t2sda_hf.augment.color import blur_kernel_size, color_jitter, gaussian_blur
+from t2sda_hf.augment.color import blur_kernel_size, change_colors, draw_jitter, gaussian_blur
 from t2sda_hf.batch import UdaBatch, normalize
 from t2sda_hf.cli import main
 from t2sda_hf.config import RunConfig, load_config
@@ -20,7 +20,7 @@ from t2sda_hf.evaluation.inference import predict_logits
 from t2sda_hf.hub.convert import convert, pick_network
 from t2sda_hf.labels import THING_CLASSES
 from t2sda_hf.losses.feature_distance import downscale_labels_by_share
-from t2sda_hf.methods import ClassMemory, Networks, Step, pull, t2sda
+from t2sda_hf.methods import ClassMemory, Networks, Step, t2sda
 from t2sda_hf.models import T2SDAForSemanticSegmentation
 from t2sda_hf.teacher import ema_momentum, make_teacher, update_teacher
 from t2sda_hf.training.derive import without_data
@@ -95,7 +95,7 @@ def jittered(images: Tensor, order: Tensor, factors: Tensor, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(torch, "rand", lambda *_, **__: next(drawn))
         patch.setattr(torch, "randperm", lambda *_, **__: order)
-        return color_jitter(images, 0.2, Generator())
+        return change_colors(images, draw_jitter(len(images), 0.2, Generator()))
 
 
 def blurred(images: Tensor, sigmas: Tensor) -> Tensor:
@@ -144,7 +144,9 @@ class Draws:
         monkeypatch.setattr(t2sda, "mask_patches", mask_patches)
         monkeypatch.setattr(t2sda, "draw_detail_box", self.box)
         monkeypatch.setattr(
-            pull, "strong_augment", lambda x, *_: self.augment(monkeypatch, x, together=self.used["color"] > 0)
+            t2sda,
+            "strong_augment",
+            lambda batches, _: [self.augment(monkeypatch, x, together=place > 0) for place, x in enumerate(batches)],
         )
 
 
