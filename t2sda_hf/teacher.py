@@ -1,7 +1,7 @@
 """The mean teacher: how it follows the student, and what it says of the target (paper section 3.1; method 2.1-2.5)."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -36,12 +36,21 @@ def ema_momentum(num_updates: int, final: float) -> float:
     return min(1 - 1 / (num_updates + 1), final)
 
 
-@torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """θ_t <- a·θ_t + (1-a)·θ_s for every parameter that is trained; buffers (batch norm's running statistics) stay."""
+    follow(averaged(teacher, student), [new for new in student.parameters() if new.requires_grad], momentum)
+
+
+def averaged(teacher: nn.Module, student: nn.Module) -> list[nn.Parameter]:
+    """Those parameters of the teacher that follow the student's, in the order of these."""
     pairs = zip(teacher.parameters(), student.parameters(), strict=True)
-    averaged, trained = zip(*((old.data, new.data) for old, new in pairs if new.requires_grad), strict=True)
-    torch._foreach_lerp_(averaged, trained, 1 - momentum)
+    return [old for old, new in pairs if new.requires_grad]
+
+
+@torch.no_grad()
+def follow(averaged: Sequence[Tensor], trained: Sequence[Tensor], momentum: float) -> None:
+    """`update_teacher` for who has found the parameters already."""
+    torch._foreach_lerp_(tuple(averaged), tuple(trained), 1 - momentum)
 
 
 def make_pseudo_labels(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:

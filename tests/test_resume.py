@@ -577,7 +577,7 @@ def test_an_update_that_is_half_done_is_not_saved(run, tmp_path: Path, monkeypat
     def torn(*_: object) -> None:
         raise RuntimeError("in the middle of the teacher")
 
-    monkeypatch.setattr(loop, "update_teacher", torn)
+    monkeypatch.setattr(loop, "follow", torn)
     with pytest.raises(RuntimeError, match="in the middle of the teacher"):
         run("out")
     assert checkpoints(tmp_path / "out" / "t2sda") == []

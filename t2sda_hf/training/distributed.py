@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.models.segformer.modeling_segformer import SegformerLayer
 
 from ..models.resnet import Bottleneck
@@ -173,29 +172,23 @@ def lost_contact(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
 
 
-def average_gradients(student: nn.Module, accelerator: Accelerator, micro_batches: int) -> None:
+def average_gradients(
+    trained: Sequence[nn.Parameter], statistics: Sequence[Tensor], accelerator: Accelerator, micro_batches: int
+) -> None:
     """Replace every gradient by its mean over micro-batches and processes. Collective: every process, every step.
 
     A missing gradient counts as 0 and exists afterwards, so all processes step the same parameters. The running
-    statistics of batch norm are averaged along, which keeps the students of all processes equal. Gradients of a
+    `statistics` of batch norm are averaged along, which keeps the students of all processes equal. Gradients of a
     sharded student were averaged in the backward.
     """
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    for parameter in parameters:
+    for parameter in trained:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [p.grad for p in trained if p.grad is not None]
     if micro_batches > 1:
         torch._foreach_div_(gradients, float(micro_batches))
     if accelerator.num_processes > 1:
-        statistics = [
-            buffer
-            for module in student.modules()
-            if isinstance(module, _BatchNorm)
-            for buffer in (module.running_mean, module.running_var)
-            if buffer is not None
-        ]
-        for bucket in _buckets([g for g in gradients if not isinstance(g, DTensor)] + statistics):
+        for bucket in _buckets([*(g for g in gradients if not isinstance(g, DTensor)), *statistics]):
             flat = torch.cat([tensor.flatten() for tensor in bucket])
             torch.distributed.all_reduce(flat)
             flat /= accelerator.num_processes

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from ..errors import CheckpointError, DataFailed, LostFolder, NotFinite
 from ..evaluation.watch import falls, panel_due, save_panel_of_step
 from ..methods import Method, Step
 from ..storage import read_lines
-from ..teacher import ema_momentum, update_teacher
+from ..teacher import ema_momentum, follow
 from .checkpoint import Progress
 from .distributed import all_finite, average_gradients, decided_by_main, largest, whole_tensor
 from .optim import learning_rate_factor, set_learning_rate
@@ -162,7 +162,11 @@ def update(run: Run, step: int, tracker: Tracker) -> Mapping[str, Any]:
     """
     batches = read(run, step, tracker)
     cfg, accelerator, parts = run.cfg, run.accelerator, run.parts
-    student, teacher = parts.networks.student, parts.networks.teacher
+    trained, averaged, statistics = (
+        parts.trained,
+        parts.averaged,
+        parts.statistics,
+    )  # found before `halves` are in place
     set_learning_rate(parts.optimizer, learning_rate_factor(step, cfg.optim, cfg.train.max_steps))
     parts.buffers.keep()
     logged: list[dict[str, Tensor]] = []
@@ -176,12 +180,13 @@ def update(run: Run, step: int, tracker: Tracker) -> Mapping[str, Any]:
         parts.buffers.restore()
         raise
     # Before the average spreads it. Of a sharded student it is in the pieces of all processes already.
-    own = _gradient_norms(student) if accelerator.num_processes > 1 else None
-    average_gradients(student, accelerator, cfg.train.micro_batches)  # collective: every rank, every step
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parts.trained if p.grad is not None])
+    own = _gradient_norms(trained) if accelerator.num_processes > 1 else None
+    average_gradients(trained, statistics, accelerator, cfg.train.micro_batches)  # collective: every rank, every step
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     numbers = [whole_tensor(norm), *(value.float() for terms in logged for value in terms.values())]
     if not all_finite(numbers, accelerator):  # on every process or on none
-        guilty = _broken_loss(logged) or _broken_gradient(own or _gradient_norms(student))
+        norms = _gradient_norms(trained) if own is None else own
+        guilty = _broken_loss(logged) or _broken_gradient(norms, parts.networks.student)
         parts.optimizer.zero_grad()
         parts.buffers.restore()
         _skip_or_stop(step, guilty, run, tracker)
@@ -190,10 +195,10 @@ def update(run: Run, step: int, tracker: Tracker) -> Mapping[str, Any]:
     for terms in logged:
         tracker.add(terms)
     if cfg.optim.max_grad_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(parts.trained, cfg.optim.max_grad_norm, norm)
+        torch.nn.utils.clip_grads_with_norm_(trained, cfg.optim.max_grad_norm, norm)
     parts.optimizer.step()
     parts.optimizer.zero_grad()
-    update_teacher(teacher, student, ema_momentum(step + 1, cfg.uda.ema_momentum))
+    follow(averaged, trained, ema_momentum(step + 1, cfg.uda.ema_momentum))
     tracker.torn = False
     tracker.step_done()
     return seen
@@ -340,18 +345,19 @@ def _broken_loss(logged: list[dict[str, Tensor]]) -> str | None:
     return next((f"loss {name!r} is {value.item()}" for name, value in broken), None)
 
 
-def _gradient_norms(student: nn.Module) -> dict[str, Tensor]:
-    """The norm of each gradient, by the name of its parameter. No wait."""
-    gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+def _gradient_norms(trained: Sequence[nn.Parameter]) -> dict[int, Tensor]:
+    """The norm of each gradient, by the identity of its parameter. No wait."""
+    gradients = {id(p): p.grad for p in trained if p.grad is not None}
     return dict(zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True))
 
 
-def _broken_gradient(norms: Mapping[str, Tensor]) -> str | None:
+def _broken_gradient(norms: Mapping[int, Tensor], student: nn.Module) -> str | None:
     """Collective if the student is sharded: the pieces of all processes make a norm."""
     whole = torch.stack([whole_tensor(norm) for norm in norms.values()])
     if torch.isfinite(torch.linalg.vector_norm(whole)):
         return None
-    broken = (name for name, norm in zip(norms, whole.tolist(), strict=True) if not math.isfinite(norm))
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    broken = (names[own] for own, norm in zip(norms, whole.tolist(), strict=True) if not math.isfinite(norm))
     return f"the gradient of {next(broken, 'several parameters together')} is not finite"
 
 

@@ -4,17 +4,25 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from types import MethodType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers.models.segformer.modeling_segformer import SegformerLayer, SegformerSequenceReduction
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers.models.segformer.modeling_segformer import (
+    SegformerLayer,
+    SegformerOverlapPatchEmbeddings,
+    SegformerSequenceReduction,
+)
 
 from ..config import RunConfig
 from ..evaluation.watch import Watch
 from ..methods import ClassMemory, Networks, make_networks
 from ..models import T2SDAForSemanticSegmentation
+from ..models.heads import AllMLPHead
+from ..teacher import averaged
 from ..translate import TranslationEngine
 from .distributed import shard, shards
 from .optim import make_optimizer
@@ -48,19 +56,32 @@ class HalfWeights:
 
     Autocast casts every weight in every forward, and its gradient in every backward: as many kernels as a third of the
     networks'. The copies stand in the layers meanwhile, and the gradients of one backward are cast and added together.
-    What several layers of an attention read is cast once for all of them, too. The losses are autocast's, bit by bit.
+    What several layers of an attention read is cast once for all of them, too. The losses are autocast's, bit by bit,
+    but for two layers of a Mix Transformer, in which a cast before and one after would do more than the layer: patch
+    embeddings convolve in float32 (TF32), and the norm of the shortened keys is bfloat16 in itself.
 
     Args:
-        networks: whose layers use their weights in nothing but their own forward, which autocast surrounds.
+        networks: whose layers use their weights in nothing but their own forward, which autocast surrounds. Only the
+            all-MLP head multiplies its weights with each other: they stay what they are.
     """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
+        layers: list[nn.Module] = []
+        left: set[nn.Module] = set()
         for module in (module for network in networks for module in network.modules()):
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                layers.append(module)
+            if isinstance(module, AllMLPHead):
+                left |= set(module.modules())
             if isinstance(module, SegformerLayer):
                 module.layernorm_before.register_forward_hook(_halved)
             if isinstance(module, SegformerSequenceReduction):
-                module.layer_norm.register_forward_hook(_halved)
-        layers = [m for network in networks for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+                _keep_type(module.layer_norm)
+                layers.append(module.layer_norm)
+            if isinstance(module, SegformerOverlapPatchEmbeddings):
+                _keep_type(module.proj)
+                left.add(module.proj)
+        layers = [module for module in layers if module not in left]
         own = [(m._parameters, name, p) for m in layers for name, p in m._parameters.items() if p is not None]
         self._places = [(held, name) for held, name, _ in own]
         self._weights: list[Tensor] = [parameter for _, _, parameter in own]
@@ -104,12 +125,32 @@ def _halved(module: nn.Module, given: object, made: Tensor) -> Tensor:
     return made.bfloat16() if torch.is_autocast_enabled(made.device.type) else made
 
 
-def half_weights(cfg: RunConfig, networks: Networks) -> HalfWeights:
-    """Of the encoders that an update of a run calls; heads multiply their weights with each other, too."""
-    student: Any = networks.student
-    teacher: Any = networks.teacher
-    others = [] if cfg.supervised else [teacher.encoder]
-    return HalfWeights([student.encoder, *others, *([] if networks.imagenet is None else [networks.imagenet])])
+def _keep_type(layer: nn.Module) -> None:
+    layer.forward = MethodType(_in_own_type, layer)
+
+
+def _in_own_type(layer: nn.Module, given: Tensor) -> Tensor:
+    """Of input and weights, where these are one; elsewhere as autocast has it."""
+    made: Tensor
+    if given.dtype != layer.weight.dtype:
+        made = type(layer).forward(layer, given)
+    else:
+        with torch.autocast(given.device.type, enabled=False):
+            made = type(layer).forward(layer, given)
+    return made
+
+
+def half_weights(cfg: RunConfig, networks: Networks) -> HalfWeights | None:
+    """Of the networks that an update of a run calls; None for a run that compares the weights themselves.
+
+    source_free reads the rows of its classifier, so that only encoders have them there.
+    """
+    if cfg.loss_weights.anchor:
+        return None
+    called: list[Any] = [networks.student] if cfg.supervised else [networks.student, networks.teacher]
+    if cfg.method == "source_free":
+        called = [network.encoder for network in called]
+    return HalfWeights([*called, *([] if networks.imagenet is None else [networks.imagenet])])
 
 
 @dataclass(frozen=True)
@@ -122,10 +163,23 @@ class Parts:
     watch: Watch | None = None  # proxies; see `loop.observe`
     halves: HalfWeights | None = None  # where networks compute in bfloat16
 
+    # Found once: to walk through all modules takes longer than to use what is found. Not while `halves` are in place.
     @cached_property
     def trained(self) -> list[nn.Parameter]:
-        """Of the student, in its order. Found once: to walk through all its modules takes longer than to use them."""
+        """Parameters of the student, in its order."""
         return [parameter for parameter in self.networks.student.parameters() if parameter.requires_grad]
+
+    @cached_property
+    def averaged(self) -> list[nn.Parameter]:
+        """Parameters of the teacher that follow those `trained`."""
+        return averaged(self.networks.teacher, self.networks.student)
+
+    @cached_property
+    def statistics(self) -> list[Tensor]:
+        """Running statistics of the student's batch norm."""
+        norms = [module for module in self.networks.student.modules() if isinstance(module, _BatchNorm)]
+        found = [statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)]
+        return [statistic for statistic in found if statistic is not None]
 
     @cached_property
     def buffers(self) -> Buffers:
