@@ -1,7 +1,7 @@
 """One pass over a labelled domain: predict, count, sum over processes."""
 
 import signal
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from threading import current_thread, main_thread
@@ -17,11 +17,13 @@ from tqdm import tqdm
 
 from ..data.domains import Domain
 from ..data.transforms import Size
-from ..device import advised
-from ..errors import Ended, NotFinite, leave_signals_to_parent
+from ..device import advised, sent
+from ..errors import Ended, NotFinite, OutOfMemory, leave_signals_to_parent
 from .confusion import confusion_matrix, counts_of_pairs, scores
 from .gain import GroupCounts, pack
 from .inference import Mode, needing_less, predict_labels, to_pixel_values
+
+BYTES_PER_PIXEL = 4096  # of the input, that a forward of MiT-B5 with DAFormer's head may need
 
 
 class LabelledDomain(Protocol):
@@ -167,14 +169,15 @@ def evaluate_models(
     limit: int | None = None,
     skip_unreadable: bool = False,
     workers: int = 0,
+    at_once: int | None = None,
     check: Callable[[], None] = _unasked,
 ) -> dict[str, dict[str, Any]]:
     """Score models on every image of `domain` against labels in their own resolution (method 6.1).
 
     Every image is read once for all of them. Collective: call it on every process. Process r takes the images r,
     r + world, r + 2 world, ...; none is repeated to fill up the last round, so the result does not depend on the
-    number of processes. The models are in eval mode meanwhile, and every submodule gets its own mode back, also after
-    an error.
+    number of processes, up to rounding where several images are forwarded together. The models are in eval mode
+    meanwhile, and every submodule gets its own mode back, also after an error.
 
     Args:
         models: by name, on the device they shall run on; `model(pixel_values).logits` is (1, len(classes), h, w).
@@ -188,6 +191,8 @@ def evaluate_models(
         skip_unreadable: go on after an image or label map that cannot be read, and list it. It is for data somebody
             else made; the score is then of other images than the same score elsewhere.
         workers: processes that read images ahead; 0 reads them here.
+        at_once: images of one size, and with labels of one size, that are forwarded together; None: `images_at_once`.
+            One at a time where the memory is too small for them.
         check: is called before every image, and may raise.
 
     Returns:
@@ -213,6 +218,42 @@ def evaluate_models(
     tallies = {name: Tally(num_images, len(classes), domain.name) for name in models}
     unreadable: list[str] = []
     broken: list[str] = []
+    waiting: dict[tuple[int, ...], list[_Image]] = {}  # by the sizes of image and labels
+    fits = True
+
+    def predicted(batch: Sequence[_Image]) -> list[Tensor] | None:
+        """(B,H,W) class ids by each model; None if it must be done one by one."""
+        nonlocal fits
+        if len(batch) > 1 and not fits:
+            return None
+        images = torch.from_numpy(np.concatenate([one.pixels for one in batch]))
+        size, found = batch[0].labels.shape, list[Tensor]()
+        try:
+            with advised(needing_less(mode, window)):
+                for model in models.values():
+                    pixel_values = sent(images, next(model.parameters()).device)
+                    found.append(predict_labels(model, pixel_values, size, mode, window, stride))
+        except NotFinite as error:
+            if len(batch) == 1:
+                raise NotFinite(f"{where(domain, batch[0].index)}: {error}") from error
+            return None
+        except OutOfMemory:
+            if len(batch) == 1:
+                raise
+            fits = False
+            return None
+        return found
+
+    def score(batch: Sequence[_Image]) -> None:
+        found = predicted(batch)
+        if found is None:
+            for one in batch:
+                score([one])
+            return
+        for tally, predictions in zip(tallies.values(), found, strict=True):
+            for one, labels in zip(batch, predictions, strict=True):
+                tally.add(one.index, labels, one.labels)
+
     modes = [(module, module.training) for model in models.values() for module in model.modules()]
     for model in models.values():
         model.eval()
@@ -226,16 +267,15 @@ def evaluate_models(
                         raise item.error
                     unreadable.append(str(item.error))
                     continue
-                image, labels = item
-                try:
-                    for name, model in models.items():
-                        pixel_values = torch.from_numpy(image).to(next(model.parameters()).device)
-                        with advised(needing_less(mode, window)):
-                            predictions = predict_labels(model, pixel_values, labels.shape, mode, window, stride)[0]
-                        tallies[name].add(index, predictions, labels)
-                except NotFinite as error:
-                    broken.append(f"{where(domain, index)}: {error}")  # all processes must know before one ends
-                    break
+                image = _Image(index, *item)
+                batch = waiting.setdefault(image.sizes, [])
+                batch.append(image)
+                if len(batch) >= (at_once or images_at_once(models.values(), image.pixels)) or not fits:
+                    score(waiting.pop(image.sizes))
+            for batch in waiting.values():
+                score(batch)
+    except NotFinite as error:
+        broken.append(str(error))  # all processes must know before one ends
     finally:
         for module, mode_before in modes:
             module.training = mode_before
@@ -270,6 +310,29 @@ def _result(matrix: np.ndarray, groups: np.ndarray, classes: Sequence[str]) -> d
 def _summed(counts: np.ndarray, accelerator: Accelerator) -> np.ndarray:
     summed: Tensor = accelerator.reduce(torch.from_numpy(counts).to(accelerator.device), reduction="sum")
     return summed.cpu().numpy()
+
+
+def images_at_once(models: Iterable[nn.Module], pixels: np.ndarray) -> int:
+    """How many images of this size, `pixels` (1,3,H,W), an evaluation forwards together.
+
+    On a GPU as many as a quarter of its memory has room for, 8 at most; on a CPU one, which is no slower there.
+    """
+    device = next(next(iter(models)).parameters()).device
+    if device.type != "cuda":
+        return 1
+    room = torch.cuda.get_device_properties(device).total_memory // 4
+    return int(min(max(room // (BYTES_PER_PIXEL * pixels.shape[-2] * pixels.shape[-1]), 1), 8))
+
+
+@dataclass(frozen=True)
+class _Image:
+    index: int
+    pixels: np.ndarray  # (1,3,H,W) float32
+    labels: np.ndarray
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return (*self.pixels.shape, *self.labels.shape)
 
 
 @dataclass(frozen=True)

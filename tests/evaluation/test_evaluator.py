@@ -298,6 +298,52 @@ def test_logits_that_are_not_finite_name_the_image_and_leave_the_model_as_it_was
     assert model.training
 
 
+class TwoSizes(RandomDomain):
+    def _size(self, index):
+        return (44, 60) if index % 3 else (40, 64)
+
+
+def test_images_of_one_size_are_forwarded_together():
+    model, numbers = QuarterResolution(), []
+    model.register_forward_pre_hook(lambda _, given: numbers.append(len(given[0])))
+    alone = run(model, TwoSizes(7))
+    assert numbers == [1] * 7
+    numbers.clear()
+    assert run(model, TwoSizes(7), at_once=3) == alone
+    assert numbers == [3, 3, 1]  # images 1, 2 and 4; 0, 3 and 6; what is left
+
+
+def test_where_they_do_not_fit_together_they_are_forwarded_one_by_one():
+    class Large(QuarterResolution):
+        def forward(self, pixel_values):
+            numbers.append(len(pixel_values))
+            if len(pixel_values) > 1:
+                raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+            return super().forward(pixel_values)
+
+    numbers = []
+    assert run(Large(), TwoSizes(7), at_once=3) == run(QuarterResolution(), TwoSizes(7))
+    assert numbers == [3] + [1] * 7  # what did not fit is not tried again
+
+
+class EqualLabels(RandomDomain):
+    def _size(self, index):
+        return 40, 64
+
+
+def test_one_that_is_not_finite_is_named_among_others():
+    spoiled = to_pixel_values(EqualLabels().image(3), (32, 64), torch.device("cpu"))
+
+    class Sometimes(ColorIsClass):
+        def forward(self, pixel_values):
+            broken = (pixel_values == spoiled).all(dim=(1, 2, 3), keepdim=True)
+            return SimpleNamespace(logits=self.scale * pixel_values.masked_fill(broken, torch.nan))
+
+    how = {"image_size": (32, 64), "classes": CLASSES, "progress": False, "at_once": 5}
+    with pytest.raises(NotFinite, match=r"^random, image 3: what the network makes of it is NaN or infinite"):
+        evaluate_model(Sometimes(), EqualLabels(), **how)
+
+
 def test_models_that_are_scored_together_read_every_image_once():
     domain, models = RandomDomain(), {"one": QuarterResolution(), "two": ColorIsClass()}
     how = {"image_size": (32, 64), "classes": CLASSES, "progress": False}
