@@ -22,7 +22,7 @@ from textwrap import fill
 from typing import Any
 
 from .config import keys, load_config, recipe_names, unknown_key
-from .data.layouts import LAYOUTS
+from .data.layouts import LAYOUTS, ROLES
 from .errors import Ended, Stopped, heard
 from .launching import FLAGS as LAUNCH_FLAGS
 from .launching import launch
@@ -294,11 +294,13 @@ def _check(parser: Parser) -> None:
 
 def _prepare(parser: Parser) -> None:
     parser.add_argument(
-        "name", metavar="NAME", help=f"name of the data set: {', '.join(LAYOUTS)}", choices=tuple(LAYOUTS)
+        "name",
+        metavar="NAME",
+        help=f"name of the data set: {', '.join(LAYOUTS)}; or {' or '.join(ROLES)}: of the config",
+        choices=(*LAYOUTS, *ROLES),
     )
-    parser.add_argument(
-        "--root", required=True, metavar="DIR", help="folder of the unpacked download; nothing in it is changed"
-    )
+    parser.takes_a_run()
+    parser.add_argument("--root", metavar="DIR", help="folder of the unpacked download; nothing in it is changed")
     parser.add_argument("--output", required=True, help="write the parquet files into this folder", **FOLDER)
     parser.add_argument("--size", **SIZE, help="resize the images to this size; default: keep the files as they are")
     parser.add_argument(

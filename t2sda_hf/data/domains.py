@@ -440,8 +440,8 @@ def _read_counted(domain: Domain, rule: LabelRule, classes: Sequence[str]) -> Re
     Raises:
         ValueError: if these are others.
     """
-    table = domain.table.with_format("numpy")
-    digests, names = domain.table[DIGEST][:], domain.table["file_name"][:]
+    table = domain.table.with_format("arrow")[:]
+    digests, names = (table[column].to_pylist() for column in (DIGEST, "file_name"))
     for index in np.unique(np.linspace(0, len(domain) - 1, LOOKED_AT).astype(int)).tolist():
         where = domain.where(domain.table[index], index)
         row = _read_files(domain, domain.table[index], where)
@@ -451,14 +451,15 @@ def _read_counted(domain: Domain, rule: LabelRule, classes: Sequence[str]) -> Re
                 "other files. Write it anew with `t2sda prepare`."
             )
         _checked(domain, row, where, len(classes))
-    of_ids = np.asarray(table[COUNTS][:], dtype=np.int64)
-    counts = np.zeros((len(domain), IGNORE_INDEX + 1), dtype=np.int64)
-    for label_id, found in enumerate(of_ids.T):
-        counts[:, rule.ids[label_id]] += found
-    ignored = bool(counts[:, IGNORE_INDEX].any())
-    counts = counts[:, : len(classes)]
-    _refuse_few_classes(domain, counts, ignored, classes)
-    sizes = np.asarray(table[SIZE][:], dtype=np.int64)
+    of_ids, sizes = (
+        np.array(table[column].combine_chunks().flatten(), dtype=np.int64).reshape(len(domain), -1)
+        for column in (COUNTS, SIZE)
+    )
+    counts = np.zeros((len(domain), len(classes)), dtype=np.int64)
+    ids = rule.ids[: of_ids.shape[1]]
+    for label_id in np.flatnonzero(ids != IGNORE_INDEX):
+        counts[:, ids[label_id]] += of_ids[:, label_id]
+    _refuse_few_classes(domain, counts, bool(of_ids[:, ids == IGNORE_INDEX].any()), classes)
     return Reading(counts, sizes, _contents(domain, names, digests))
 
 

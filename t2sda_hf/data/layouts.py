@@ -25,6 +25,7 @@ class Layout:
     space: str = "cityscapes"
 
 
+ROLES = ("source", "target")  # of a config, which `t2sda prepare` takes in the place of a layout
 _CITY = "leftImg8bit/{split}/*/*_leftImg8bit.png", "_leftImg8bit.png"
 LAYOUTS: dict[str, Layout] = {
     "gta5": Layout({"train": ("", 24_966)}, "images/*.png", ".png", (("labels/{stem}.png", "gta5"),)),

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -70,9 +71,7 @@ def prepare_layout(
     unknown = sorted({*splits, *unlabelled} - set(layout.splits))
     if unknown:
         raise ValueError(f"{name} has no split {', '.join(unknown)}: it has {', '.join(layout.splits)}.")
-    card = output / "README.md"
-    if card.is_file() and "by `t2sda prepare`" not in card.read_text(encoding="utf-8", errors="replace"):
-        raise ValueError(f"{card} exists, and `t2sda prepare` did not write it: choose another --output.")
+    _refuse_other_card(output)
     classes = tuple(name for name in LABEL_SPACES[layout.space] if name != VOID)
     domains = {}
     for split in splits or layout.splits:  # all of them are looked at before any work
@@ -89,8 +88,34 @@ def prepare_layout(
         prepare(domain, output, split, len(classes), encoding, num_processes)
         if domain.rule is not None:
             _check_classes(output, split, name, classes)
-    _describe(output, name, layout.space)
+    _describe(output, name, LABEL_SPACES[layout.space])
     return {split: len(domain) for split, domain in domains.items()}
+
+
+def prepare_domain(
+    config: DomainConfig,
+    classes: Sequence[str],
+    output: Path,
+    *,
+    labelled: bool,
+    encoding: Encoding = "png",
+    num_processes: int | None = None,
+) -> int:
+    """Turn any domain into `output`: its images as they are trained on, label maps of the ids of `classes`.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        ValueError: for a domain or an output at fault.
+    """
+    if not re.fullmatch(r"\w+", config.split):
+        raise ValueError(f"split must be a plain name, which files can begin with, got {config.split!r}.")
+    _refuse_other_card(output)
+    domain = load_domain(config, classes, labelled)
+    prepare(domain, output, config.split, len(classes), encoding, num_processes)
+    _describe(output, domain.name, classes)
+    return len(domain)
 
 
 def prepare(
@@ -166,6 +191,12 @@ def _rows(shards: Sequence[int], length: int) -> int:
     return sum(min(ROWS_PER_SHARD, length - shard * ROWS_PER_SHARD) for shard in shards)
 
 
+def _refuse_other_card(output: Path) -> None:
+    card = output / "README.md"
+    if card.is_file() and "by `t2sda prepare`" not in card.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(f"{card} exists, and `t2sda prepare` did not write it: choose another --output.")
+
+
 def _claim(domain: Domain, output: Path, split: str, encoding: Encoding) -> None:
     """Remember in a hidden file what the shards are made of, and refuse to mix."""
     digest = hashlib.sha256()
@@ -215,12 +246,13 @@ def _prepared(domain: Domain, index: int, num_classes: int, encoding: Encoding) 
     image = domain.image(index)  # decoded in any case: a damaged file must not get in
     size = (image.shape[0], image.shape[1])
     target = domain.working_size(size)
-    resized = target != size
+    encoded = target != size or domain.config.crop_box is not None
     limit = domain.config.max_pixels
     cell = {
-        "bytes": _encoded(domain.resized_image(index), encoding) if resized else file_bytes(row["image"], where, limit)
+        "bytes": _encoded(domain.resized_image(index), encoding) if encoded else file_bytes(row["image"], where, limit)
     }
-    result: dict[str, Any] = {"image": cell | {"path": None}, "file_name": row["file_name"]}
+    name = row.get("file_name") or f"row {index}"
+    result: dict[str, Any] = {"image": cell | {"path": None}, "file_name": name}
     if domain.rule is None:
         return result
     if read_header(row["image"], where, limit)[1] != 1:
@@ -265,13 +297,13 @@ def _encoded(pixels: np.ndarray, encoding: Encoding) -> bytes:
     return file.getvalue()
 
 
-def _describe(output: Path, name: str, space: str) -> None:
+def _describe(output: Path, name: str, names: Sequence[str]) -> None:
     """The card by which `datasets` finds the splits: a configuration each, since one may have no labels."""
     splits = sorted({file.name.split("-")[0] for file in output.glob("*-of-*.parquet")})
     configs = "\n".join(
         f"- config_name: {split}\n  data_files:\n  - split: {split}\n    path: {split}-*.parquet" for split in splits
     )
-    ids = ", ".join(f"{label_id} {label}" for label_id, label in enumerate(LABEL_SPACES[space]) if label != VOID)
+    ids = ", ".join(f"{label_id} {label}" for label_id, label in enumerate(names) if label != VOID)
     write_text(
         output / "README.md",
         f"---\nconfigs:\n{configs}\n---\n"

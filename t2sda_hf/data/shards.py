@@ -69,9 +69,14 @@ class Shards:
         """
         found: dict[str, int] = {}
         for folder in dict.fromkeys(posixpath.dirname(name) for name in self.names):
-            system, path = url_to_fs(self.url(folder).rstrip("/"))
-            for entry in system.ls(path, detail=True):
-                found[posixpath.join(folder, posixpath.basename(entry["name"]))] = entry["size"]
+            where = self.url(folder).rstrip("/")
+            if "://" in where:
+                system, path = url_to_fs(where)
+                listed = [(posixpath.basename(entry["name"]), entry["size"]) for entry in system.ls(path, detail=True)]
+            else:
+                with os.scandir(where) as entries:
+                    listed = [(entry.name, entry.stat().st_size) for entry in entries if entry.is_file()]
+            found |= {posixpath.join(folder, name): size for name, size in listed}
         return [found.get(name, 0) for name in self.names]
 
     def contents(self) -> str:
@@ -199,7 +204,7 @@ def read_counts(shards: Shards, file: Path, image_column: str, label_column: str
     try:
         table = pq.read_table(file, memory_map=True)
         names, sizes = json.loads(table.schema.metadata[_SHARDS])
-        table = table.select(_SCHEMA.names).cast(_SCHEMA)
+        table = table.select(_SCHEMA.names).cast(_SCHEMA.with_metadata(table.schema.metadata))
     except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} holds no class counts: {error}. Write it anew with `t2sda prepare`.") from error
     there = dict(zip(shards.names, shards.sizes(), strict=True))
@@ -220,4 +225,6 @@ def read_counts(shards: Shards, file: Path, image_column: str, label_column: str
         start, stop = (table[f"{name}_{end}"].combine_chunks().cast(pa.string()) for end in ("start", "stop"))
         paths = pc.binary_join_element_wise(urls, RANGE, start, "-", stop, "")
         cells[column] = pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"])
-    return Dataset(pa.table(cells | {name: table[name] for name in ("file_name", COUNTS, SIZE, DIGEST)}))
+    kept = {name: table[name] for name in ("file_name", COUNTS, SIZE, DIGEST)}
+    number = digest(table.schema.metadata[_SHARDS], "".join(kept[DIGEST].to_pylist()).encode())  # or all is hashed
+    return Dataset(pa.table(cells | kept), fingerprint=number[:32])

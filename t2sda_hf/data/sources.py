@@ -13,7 +13,6 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -653,7 +652,8 @@ def _refuse_needless(config: DomainConfig) -> None:
 def _shards_in(folder: Path, split: str) -> list[str]:
     """Names of the parquet files of a split that lie in a folder itself."""
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if fnmatchcase(entry.name, f"{glob.escape(split)}-*.parquet"))
+        names = [entry.name for entry in entries]
+    return sorted(name for name in names if name.startswith(f"{split}-") and name.endswith(".parquet"))
 
 
 def open_stream(config: DomainConfig) -> IterableDataset:

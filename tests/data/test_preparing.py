@@ -391,3 +391,43 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert done.returncode == -9, done.stderr
     worker = psutil.Process(int(done.stdout)) if psutil.pid_exists(int(done.stdout)) else None
     assert worker is None or not psutil.wait_procs([worker], timeout=60)[1]
+
+
+def test_the_domains_of_a_config_are_prepared_as_a_run_sees_them(tmp_path, monkeypatch):
+    """A box cut out of them, other names, no names of files: images and labels are those of the config."""
+    expected = gta5(tmp_path / "raw", 3)["train"]
+    pairs = "".join(f"images/{number:05d}.png,labels/{number:05d}.png\n" for number in (1, 3))
+    (tmp_path / "raw" / "pairs.csv").write_text(f"image,label\n{pairs}", encoding="utf-8")
+    own = {"path": str(tmp_path / "raw" / "pairs.csv"), "label_space": "gta5", "crop_box": [4, 8, 30, 60]}
+    classes = ("road", "house", "sky")
+    (tmp_path / "mine.yaml").write_text(
+        f"classes: {list(classes)}\nsource: {own | {'label_map': {'building': 'house'}}}\n"
+        f"target: {{path: {tmp_path / 'raw' / 'images'}}}\n"
+    )
+    for role in ("source", "target"):
+        words = [role, "--config", str(tmp_path / "mine.yaml"), "--output", str(tmp_path / role), "--processes", "1"]
+        assert main(["prepare", *words]) == 0
+    streamed = DomainConfig(path=str(tmp_path / "source"), class_names=classes, streaming=True)
+    source = load_domain(streamed, classes)
+    counts = check_domain(source, classes)
+    for index, (file, image, labels) in enumerate((expected[0], expected[2])):
+        assert source.table[index]["file_name"] == file
+        assert np.array_equal(source.image(index), image[4:34, 8:68])
+        few = np.full(256, 255, np.uint8)
+        few[[0, 2, 10]] = 0, 1, 2  # road, building, sky
+        assert np.array_equal(source.labels(index), few[labels[4:34, 8:68]])
+        assert counts[index].tolist() == [(source.labels(index) == number).sum() for number in range(3)]
+    target = load_domain(str(tmp_path / "target"), classes, labelled=False)
+    assert np.array_equal(target.image(2), expected[2][1])
+    assert not (tmp_path / "target" / "class_counts-train.parquet").exists()
+
+
+def test_what_is_of_a_download_and_what_of_a_config_are_not_mixed(tmp_path, capsys):
+    output = ["--output", str(tmp_path / "out")]
+    assert main(["prepare", "source", "--root", "x", "--splits", "train", *output]) == 2
+    assert "--root, --splits is for a download; of the source of a config the config says it" in capsys.readouterr().err
+    assert main(["prepare", "gta5", *output]) == 2
+    assert "--root is missing: give the folder of the unpacked download of gta5" in capsys.readouterr().err
+    assert main(["prepare", "target", *output]) == 2
+    assert "a domain has no path" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
