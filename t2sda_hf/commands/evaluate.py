@@ -35,6 +35,7 @@ from ..evaluation.models import titled
 from ..evaluation.table import class_sets_of, format_table, summarise
 from ..storage import outputs, refuse_foreign, write_json
 from ..teacher import with_statistics_of
+from ..training.build import networks_of
 from ..training.checkpoint import WHOLE, checkpoints
 from ..training.derive import loading_processes
 from .domains import open_labelled, test_domains
@@ -116,17 +117,24 @@ def models_of(given: str) -> dict[str, tuple[str, Callable[[], Loaded]]]:
         prefix = "" if title == name else f"{title} "
         found[f"{prefix}{student.parent.name}"] = str(student), partial(load_model, str(student))
         newest = checkpoints(student.parent)[-1:]
-        whole = newest and (newest[0] / "teacher" / WHOLE).is_file()  # not of an encoder that is frozen or adapted
-        if whole and student.parent.name not in SUPERVISED:
+        if newest and student.parent.name not in SUPERVISED:
             found[f"{prefix}{student.parent.name} (teacher)"] = str(student), partial(load_teacher, newest[0])
     return found
 
 
 def load_teacher(checkpoint: Path) -> Loaded:
-    """The teacher of a checkpoint with its student's running statistics: what the table of the run calls teacher."""
-    student, classes = load_model(str(checkpoint / "student"))
-    teacher, _ = load_model(str(checkpoint / "teacher"))
-    return with_statistics_of(copy.deepcopy(teacher), student), classes
+    """The teacher of a checkpoint with its student's running statistics: what the table of the run calls teacher.
+
+    Raises:
+        ValueError: see `networks_of`.
+    """
+    if (checkpoint / "teacher" / WHOLE).is_file():
+        student, classes = load_model(str(checkpoint / "student"))
+        teacher, _ = load_model(str(checkpoint / "teacher"))
+        return with_statistics_of(copy.deepcopy(teacher), student), classes
+    own, averaged = networks_of(checkpoint)  # an encoder that is frozen or adapted is not in it
+    names: dict[int, str] = own.config.id2label  # type: ignore[assignment]
+    return with_statistics_of(averaged, own), tuple(names.values())
 
 
 def subsets_of(given: Sequence[str], classes: Sequence[str]) -> dict[str, tuple[str, ...]]:

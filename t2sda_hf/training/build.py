@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import KwargsHandler
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..batch import UdaBatch, sent_ahead
-from ..config import DomainConfig, RunConfig, TranslateConfig
+from ..config import DomainConfig, RunConfig, TranslateConfig, load_config
 from ..data.contents import Contents, digest, file_contents
 from ..data.domains import Domain, Reading, domain_contents, load_domain, read_domain
 from ..data.few_labels import covering_order, how_many
@@ -46,7 +47,8 @@ from ..models import (
 from ..translate import TranslationEngine, build_engine
 from ..translate.style_networks import ADAIN_FILES, RANDOMIZATION_FILES, find_weights
 from ..translate.trained import NetworkTranslation
-from .adapters import limit_training, merged
+from .adapters import frozen_names, limit_training, merged, without
+from .checkpoint import TRAINED
 from .derive import Derived, Facts, derive, joint_frequencies
 from .distributed import broadcast_from_main, decided_by_main, shards
 from .loop import Run, train
@@ -265,6 +267,33 @@ def build_student(cfg: RunConfig, random: bool = False) -> T2SDAForSemanticSegme
             )
         student.activation_checkpointing_enable()
     return student
+
+
+def networks_of(checkpoint: Path) -> tuple[T2SDAForSemanticSegmentation, T2SDAForSemanticSegmentation]:
+    """Student and teacher of a checkpoint that holds what is trained alone, whole and with adapters merged.
+
+    The rest is what it was at the start of the run: the encoder of `model.pretrained`.
+
+    Raises:
+        ValueError: if that encoder cannot be loaded any more, or is another one.
+    """
+    cfg = load_config(checkpoint.parent / "resolved_config.yaml", record=True)
+    made: list[T2SDAForSemanticSegmentation] = []
+    try:
+        begun = build_student(cfg)
+        for part in ("student", "teacher"):
+            network, own = deepcopy(begun), load_file(checkpoint / part / TRAINED)
+            if own.keys() != without(network.state_dict(), frozen_names(network)).keys():
+                raise ValueError("other parts of it were trained.")
+            network.load_state_dict(own, strict=False)
+            made.append(merged(network).eval())
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"the networks of {checkpoint} are the encoder of {cfg.model.pretrained or cfg.start_model} and what was "
+            f"trained beside it, and they cannot be put together: {error} Bring that encoder back, or name "
+            f"{checkpoint.parent / 'student'} alone, which is whole."
+        ) from error
+    return made[0], made[1]
 
 
 def start_student(cfg: RunConfig) -> T2SDAForSemanticSegmentation:

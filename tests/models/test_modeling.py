@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from encoders import FAMILIES
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -493,17 +494,17 @@ def test_auto_classes_find_model_config_and_image_processor(small, tmp_path):
 
 
 def test_a_checkpoint_loads_where_this_package_is_not_installed(small, images, tmp_path, randomize):
-    """With the code that lies beside the weights, and transformers' permission to run it."""
-    folder = tmp_path / "checkpoint"
-    model = randomize(build(**small)).eval()
-    model.save_pretrained(folder)
-    T2SDAImageProcessor(size=(70, 91)).save_pretrained(folder)
-    with torch.no_grad():
-        output = model(images, project=True)
-    save_file(
-        {"images": images, "logits": output.logits, "embeddings": output.embeddings.contiguous()},
-        tmp_path / "expected.safetensors",
-    )
+    """With the code that lies beside the weights, and transformers' permission to run it: a MiT, and any backbone."""
+    sizes = {"decoder_hidden_size": 8, "projector_dim": 8, "projector_hidden": 8, "num_labels": 5}
+    backbones = {name: {"backbone_config": FAMILIES[name]} | sizes for name in ("dinov2", "swin")}
+    for name, fields in ({"mit": small} | backbones).items():
+        model = randomize(build(**fields)).eval()
+        model.save_pretrained(tmp_path / name)
+        T2SDAImageProcessor(size=(70, 91)).save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            output = model(images, project=True)
+        tensors = {"images": images, "logits": output.logits, "embeddings": output.embeddings}
+        save_file({key: one.contiguous() for key, one in tensors.items()}, tmp_path / f"{name}.safetensors")
     program = """
 import sys
 sys.modules["t2sda_hf"] = None  # importing it fails from here on
@@ -511,20 +512,21 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-folder, expected = sys.argv[1], load_file(sys.argv[2])
-model = AutoModelForSemanticSegmentation.from_pretrained(folder, trust_remote_code=True)
-processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules."), type(model)
-assert type(processor).__module__.startswith("transformers_modules."), type(processor)
-with torch.no_grad():
-    output = model(expected["images"], project=True)
-torch.testing.assert_close(output.logits, expected["logits"], rtol=1e-5, atol=1e-5)
-torch.testing.assert_close(output.embeddings, expected["embeddings"], rtol=1e-5, atol=1e-5)
-assert processor(torch.zeros(3, 7, 9), return_tensors="pt")["pixel_values"].shape == (1, 3, 70, 91)
+for name in ("mit", "dinov2", "swin"):
+    expected = load_file(f"{name}.safetensors")
+    model = AutoModelForSemanticSegmentation.from_pretrained(name, trust_remote_code=True)
+    processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    assert type(processor).__module__.startswith("transformers_modules."), type(processor)
+    with torch.no_grad():
+        output = model(expected["images"], project=True)
+    torch.testing.assert_close(output.logits, expected["logits"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.embeddings, expected["embeddings"], rtol=1e-5, atol=1e-5)
+    assert processor(torch.zeros(3, 7, 9), return_tensors="pt")["pixel_values"].shape == (1, 3, 70, 91)
 print("all is well")
 """
     result = subprocess.run(
-        [sys.executable, "-c", program, str(folder), str(tmp_path / "expected.safetensors")],
+        [sys.executable, "-c", program],
         env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
         cwd=tmp_path,
         capture_output=True,
@@ -534,11 +536,14 @@ print("all is well")
     assert result.stdout.endswith("all is well\n"), result.stderr
 
 
-@pytest.mark.parametrize("from_folder", [False, True])
-def test_the_segmentation_pipeline_masks_what_the_model_says(small, tmp_path, randomize, caplog, from_folder):
+@pytest.mark.parametrize(
+    ("encoder", "from_folder"), [("mit", False), ("mit", True), ("dinov2", True), ("convnext", True)]
+)
+def test_the_segmentation_pipeline_masks_what_the_model_says(small, tmp_path, randomize, caplog, encoder, from_folder):
     """The masks of all classes are the label map, at the size of the image."""
     names = {0: "road", 1: "car", 2: "sky", 3: "tree", 4: "bus"}
-    model = randomize(build(**small, id2label=names)).eval()
+    fields = small if encoder == "mit" else {"backbone_config": FAMILIES[encoder], "decoder_hidden_size": 8}
+    model = randomize(build(**fields, id2label=names)).eval()
     processor = T2SDAImageProcessor(size=(64, 96))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 81, 3), dtype=np.uint8))
     if from_folder:

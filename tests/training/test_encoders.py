@@ -16,13 +16,15 @@ from tiny import tiny_config, tiny_model
 from transformers import AutoBackbone
 
 from t2sda_hf.cli import main
+from t2sda_hf.commands.evaluate import models_of
 from t2sda_hf.config import RunConfig, load_config
 from t2sda_hf.config.run import OptimConfig
 from t2sda_hf.evaluation.inference import load_model, predict_labels
 from t2sda_hf.methods import METHODS
 from t2sda_hf.models import T2SDAForSemanticSegmentation, T2SDAImageProcessor
+from t2sda_hf.teacher import with_statistics_of
 from t2sda_hf.training.adapters import limit_training, merged
-from t2sda_hf.training.build import build_student
+from t2sda_hf.training.build import build_student, compile_networks
 from t2sda_hf.training.checkpoint import Progress, checkpoint_folder, optimizer_tensors
 from t2sda_hf.training.derive import without_data
 from t2sda_hf.training.estimate import random_batch, stand_in_engine
@@ -78,8 +80,60 @@ def test_two_updates_and_the_model_that_is_left(family, tmp_path):
     loaded, _ = load_model(str(tmp_path / "student"))
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in student.state_dict().items())
     for height, width in [(64, 64)] if family in ONE_SIZE else [(75, 131), (33, 40), (1, 1)]:
-        labels = predict_labels(loaded, torch.randn(1, 3, height, width), (height, width))
+        images = torch.randn(1, 3, height, width)
+        labels = predict_labels(loaded, images, (height, width))
         assert labels.shape == (1, height, width)
+        slide = predict_labels(loaded, images, (height, width), "slide", (height, width), (height, width))
+        assert torch.equal(slide, labels)  # one window is the image
+    window, step = ((64, 64), (32, 32)) if family in ONE_SIZE else ((50, 60), (33, 40))
+    assert predict_labels(loaded, torch.randn(1, 3, 96, 128), (96, 128), "slide", window, step).shape == (1, 96, 128)
+
+
+HRDA = ("--data={crop_size: [64, 128], outer_crop_size: [64, 128]}", "--hrda={enabled: true, crop_size: [32, 64]}")
+OTHERS = {
+    "HRDA": (HRDA, {"source", "target", "pull"}),
+    "MIC": ((*HRDA, "--loss_weights.masked_consistency=1"), {"source", "target", "pull", "masked_consistency"}),
+    "generalization": (
+        ("--method=generalization", "--translate.engine=gaussian_blur", "--drw.apply_to=none"),
+        {"source", "pull"},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ["dinov2", "swin"])
+@pytest.mark.parametrize("what", OTHERS)
+def test_two_updates_of_other_objectives(family, what, tmp_path):
+    """On a plain ViT, whose patch of 14 divides no crop of HRDA, and on one with windows."""
+    words, terms = OTHERS[what]
+    run = started(automatic(write_encoder(family, tmp_path / "encoder"), *words))
+    student: Any = run.parts.networks.student
+    logged: list[dict[str, torch.Tensor]] = []
+    learn(run, next_step(run, 0, 0, random_batch(run.cfg)), logged)
+    assert {name for one in logged for name in one} - {"trust"} == terms
+    still = {name for name, p in student.named_parameters() if p.grad is None or not p.grad.any()}
+    assert still == {f"backbone.model.{name}" for name in UNUSED[family]}
+    run.parts.optimizer.zero_grad()
+    make_updates(run, tmp_path)
+    assert all(torch.isfinite(p).all() for p in student.parameters())
+
+
+# dynamo looks at .grad of whatever it captures.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize(("family", "backend"), [("dinov2", "aot_eager"), ("convnext", "eager")])
+def test_compiled_encoders_learn_the_same(family, backend, tmp_path):
+    cfg = automatic(write_encoder(family, tmp_path / "encoder"))
+    plain, compiled = started(cfg), started(cfg)
+    torch.compiler.reset()
+    compile_networks([compiled.parts.networks.student, compiled.parts.networks.teacher], backend)
+    logged: dict[str, list[dict[str, torch.Tensor]]] = {"plain": [], "compiled": []}
+    for name, run in (("plain", plain), ("compiled", compiled)):
+        torch.manual_seed(0)
+        learn(run, next_step(run, 0, 0, random_batch(cfg)), logged[name])
+    for one, other in zip(logged["plain"], logged["compiled"], strict=True):
+        torch.testing.assert_close(one, other)
+    pairs = zip(plain.parts.networks.student.parameters(), compiled.parts.networks.student.parameters(), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one.grad, other.grad)
 
 
 def test_a_run_by_its_command_with_nothing_but_the_name_of_an_encoder(tmp_path, capsys):
@@ -271,10 +325,11 @@ def test_four_updates_equal_two_and_two_after_a_checkpoint_of_what_is_trained(ho
     make_updates(straight, tmp_path, updates=4)
     make_updates(first, tmp_path)
     student = build_student(cfg)
-    store = Store(tmp_path / "run", cfg, first.accelerator, T2SDAImageProcessor(), student, {"config": {}})
+    store = Store(tmp_path / "run" / "t2sda", cfg, first.accelerator, T2SDAImageProcessor(), student, {"config": {}})
+    store.open()
     store.save_checkpoint(first.parts, Progress(2))
 
-    checkpoint = checkpoint_folder(tmp_path / "run", 2)
+    checkpoint = checkpoint_folder(store.folder, 2)
     second = started(cfg)
     load_run(checkpoint, second.parts, second.accelerator)
     make_updates(second, tmp_path, first=2)
@@ -290,6 +345,19 @@ def test_four_updates_equal_two_and_two_after_a_checkpoint_of_what_is_trained(ho
         assert not any(name.endswith("base_layer.weight") or "norm1" in name for name in held)
     loaded = T2SDAForSemanticSegmentation.from_pretrained(_saved(store, second, tmp_path))
     assert not any("lora" in name for name in loaded.state_dict())
+
+    store.save_student(first.parts.networks.student)
+    scored = models_of(str(tmp_path / "run"))
+    assert [title.rpartition("/")[2] for title in scored] == ["t2sda", "t2sda (teacher)"]
+    teacher, classes = scored[list(scored)[1]][1]()
+    assert classes == cfg.classes
+    averaged = merged(with_statistics_of(first.parts.networks.teacher, first.parts.networks.student)).state_dict()
+    assert teacher.state_dict().keys() == averaged.keys()
+    assert all(torch.equal(tensor, averaged[name]) for name, tensor in teacher.state_dict().items())
+    if how != "full":
+        rmtree(folder)
+        with pytest.raises(ValueError, match=r"cannot be put together: no checkpoint .* or name .*student alone"):
+            scored[list(scored)[1]][1]()
 
 
 def _saved(store: Store, run: Run, folder: Path) -> Path:
