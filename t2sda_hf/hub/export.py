@@ -1,13 +1,19 @@
 """A model as ONNX, for any image size, compared with PyTorch before it is kept."""
 
+import re
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import NotFinite
+from ..errors import Ended, NotFinite
 from ..evaluation.inference import load_model
 
 SIZES = ((2, 64, 96), (1, 97, 133), (3, 160, 64))  # (batch, height, width), one divisible by nothing
@@ -26,6 +32,42 @@ class Logits(nn.Module):
         return logits
 
 
+@contextmanager
+def any_size(encoder: Any) -> Iterator[None]:
+    """Inside, the code of a backbone of transformers leaves open what the exporter has to leave open.
+
+    Attention is written out: of torch's fused one the exporter cannot reshape the result. And `torch_int` would make a
+    constant of a side that is a symbol.
+    """
+    attention, code = encoder.config._attn_implementation, sys.modules[type(encoder).__module__]
+    encoder.set_attn_implementation("eager")
+    try:
+        with patch.object(code, "torch_int", _whole) if hasattr(code, "torch_int") else nullcontext():
+            yield
+    finally:
+        encoder.set_attn_implementation(attention)
+
+
+def _whole(side: Any) -> Any:
+    return int(side) if isinstance(side, float) else side
+
+
+@contextmanager
+def named_operator(name: str) -> Iterator[None]:
+    """Whatever the exporter or onnxruntime raises inside is a ValueError that names the operator where they stop."""
+    try:
+        yield
+    except (Ended, OSError, MemoryError):
+        raise
+    except Exception as error:
+        found = re.search(r"torch\.ops\.(aten\.\w+)|while running (\w+) node", str(error))
+        operator = next(filter(None, found.groups())) if found else type(error).__name__
+        said = " ".join(str(error.__cause__ or error).split())[:200]
+        raise ValueError(
+            f"{name!r} cannot be exported for images of any size: ONNX stops at {operator} ({said})."
+        ) from error
+
+
 def export_onnx(name: str, path: Path) -> float:
     """Write a model with the input pixel_values (B,3,H,W), normalised, and the output logits (B,K,H/4,W/4).
 
@@ -38,7 +80,8 @@ def export_onnx(name: str, path: Path) -> float:
 
     Raises:
         NotFinite: if its logits are not.
-        ValueError: if the model cannot be loaded or exported, a library is missing, or the file gives other logits.
+        ValueError: if the model cannot be loaded or exported, naming the operator, a library is missing, or the file
+            gives other logits.
     """
     try:
         import onnxruntime
@@ -54,6 +97,10 @@ def export_onnx(name: str, path: Path) -> float:
         raise ValueError(
             f"{name!r} sees images at two resolutions, in crops whose number depends on the size: no ONNX."
         )
+    automatic = model.config.encoder == "backbone"
+    if automatic and model.backbone.only_size is not None:
+        only = "x".join(map(str, model.backbone.only_size))
+        raise ValueError(f"{name!r} takes images of {only} alone, and an export is for any size: no ONNX.")
     logits = Logits(model).eval()
     with torch.no_grad():
         if not torch.isfinite(logits(torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)))).all():
@@ -64,7 +111,11 @@ def export_onnx(name: str, path: Path) -> float:
     dynamic = {"pixel_values": {0: "batch", 2: "height", 3: "width"}}
     with TemporaryDirectory(dir=path.parent) as temporary:  # the same disk, so that renaming is one step
         draft = Path(temporary) / "model.onnx"
-        with warnings.catch_warnings(action="ignore"):  # of the exporter about its own code
+        with (
+            warnings.catch_warnings(action="ignore"),  # of the exporter about its own code
+            any_size(model.pretrained_encoder) if automatic else nullcontext(),
+            named_operator(name),
+        ):
             program = torch.onnx.export(
                 logits,
                 (torch.zeros(2, 3, 64, 96),),  # two images: with one the batch would become a constant
@@ -83,7 +134,8 @@ def export_onnx(name: str, path: Path) -> float:
             pixels = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(index))
             with torch.no_grad():
                 expected = logits(pixels)
-            found = torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
+            with named_operator(name):
+                found = torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
             if found.shape != expected.shape:
                 raise ValueError(f"the exported model gives {tuple(found.shape)} instead of {tuple(expected.shape)}.")
             worst = max(worst, float((found - expected).abs().max()))

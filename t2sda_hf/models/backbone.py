@@ -235,7 +235,7 @@ class BackboneEncoder(nn.Module):
         height, width = (padded(side, 32) for side in pixel_values.shape[-2:])
         patch = 1 if self.pyramid is None else self.pyramid.patch
         below, right = (padded(side, patch) for side in (height, width))
-        if (below, right) != tuple(pixel_values.shape[-2:]):
+        if torch.compiler.is_exporting() or (below, right) != tuple(pixel_values.shape[-2:]):
             pixel_values = F.pad(pixel_values, (0, right - pixel_values.shape[-1], 0, below - pixel_values.shape[-2]))
         if self.scale != (1.0, 1.0, 1.0) or any(self.shift):
             colours = zip(pixel_values.unbind(1), self.scale, self.shift, strict=True)

@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from encoders import FAMILIES
 from safetensors.torch import load_file, save_file
 
 from t2sda_hf.cli import main
 from t2sda_hf.evaluation.inference import load_model
+from t2sda_hf.hub.export import TOLERANCE, export_onnx, named_operator
+from t2sda_hf.models import T2SDAConfig, T2SDAForSemanticSegmentation, T2SDAImageProcessor
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `export`")
 
@@ -46,3 +49,44 @@ def test_logits_that_are_not_finite_are_not_exported(
     assert main(["export", str(model), str(tmp_path / "model.onnx")]) == 1
     assert re.search(r"NotFinite: the logits of .*model' are NaN or infinite", capsys.readouterr().err)
     assert not (tmp_path / "model.onnx").exists()
+
+
+def write_model(family: str, folder: Path) -> str:
+    """A model on a tiny encoder, with a head that adds little to the time of an export."""
+    torch.manual_seed(0)
+    names = {index: f"class {index}" for index in range(5)}
+    sizes = {"head": "linear", "projector_dim": 8, "projector_hidden": 8}
+    T2SDAForSemanticSegmentation(
+        T2SDAConfig(backbone_config=FAMILIES[family], id2label=names, **sizes)
+    ).save_pretrained(folder)
+    T2SDAImageProcessor().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", ["dinov2", "convnext"])
+def test_an_encoder_of_transformers_is_exported_for_any_size(family: str, tmp_path: Path) -> None:
+    """One with a table of positions and a patch that divides no level, and one with strides of its own."""
+    assert export_onnx(write_model(family, tmp_path / "model"), tmp_path / "model.onnx") <= TOLERANCE
+
+
+def test_an_encoder_of_one_size_is_not_exported_for_any(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="takes images of 64x64 alone, and an export is for any size"):
+        export_onnx(write_model("hiera", tmp_path / "model"), tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("said", "operator"),
+    [
+        ("%view_45 : call_function[target=torch.ops.aten.view.default](args = ())", "aten.view"),
+        ("Non-zero status code returned while running Reshape node. Name:'node_view_16'", "Reshape"),
+        ("something else", "RuntimeError"),
+    ],
+)
+def test_the_operator_that_stops_an_export_is_named(said: str, operator: str) -> None:
+    with (
+        pytest.raises(
+            ValueError, match=rf"'swin' cannot be exported for images of any size: ONNX stops at {operator} "
+        ),
+        named_operator("swin"),
+    ):
+        raise RuntimeError(said)
