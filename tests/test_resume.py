@@ -525,11 +525,11 @@ def test_an_image_that_breaks_in_the_middle_is_drawn_again(run, stop_after, tmp_
     """What is drawn for it depends on the position alone, so a stop changes nothing; too many end the run."""
     broken = {0, 1, 2, 3}
 
-    def draw(self: PairDataset, target: Domain, rng: np.random.Generator, *_: object) -> np.ndarray:
+    def draw(self: PairDataset, target: Domain, rng: np.random.Generator, *_: object) -> tuple[np.ndarray, Domain]:
         index = int(rng.integers(len(target)))
         if index in broken:
             raise ValueError(f"street {index} is cut")
-        return target.resized_image(index)
+        return target.resized_image(index), target
 
     monkeypatch.setattr(PairDataset, "_draw_target", draw)
     short = ("--train.max_steps", "6", "--train.evaluate_every", "100")

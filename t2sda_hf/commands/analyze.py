@@ -46,7 +46,7 @@ from ..analysis.embedding import embed, sample_pixels
 from ..analysis.features import labelled_features
 from ..analysis.plots import save_bars, save_relation, save_scatter
 from ..analysis.unlabelled import measure
-from ..config import DomainConfig
+from ..config import DomainConfig, only
 from ..data.domains import Domain, load_domain
 from ..data.transforms import Size
 from ..evaluation.evaluator import Part, evaluate_model, evenly_spread
@@ -64,7 +64,7 @@ Sizes = dict[str, Size | None]
 
 def run(args: Namespace) -> int:
     target = test_domain(args)
-    refuse_foreign("analyze", [args.output], [target.path, target.label_path, args.source or args.cfg.source.path])
+    refuse_foreign("analyze", [args.output], [target.path, target.label_path, args.source or source_of(args).path])
     models: Models = {}
     sizes: Sizes = {}
     classes: tuple[str, ...] = ()
@@ -89,8 +89,12 @@ def run(args: Namespace) -> int:
     return 0
 
 
+def source_of(args: Namespace) -> DomainConfig:
+    return only(args.cfg.source, "t2sda analyze compares with one source")
+
+
 def with_labels(args: Namespace, models: Models, sizes: Sizes, classes: tuple[str, ...], domain: Part) -> None:
-    given: DomainConfig = args.cfg.source
+    given = source_of(args)
     source = None
     if args.source or given.path:
         whole = load_domain(replace(given, path=args.source or given.path), classes)

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import RunConfig
+from ..config import RunConfig, role_of, several, shares_of
 from ..data.checking import DomainFacts, Finding, compare, inspect_domain
-from ..data.domains import Domain, load_domain
+from ..data.domains import Domain, load_domains
+from ..data.rare_class_sampling import joint_shares_of_pixels
 from ..data.sheet import write_report
 from ..storage import outputs, refuse_foreign
 from ..training.derive import Facts, derive
@@ -44,32 +45,44 @@ def check(
     """What is wrong with the domains `only` of a run, and what a run makes of them; also as a page in `output`."""
     labelled = ("target_labelled", "test", "" if cfg.method == "source_free" else cfg.labels_from)
     read = [role for role in only if role != "source" or cfg.labels_from == "source"]
-    configs = {role: config for role in read if (config := getattr(cfg, role)).path}
-    if not configs:
+    listed = {role: given for role in read if several(given := getattr(cfg, role))[0].path}
+    if not listed:
         raise ValueError(
             "there is nothing to check: give --config with a file or a recipe, or a path such as --source.path FOLDER."
         )
-    refuse_foreign("check", [output], [path for one in configs.values() for path in (one.path, one.label_path)])
+    paths = [path for given in listed.values() for one in several(given) for path in (one.path, one.label_path)]
+    refuse_foreign("check", [output], paths)
     domains: dict[str, tuple[Domain, DomainFacts]] = {}
-    for role, config in configs.items():
+    for role, given in listed.items():
         learned = role == cfg.labels_from
-        domain = load_domain(cfg.labelled if learned else config, cfg.classes, labelled=role in labelled)
-        domains[role] = domain, inspect_domain(domain, cfg.classes, processes)
-    facts = {role: fact for role, (_, fact) in domains.items()}
+        parts = load_domains(role, cfg.labelled if learned else given, cfg.classes, role in labelled).parts
+        for place, domain in enumerate(parts, 1):
+            title = role if len(parts) == 1 else f"{role} {place}"
+            domains[title] = domain, inspect_domain(domain, cfg.classes, processes)
+    facts = {title: fact for title, (_, fact) in domains.items()}
     findings = [finding for fact in facts.values() for finding in fact.findings] + compare(facts, cfg.classes)
     said: list[str] = []
     # A run cannot start with faults in its data: what it makes of the images is said of those without one.
-    sizes = {role: np.array([fact.shapes[row] for row in fact.readable]) for role, fact in facts.items()}
-    if cfg.labels_from in facts and all(len(sizes[role]) for role in sizes if role != "test"):
-        learned_from = facts[cfg.labels_from]
-        counts = learned_from.counts[learned_from.readable]
+    sizes = {title: np.array([fact.shapes[row] for row in fact.readable]) for title, fact in facts.items()}
+    counts = {title: fact.counts[fact.readable] for title, fact in facts.items()}
+
+    def of(role: str, found: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return [rows for title, rows in found.items() if role_of(title) == role]
+
+    together = None
+    if of(cfg.labels_from, sizes) and all(len(sizes[title]) for title in sizes if role_of(title) != "test"):
+        learned_from, seen = of(cfg.labels_from, counts), of("target", sizes)
+        lengths = [tuple(map(len, parts)) if len(parts) > 1 else () for parts in (learned_from, seen)]
+        of_target = np.concatenate(seen) if seen else None
+        read_sizes = np.concatenate(of(cfg.labels_from, sizes))
+        together = joint_shares_of_pixels(learned_from, shares_of(cfg.labelled)) if lengths[0] else None
         try:
-            derived = derive(cfg, Facts(counts, sizes[cfg.labels_from], sizes.get("target")))
+            derived = derive(cfg, Facts(np.concatenate(learned_from), read_sizes, of_target, None, *lengths))
         except ValueError as error:
             findings.append(Finding("the config", "values that do not fit", "fault", 1, str(error)))
         else:
             cfg, said = derived.cfg, derived.said
             findings += [Finding("the config", "values that spoil it", "note", 1, text) for text in derived.warnings]
     with outputs("check", output):
-        write_report(output, domains, findings, cfg.classes, cfg.rcs.temperature or 0.01, pictures, said)
+        write_report(output, domains, findings, cfg.classes, cfg.rcs.temperature or 0.01, pictures, said, together)
     return findings, said

@@ -17,9 +17,9 @@ MEANING = ("label_space", "class_names", "label_ids", "label_colors")
 
 
 def test_domains(args: Namespace) -> list[DomainConfig]:
-    """The test domain of the config and of the flags; one for each path of --domain.
+    """The test domains of the config and of the flags; one for each path of --domain.
 
-    Without a config and a path it is that of the run that the first model comes from. Then `args.cfg` gets the
+    Without a config and a path they are those of the run that the first model comes from. Then `args.cfg` gets the
     evaluation and the precision of the run, too: with others the same images would have another score.
 
     Args:
@@ -28,28 +28,34 @@ def test_domains(args: Namespace) -> list[DomainConfig]:
     Raises:
         ValueError: if nothing says where the images are.
     """
-    test: DomainConfig = args.cfg.test
+    tests: tuple[DomainConfig, ...] = args.cfg.tests
     models = args.models if "models" in args else [args.model]
     run = None if args.config else _run_of([titled(given)[1] for given in models])
-    if run is not None and not args.domain and not test.path:
+    if run is not None and not args.domain and not tests[0].path:
         of_run = load_config(run, args.overrides, record=True)
-        test = of_run.test
+        tests = of_run.tests
         args.cfg = replace(
             args.cfg,
             evaluation=of_run.evaluation,
             train=replace(args.cfg.train, precision=of_run.train.precision),
         )
         run = None
-    if not args.domain and not test.path:
+    if not args.domain and not tests[0].path:
         raise ValueError("no labelled domain was named: give --config with a file or a recipe, or --domain PATH.")
-    named = [replace(test, path=path) for path in args.domain] or [test]
+    named = [replace(_at(path, tests), path=path) for path in args.domain] or list(tests)
     if run is None:
         return named
-    as_in_run = load_config(run, record=True).test
-    explained = [_explained_by(as_in_run, one) for one in named]
+    of_the_run = load_config(run, record=True).tests
+    as_in_run = [_at(one.path, of_the_run) for one in named]
+    explained = [_explained_by(of_run, one) for of_run, one in zip(as_in_run, named, strict=True)]
     if explained != named:
         print(f"The ids of label maps are read as in the run, see {run}.", file=sys.stderr)
-    return [_cut_as(as_in_run, one) for one in explained]
+    return [_cut_as(of_run, one) for of_run, one in zip(as_in_run, explained, strict=True)]
+
+
+def _at(path: str, tests: Sequence[DomainConfig]) -> DomainConfig:
+    """Of several the one that lies at a path, or else the first: so another one is read as it is."""
+    return next((test for test in tests if test.path == path), tests[0])
 
 
 def _explained_by(of_run: DomainConfig, test: DomainConfig) -> DomainConfig:
@@ -86,7 +92,8 @@ def test_domain(args: Namespace) -> DomainConfig:
     """`test_domains` of a command that looks at one."""
     first, *others = test_domains(args)
     if others:
-        raise ValueError(f"--domain takes one domain here, got {', '.join(args.domain)}. Call the command for each.")
+        named = ", ".join(one.path for one in (first, *others))
+        raise ValueError(f"--domain takes one domain here, got {named}. Call the command for each.")
     return first
 
 

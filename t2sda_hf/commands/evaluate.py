@@ -19,7 +19,7 @@ import csv
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from ..device import make_accelerator
 from ..evaluation.evaluator import LabelledDomain, Part, evaluate_model
 from ..evaluation.inference import load_model, saved_image_size
 from ..evaluation.models import titled
-from ..evaluation.table import class_sets_of, format_table, summarise
+from ..evaluation.table import class_sets_of, format_table, markdown, number, spread, summarise
 from ..storage import outputs, refuse_foreign, write_json
 from ..teacher import with_statistics_of
 from ..training.build import networks_of
@@ -62,7 +62,11 @@ def run(args: Namespace) -> int:
     models = [(title, *entry) for given in args.models for title, entry in models_of(given).items()]
     shown: dict[str, Any] = {}
     titled_alike: dict[str, tuple[str, ...]] = {}
-    for config in domains:
+    names = [config.path for config in domains]
+    names = [
+        f"{path} ({one.split})" if names.count(path) > 1 else path for path, one in zip(names, domains, strict=True)
+    ]
+    for config, called in zip(domains, names, strict=True):
         columns: dict[str, list[dict[str, Any]]] = {}
         subsets: dict[str, tuple[str, ...]] = {}
         for title, name, load in models:
@@ -98,8 +102,10 @@ def run(args: Namespace) -> int:
                 settings["inputs"] = {"data": domain_contents(domain).fingerprint}
             columns.setdefault(title, []).append(settings | {"window": how.window, "stride": how.stride} | result)
         if accelerator.is_main_process:
-            show(config.path, columns, subsets)
-            shown[config.path] = columns
+            show(called, columns, subsets)
+            shown[called] = columns
+    if accelerator.is_main_process and len(shown) > 1:
+        print(f"\n{means(shown)}")
     if accelerator.is_main_process and args.output:
         with outputs("evaluate", *files):
             save(args.output, shown, subsets)
@@ -159,6 +165,17 @@ def show(path: str, columns: dict[str, list[dict[str, Any]]], subsets: dict[str,
     unscored = [name for name, row in zip(first["iou"], first["confusion"], strict=True) if not sum(row)]
     if unscored:
         print(f"\nNo pixel of {path} is labelled {', '.join(unscored)}: 0 if predicted anywhere, otherwise left out.")
+
+
+def means(shown: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> str:
+    """A table of the mIoU on each domain, of several seeds the mean, and of the mean over the domains."""
+    rows = {
+        name: [spread([result["miou"] for result in seeds])["mean"] for seeds in columns.values()]
+        for name, columns in shown.items()
+    }
+    rows["mean"] = [spread(of_model)["mean"] for of_model in zip(*rows.values(), strict=True)]
+    header = ["mIoU", *next(iter(shown.values()))]
+    return markdown(header, [[name, *map(number, values)] for name, values in rows.items()])
 
 
 def save(output: Path, shown: dict[str, Any], subsets: dict[str, tuple[str, ...]]) -> None:

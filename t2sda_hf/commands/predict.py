@@ -99,7 +99,7 @@ def predict_files(args: Namespace) -> int:
     see, colors = seeing(model, args), palette(classes)
     unread: list[str] = []
     in_part: list[str] = []
-    most = args.cfg.test.max_pixels
+    most = max(test.max_pixels for test in args.cfg.tests)
     with ThreadPoolExecutor(2) as beside:  # reads the next image and writes the one before, while a GPU sees this one
         written: deque[Future[None]] = deque()
         for path, own, image in zip(tqdm(images, desc="predict"), files, _ahead(beside, images, most), strict=True):

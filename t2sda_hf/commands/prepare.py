@@ -14,6 +14,7 @@ labels.
 
 from argparse import Namespace
 
+from ..config import only
 from ..data.layouts import LAYOUTS, ROLES
 from ..data.preparing import prepare_domain, prepare_layout
 from ..labels import LABEL_SPACES
@@ -48,7 +49,7 @@ def _run_role(args: Namespace) -> int:
         raise ValueError(f"{', '.join(wrong)} is for a download; of the {args.name} of a config the config says it.")
     classes, labelled = args.cfg.classes, args.name == "source"
     count = prepare_domain(
-        getattr(args.cfg, args.name),
+        only(getattr(args.cfg, args.name), f"t2sda prepare takes one {args.name}"),
         classes,
         args.output,
         labelled=labelled,

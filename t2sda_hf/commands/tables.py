@@ -57,14 +57,14 @@ from filelock import Timeout
 
 from ..analysis.fair import ROWS, best, fair_text, figures, figures_over_labels, label_curve_text, tried
 from ..analysis.plots import save_steps
-from ..config import RECIPES, RunConfig, changes, differences, find_recipe, load_config, read_yaml
-from ..data.domains import Domain, load_domain, read_domain
+from ..config import RECIPES, RunConfig, changes, differences, find_recipe, load_config, only, read_yaml
+from ..data.domains import Domain, load_domain, load_domains, read_domain
 from ..data.streets import SCENES
 from ..evaluation.table import CLASS_SETS, markdown, spread, subset_miou
 from ..labels import THING_CLASSES
 from ..launching import Runner, refuse_keys, words_of
 from ..storage import foreign_json, read_json, write_json, write_text
-from ..training.build import open_labelled_target
+from ..training.build import lengths_of, open_labelled_target
 from ..training.derive import Facts, derive, without_data
 from ..training.estimate import count_update, this_machine
 from ..training.resume import locked
@@ -292,7 +292,7 @@ def fair_table(args: Namespace) -> Table:
         assert bound is not None
         others = ",".join(name for name in trained if name != "target_only") or "source_only,self_training,t2sda"
         try:
-            learned = read_domain(load_domain(bound.labelled, bound.classes), bound.classes)
+            learned = read_domain(load_domains("target", bound.labelled, bound.classes), bound.classes)
         except ValueError as error:
             raise ValueError(
                 f"the upper bound learns the labels of the target, and these cannot be read: {error} Or leave it out "
@@ -361,7 +361,7 @@ def flat(rows: Mapping[str, Mapping[float, Row]]) -> tuple[Row, ...]:
 
 def images_to_halve(cfg: RunConfig, table: str) -> Domain:
     """The test domain; ValueError if it has too few images to choose rates by a half of them."""
-    test = load_domain(cfg.test, cfg.classes)
+    test = load_domain(only(cfg.test, f"the table {table} halves one test domain"), cfg.classes)
     images = min(len(test), cfg.evaluation.limit or sys.maxsize)
     if images < 2:
         raise ValueError(
@@ -377,9 +377,11 @@ def crops_of(cfg: RunConfig) -> tuple[str, ...]:
     """
     if cfg.data.crop_size is not None and cfg.data.outer_crop_size is not None:
         return ()
-    source = read_domain(load_domain(cfg.source, cfg.classes), cfg.classes)
-    target = read_domain(load_domain(cfg.target, cfg.classes, labelled=False), cfg.classes)
-    data = derive(cfg, Facts(source.counts, source.sizes, target.sizes), 1).cfg.data
+    source = load_domains("source", cfg.source, cfg.classes)
+    target = load_domains("target", cfg.target, cfg.classes, labelled=False)
+    learned, seen = read_domain(source, cfg.classes), read_domain(target, cfg.classes)
+    facts = Facts(learned.counts, learned.sizes, seen.sizes, None, lengths_of(source), lengths_of(target))
+    data = derive(cfg, facts, 1).cfg.data
     return f"--data.crop_size={list(data.crop_size)}", f"--data.outer_crop_size={list(data.outer_crop_size)}"
 
 
@@ -458,7 +460,7 @@ def cell_of(row: Row, seed: int, folder: Path) -> Cell:
         for key, (_, value) in differences(FIRST_RELEASE, asdict(cfg)).items()
         if (changes(key) != "nothing" or key in COUNTED) and key != "seed"
     }
-    if any(domain.path.startswith("streets-") for domain in (cfg.source, cfg.target, cfg.test)):
+    if any(domain.path.startswith("streets-") for domain in (*cfg.sources, *cfg.targets, *cfg.tests)):
         changed["scenes"] = SCENES
     number = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
     return Cell(row, seed, folder / number / f"seed_{seed}")

@@ -55,7 +55,7 @@ from ..evaluation.inference import to_pixel_values
 from ..evaluation.page import NARROW_PANEL, write_page
 from ..evaluation.report import save_panel
 from ..evaluation.run_folder import write_data_record
-from ..evaluation.table import difference, format_table, number
+from ..evaluation.table import difference, format_domains, format_table, number
 from ..hub.card import record_run
 from ..hub.push import check_push, push_after_training
 from ..masking import MaskFilter, mask_known
@@ -90,7 +90,7 @@ Results = dict[str, dict[str, dict[str, Any]]]  # method -> "student", "teacher"
 
 def run(args: Namespace) -> int:
     """Build what the config names, then rehearse or train. Faults of the input show before anything is written."""
-    if not args.config and not args.cfg.source.path:
+    if not args.config and not args.cfg.sources[0].path:
         raise ValueError("there is nothing to train: give --config with a file or a recipe; --list names the recipes.")
     if args.cfg.train.num_threads is not None:
         torch.set_num_threads(args.cfg.train.num_threads)
@@ -310,7 +310,7 @@ def judge(cfg: RunConfig, results: Results) -> dict[str, Any]:
                 f"The difference of {gain:+.2f} mIoU is within the noise of its {own['num_images']} test images (95 %: "
                 f"{interval[0]:+.1f} to {interval[1]:+.1f})."
             )
-        elif gain is not None and interval is None and "groups" in own:  # earlier releases kept none
+        elif gain is not None and interval is None and {"groups", "domains"} & own.keys():  # earlier releases kept none
             notes.append(
                 f"Whether the difference of {gain:+.2f} mIoU is more than noise cannot be told from "
                 f"{own['num_images']} test images."
@@ -344,7 +344,7 @@ def finish(cfg: RunConfig, domains: Domains, results: Results) -> None:
     folder = Path(cfg.output_dir)
     # Loaded from the folders just written: what the picture shows is what others will load.
     models = {name: T2SDAForSemanticSegmentation.from_pretrained(folder / name / "student").eval() for name in results}
-    picture = domains.test, models, domains.test.network_size(), cfg.classes
+    picture = domains.test, models, domains.test.network_size, cfg.classes
     save_panel(folder / "panel.png", *picture, 4, False, folder / NARROW_PANEL)
     if cfg.push_to_hub.picture == "predictions":
         save_panel(folder / "predictions.png", *picture, 4, True)
@@ -355,6 +355,8 @@ def finish(cfg: RunConfig, domains: Domains, results: Results) -> None:
     }
     own, judged = results[cfg.method], read_json(folder / "summary.json")
     print(f"\nIoU on {domains.test.name}, {own['student']['num_images']} images, in %\n{format_table(columns)}")
+    if len(domains.test.parts) > 1:
+        print(f"\nEvery IoU is the mean over the test domains.\n{format_domains(columns)}")
     if cfg.baseline != "none":
         gain = difference(own["student"]["miou"], results[cfg.baseline]["student"]["miou"])
         print(f"\n{cfg.method}{_verdict(gain, judged)} {cfg.baseline} (seed {cfg.seed}).")

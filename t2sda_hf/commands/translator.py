@@ -35,7 +35,7 @@ from PIL import Image, ImageDraw
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from ..config import RunConfig, differences, load_config
+from ..config import RunConfig, differences, load_config, only
 from ..data.domains import Domain, load_domain
 from ..data.transforms import resize_image
 from ..data.translated import open_translated, write_manifest
@@ -46,6 +46,7 @@ from ..training.translator import TranslatorSettings, train_translator
 from ..translate import TranslationEngine, build_engine
 
 CAPTION = 16  # pixels above each row
+_ONE = "t2sda translator takes one source and one target"
 
 
 def run(args: Namespace) -> int:
@@ -70,7 +71,8 @@ def train(args: Namespace) -> None:
         raise ValueError(f"--lr must be positive, got {args.lr}.")
     cfg: RunConfig = args.cfg
     folder = empty(args.output, cfg)
-    source, target = (load_domain(domain, cfg.classes, labelled=False) for domain in (cfg.source, cfg.target))
+    both = (only(cfg.source, _ONE), only(cfg.target, _ONE))
+    source, target = (load_domain(domain, cfg.classes, labelled=False) for domain in both)
     settings = TranslatorSettings(
         args.steps,
         args.batch_size,
@@ -94,7 +96,7 @@ def preview(args: Namespace) -> None:
         raise ValueError(f"--count must be at least 1, got {args.count}.")
     configs, source, target = asked(args)
     output = args.output or Path("outputs/translation.png")
-    with outputs("translator", output, inputs=[args.cfg.source.path, args.cfg.target.path]):
+    with outputs("translator", output, inputs=[one.path for one in (*args.cfg.sources, *args.cfg.targets)]):
         sheet(configs, source, target, args.count).save(output)
     print(f"picture in {output}")
 
@@ -113,7 +115,7 @@ def empty(folder: Path | None, cfg: RunConfig) -> Path:
         raise ValueError("--output must name a folder to write.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--output {str(folder)!r} is not empty. Nothing is overwritten: give another.")
-    refuse_inside(folder, [path for one in (cfg.source, cfg.target) for path in (one.path, one.label_path)])
+    refuse_inside(folder, [path for one in (*cfg.sources, *cfg.targets) for path in (one.path, one.label_path)])
     return folder
 
 
@@ -122,8 +124,9 @@ def asked(args: Namespace) -> tuple[list[RunConfig], Domain, Domain | None]:
     engines = args.engine or [args.cfg.translate.engine]
     configs = [load_config(args.config, [*args.overrides, f"--translate.engine={engine}"]) for engine in engines]
     cfg = configs[0]
-    source = load_domain(cfg.source, cfg.classes, labelled=False)
-    target = load_domain(cfg.target, cfg.classes, labelled=False) if cfg.target.path else None
+    source = load_domain(only(cfg.source, _ONE), cfg.classes, labelled=False)
+    style = only(cfg.target, _ONE)
+    target = load_domain(style, cfg.classes, labelled=False) if style.path else None
     if target is None and "fda" in engines:
         raise ValueError("fda takes its style from a target: give --config with one, or --target PATH.")
     return configs, source, target
@@ -145,7 +148,7 @@ def translate_one(
     style = images(target, index % len(target), size) if target is not None else None
     reference = style
     if cfg.translate.engine == "trained" and cfg.translate.trained.folder:
-        folder = open_translated(cfg.translate.trained.folder, len(source), cfg.source.max_pixels)
+        folder = open_translated(cfg.translate.trained.folder, len(source), source.config.max_pixels)
         translated = folder.image(index)
         reference = torch.from_numpy(resize_image(translated, size)).permute(2, 0, 1)[None].float() / 255
     generator = Generator().manual_seed(cfg.seed * 1_000_003 + index)

@@ -12,13 +12,14 @@ from .load import (
     recipe_names,
     unknown_key,
 )
-from .naming import domain_names, hub_id
+from .naming import domain_names, hub_id, role_of
 from .run import (
     NEEDS_TARGET,
     SUPERVISED,
     ColorJitterConfig,
     DataConfig,
     DomainConfig,
+    DomainConfigs,
     FdaConfig,
     GaussianBlurConfig,
     LossWeights,
@@ -32,6 +33,10 @@ from .run import (
     UdaConfig,
     changes,
     keys,
+    only,
+    several,
+    shares_of,
+    without_place,
 )
 
 __all__ = [
@@ -41,6 +46,7 @@ __all__ = [
     "ColorJitterConfig",
     "DataConfig",
     "DomainConfig",
+    "DomainConfigs",
     "FdaConfig",
     "GaussianBlurConfig",
     "Key",
@@ -64,7 +70,12 @@ __all__ = [
     "json_schema",
     "keys",
     "load_config",
+    "only",
     "read_yaml",
     "recipe_names",
+    "role_of",
+    "several",
+    "shares_of",
     "unknown_key",
+    "without_place",
 ]

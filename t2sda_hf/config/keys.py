@@ -184,9 +184,12 @@ def walk(section: Any, prefix: str = "") -> Iterator[Key]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys. Values that are mappings (label_map) go down to their entries, too."""
+    """Nested mappings as dotted keys. Values that are mappings (label_map) go down to their entries, too, and so do
+    lists of mappings, whose places count from 1: source.2.path."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
+        if isinstance(value, list | tuple) and value and all(isinstance(part, Mapping) for part in value):
+            value = dict(enumerate(value, 1))
         flat |= (
             flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}
         )

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..listing import from_home
 from .keys import LIMITS, flatten, in_words, shown
-from .run import RunConfig, keys
+from .run import DomainConfig, DomainConfigs, RunConfig, keys, without_place
 
 # The recipes of configs/: beside the package in a checkout, inside it in a wheel.
 RECIPES = next(
@@ -101,7 +101,7 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, t
     """
     defaults, first, second = GONE | _entries(asdict(RunConfig())), _entries(one), _entries(other)
     pairs = {
-        key: (first.get(key, defaults.get(key)), second.get(key, defaults.get(key)))
+        key: (first.get(key, usual := defaults.get(without_place(key))), second.get(key, usual))
         for key in sorted(first.keys() | second.keys())
     }
     for prefix, (switch, off) in _UNREAD.items():
@@ -319,10 +319,12 @@ def _merge(tree: dict[str, Any], values: Mapping[str, Any], prefix: str, where: 
                     inner, value = next(iter(value.items()))
                     key += f".{inner}"
                 raise ValueError(unknown_key(key, where))
-            kind = types[part]
+            kind = DomainConfig if types[part] == DomainConfigs else types[part]
             if position < len(sections):
                 node = node[part]
-        if is_dataclass(kind):
+        if kind is DomainConfig and types[part] == DomainConfigs and isinstance(value, list):
+            node[leaf], said_in[leaf] = _listed(leaf, value, where), where
+        elif is_dataclass(kind):
             if not isinstance(value, dict):
                 inside = ", ".join(known for known in keys() if known.startswith(f"{key}."))
                 raise ValueError(
@@ -330,24 +332,55 @@ def _merge(tree: dict[str, Any], values: Mapping[str, Any], prefix: str, where: 
                 )
             _merge(tree, value, f"{key}.", where, said_in)
         else:
+            if isinstance(node, list) and leaf == "path":
+                raise ValueError(
+                    f"{sections[0]} is a list of {len(node)} domains, and {key} in {where} does not say of which it is "
+                    f"the path. Give all of them: --{sections[0]} '[{{path: ...}}, {{path: ...}}]'; a list of one is a "
+                    "single domain."
+                )
             if said_in.get(key) == where != COMMAND_LINE:  # once nested and once dotted
                 raise ValueError(f"{key} is given twice in {where}. Keep one.")
             if isinstance(value, bool) and str(value).lower() in get_args(kind):
                 value = str(value).lower()  # a choice between the words "true" and "false" and others
-            node[leaf], said_in[key] = from_home(value) if isinstance(value, str) else value, where
+            said_in[key] = where
+            for one in node if isinstance(node, list) else [node]:  # a key of a list is that of all its domains
+                one[leaf] = from_home(value) if isinstance(value, str) else value
+
+
+def _listed(role: str, entries: Sequence[Any], where: str) -> Any:
+    """The domains of a list, each with the defaults of its role; of a list of one that one, of none the default."""
+    usual = asdict(RunConfig())[role]
+    read = []
+    for place, entry in enumerate(entries, 1):
+        named = f"{role} {place} of {len(entries)}"
+        if not isinstance(entry, dict):
+            raise ValueError(f"{named} in {where} must be a mapping of the keys of a domain, got {shown(entry)}.")
+        tree = {role: dict(usual)}
+        _merge(tree, entry, f"{role}.", f"{where}, {named}", {})
+        read.append(tree[role])
+    return read if len(read) > 1 else read[0] if read else usual
 
 
 def _sentence(error: Mapping[str, Any], tree: Mapping[str, Any], said_in: Mapping[str, str]) -> str:
     """One sentence for what pydantic found first."""
-    place = ".".join(map(str, error["loc"]))
+    role, *rest = error["loc"] or ("",)
+    value: Any = tree
+    which = ""  # of a list of domains
+    kind = rest.pop(0) if role in _DOMAINS and rest and rest[0] in ("one", "several") else ""  # of `DomainConfigs`
+    if kind == "several":
+        number = int(rest.pop(0))
+        which = f"{role} {number + 1} of {len(tree[role])} ({tree[role][number]['path']})"
+        value = {role: tree[role][number]}
+    place = ".".join(map(str, (role, *rest)))
     if error["type"] == "value_error":  # of a `check`, whose text is ours; a domain does not know which one it is
         named = str(error["ctx"]["error"])
-        return f"{place}.{named}" if place in _DOMAINS else named
+        return f"{which}: {named}" if which else f"{place}.{named}" if place in _DOMAINS else named
     key = max((known for known in keys() if f"{place}.".startswith(f"{known}.")), key=len)
-    value: Any = tree
     for part in key.split("."):
         value = value[part]
-    return f"{key} in {said_in.get(key, 'the defaults')} must be {in_words(keys()[key].type)}, got {shown(value)}."
+    given_in = said_in.get(key, said_in.get(role, "the defaults"))
+    rule = f"{key} in {given_in} must be {in_words(keys()[key].type)}, got {shown(value)}."
+    return f"{which}: {rule}" if which else rule
 
 
 def unknown_key(key: str, where: str) -> str:

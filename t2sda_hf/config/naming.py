@@ -15,7 +15,7 @@ _SAY_NOTHING = re.compile(
 
 
 def domain_names(config: Mapping[str, Any]) -> dict[str, str]:
-    """Role -> name of its domain.
+    """Role -> name of its domain, or names of its domains, joined by " + ".
 
     That is the domain's `name`, or else the last folder of its path that says something: "data/game/images" is "game".
     Domains of different paths get different names. "" where there is no path, and no target_labelled without one.
@@ -23,20 +23,33 @@ def domain_names(config: Mapping[str, Any]) -> dict[str, str]:
     Args:
         config: of a run, as a tree of mappings.
     """
-    paths, given = {}, {}
-    for role in (role for role in ROLES if role != "target_labelled" or (config.get(role) or {}).get("path")):
-        domain = config.get(role) or {}
-        paths[role], given[role] = str(domain.get("path") or ""), str(domain.get("name") or "")
-    names = {role: given[role] or _short(path, 0) for role, path in paths.items()}
+    listed = {role: domains_of(config, role) for role in ROLES}
+    if not listed["target_labelled"][0].get("path"):
+        del listed["target_labelled"]
+    every = {(role, place): domain for role, domains in listed.items() for place, domain in enumerate(domains)}
+    paths = {of: str(domain.get("path") or "") for of, domain in every.items()}
+    given = {of: str(domain.get("name") or "") for of, domain in every.items()}
+    names = {of: given[of] or _short(path, 0) for of, path in paths.items()}
     for more in (1, 2):
         equal = {
-            role
-            for role, name in names.items()
+            of
+            for of, name in names.items()
             for other, path in paths.items()
-            if name and not given[role] and names[other] == name and path != paths[role]
+            if name and not given[of] and names[other] == name and path != paths[of]
         }
-        names |= {role: _short(paths[role], more) for role in equal}
-    return names
+        names |= {of: _short(paths[of], more) for of in equal}
+    return {role: " + ".join(names[role, place] for place in range(len(of_role))) for role, of_role in listed.items()}
+
+
+def domains_of(config: Mapping[str, Any], role: str) -> list[Mapping[str, Any]]:
+    """The domains of a role in a tree of mappings; [{}] where there is none."""
+    given = config.get(role) or {}
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+def role_of(title: str) -> str:
+    """ "source" of "source", and of "source 2", as the second of a list is called."""
+    return title.partition(" ")[0]
 
 
 def hub_id(domain: Mapping[str, Any]) -> str:

@@ -10,7 +10,9 @@ in the register of open points.
 import re
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Tag
 
 from ..labels import CITYSCAPES_CLASSES, IGNORE_INDEX, LABEL_SPACES, VOID
 from .keys import Changes, Derived, Flag, Key, Number, Section, Size, Stages, Whole, key, require, walk
@@ -24,7 +26,7 @@ class DomainConfig(Section):
         "",
         "a parquet file or folder, a folder of images (with label_path, or as imagefolder with metadata), a list of "
         "pairs (.txt, .csv, .tsv), a video (target), a data set of the Hub, the root of a layout, or generated toy "
-        "streets: streets-source, streets-target",
+        "streets: streets-source, streets-simulator, streets-target, streets-night",
         changes="placement",
     )
     name: str = key(
@@ -82,6 +84,12 @@ class DomainConfig(Section):
         2**25, "larger files are refused before they are decoded; 8192x4096 is allowed", at_least=1, at_most=178_956_970
     )
     num_images: Whole | None = key(None, "the first so many images; null takes all", at_least=1)
+    share: Number = key(
+        1.0,
+        "of a domain in a list of sources or of targets: how often it is drawn, in proportion to the shares of the "
+        "others",
+        above=0,
+    )
 
     @property
     def streamed(self) -> bool:
@@ -110,6 +118,40 @@ class DomainConfig(Section):
         if self.crop_box is not None:
             good = min(self.crop_box[2:]) >= 1
             require(good, "crop_box", "(top, left, height, width) with a positive height and width", self.crop_box)
+
+
+def _one_or_several(given: Any) -> str:
+    return "several" if isinstance(given, list | tuple) else "one"
+
+
+# A domain, or two and more of one role; `load_config` makes a single domain of a list of one.
+DomainConfigs = Annotated[
+    Annotated[DomainConfig, Tag("one")] | Annotated[tuple[DomainConfig, ...], Tag("several")],
+    Discriminator(_one_or_several),
+]
+
+
+def several(domains: DomainConfigs) -> tuple[DomainConfig, ...]:
+    """The domains of a role in their order; one that has no path counts, too."""
+    return domains if isinstance(domains, tuple) else (domains,)
+
+
+def shares_of(domains: DomainConfigs) -> tuple[float, ...]:
+    """What share of the draws each domain has; they sum to 1."""
+    total = sum(domain.share for domain in several(domains))
+    return tuple(domain.share / total for domain in several(domains))
+
+
+def only(domains: DomainConfigs, what: str) -> DomainConfig:
+    """The domain, for those that can do with one alone, or ValueError. `what` begins the sentence: "t2sda push takes".
+
+    Raises:
+        ValueError: if there are several.
+    """
+    if isinstance(domains, tuple):
+        paths = ", ".join(domain.path for domain in domains)
+        raise ValueError(f"{what}, and the config lists {len(domains)}: {paths}. Give a config with one of them.")
+    return domains
 
 
 @dataclass(frozen=True)
@@ -888,15 +930,15 @@ class RunConfig(Section):
         (), "keys that may differ from the resumed run, though they change the result", changes="nothing"
     )
     classes: tuple[str, ...] = key(CITYSCAPES_CLASSES, "names of the classes that are learned, position = id", "O A38")
-    source: DomainConfig = DomainConfig()
-    target: DomainConfig = DomainConfig()
+    source: DomainConfigs = DomainConfig()
+    target: DomainConfigs = DomainConfig()
     target_labelled: DomainConfig = DomainConfig()  # a few labelled images of the target, learned beside the source
     target_labels: Whole | str | None = key(
         None,
         "how many images of target_labelled are learned, chosen by the seed so that they show as many classes as they "
         "can: a number, or a share like 1/16; null is all. Without target_labelled.path the labels of target are read",
     )
-    test: DomainConfig = DomainConfig(split="validation")  # labelled, read by evaluation only
+    test: DomainConfigs = DomainConfig(split="validation")  # labelled, read by evaluation only
     model: ModelConfig = ModelConfig()
     hrda: HrdaConfig = HrdaConfig()
     projector: ProjectorConfig = ProjectorConfig()
@@ -929,6 +971,7 @@ class RunConfig(Section):
         )
         odd = [name for name in self.classes if not name.strip() or not name.isprintable()]
         require(not odd, "classes", "names of printable letters, without line breaks", odd)
+        self._check_lists()
         unknown = [name for name in self.pull.class_set if name not in self.classes]
         require(not unknown, "pull.class_set", f"names of classes {self.classes}", unknown)
         floors = self.rcs.min_pixels
@@ -1011,6 +1054,22 @@ class RunConfig(Section):
         if self.method == "generalization":
             self._check_generalization()
 
+    def _check_lists(self) -> None:
+        """Every domain of a list is another one, and lies somewhere."""
+        for role in ("source", "target", "test"):
+            listed = several(getattr(self, role))
+            for place, domain in enumerate(listed, 1):
+                named = f"{role} {place} of {len(listed)}"
+                require(len(listed) == 1 or bool(domain.path), f"{named}", "a domain with a path", domain.path)
+                first = [replace(other, share=domain.share) for other in listed].index(domain) + 1
+                if first < place:
+                    raise ValueError(
+                        f"{named} ({domain.path}) is {role} {first} again. Give it once; to have it more often, with a "
+                        "larger share."
+                    )
+        for role, domain in [("target_labelled", self.target_labelled), *(("test", test) for test in self.tests)]:
+            require(domain.share == 1, f"{role}.share", "left out: it is for sources and targets", domain.share)
+
     def _check_target_labels(self) -> None:
         asked = self.target_labels
         share = re.fullmatch(r"1/([1-9]\d*)", asked) if isinstance(asked, str) else None
@@ -1022,7 +1081,7 @@ class RunConfig(Section):
         )
         require(
             asked in (None, 0)
-            or bool(self.target_labelled.path or self.target.path)
+            or bool(self.target_labelled.path or self.targets[0].path)
             or self.method == "generalization",
             "target_labels",
             "null or 0 without target_labelled.path and target.path: there is nothing that it could be a part of",
@@ -1064,14 +1123,16 @@ class RunConfig(Section):
             self.uda.source_phase,
         )
         require(
-            not self.self_trains or not self.uda.target_statistics or not self.target.streamed,
+            not self.self_trains
+            or not self.uda.target_statistics
+            or not any(target.streamed for target in self.targets),
             "uda.target_statistics",
             "0 with a target that is streamed without num_images: always the same crops are needed. Give num_images",
             self.uda.target_statistics,
         )
         for role in ("test", "target_labelled"):
             require(
-                not getattr(self, role).streamed,
+                not any(domain.streamed for domain in several(getattr(self, role))),
                 f"{role}.streaming",
                 "false, or num_images be given: all of its images are read before the first step",
                 True,
@@ -1122,10 +1183,10 @@ class RunConfig(Section):
 
     def _check_source_free(self) -> None:
         require(
-            not self.source.path and not self.target_labelled.path and self.target_labels in (None, 0),
+            not self.sources[0].path and not self.target_labelled.path and self.target_labels in (None, 0),
             "source.path, target_labelled.path and target_labels",
             "empty with method source_free: it learns without labels. Set method t2sda to use them",
-            (self.source.path, self.target_labelled.path, self.target_labels),
+            (self.sources[0].path, self.target_labelled.path, self.target_labels),
         )
         require(
             bool(self.start_model),
@@ -1162,10 +1223,10 @@ class RunConfig(Section):
 
     def _check_generalization(self) -> None:
         require(
-            not self.target.path,
+            not self.targets[0].path,
             "target.path",
             "empty with method generalization: it learns without any target. Set method t2sda to adapt to one",
-            self.target.path,
+            self.targets[0].path,
         )
         require(
             not self.target_labelled.path and self.target_labels in (None, 0),
@@ -1208,8 +1269,20 @@ class RunConfig(Section):
         return self.method in ("t2sda", "source_free", "distil")
 
     @property
-    def labelled(self) -> DomainConfig:
-        """That domain."""
+    def sources(self) -> tuple[DomainConfig, ...]:
+        return several(self.source)
+
+    @property
+    def targets(self) -> tuple[DomainConfig, ...]:
+        return several(self.target)
+
+    @property
+    def tests(self) -> tuple[DomainConfig, ...]:
+        return several(self.test)
+
+    @property
+    def labelled(self) -> DomainConfigs:
+        """Those of `labels_from`, with labels."""
         return self.source if self.labels_from == "source" else self.target_with_labels
 
     @property
@@ -1219,16 +1292,20 @@ class RunConfig(Section):
             return None
         if self.target_labelled.path:
             return self.target_labelled
-        return None if self.target_labels is None else self.target_with_labels
+        return None if self.target_labels is None else only(self.target_with_labels, "target_labels takes one target")
 
     @property
-    def target_with_labels(self) -> DomainConfig:
+    def target_with_labels(self) -> DomainConfigs:
         """The target; one that says nothing of its labels has those of the test, if both lie in one place."""
-        usual, target, test = DomainConfig(), self.target, self.test
-        one_path = target.path == test.path
-        if not one_path and not (target.layout and target.layout == test.layout):
+        found = tuple(self._with_labels(target) for target in self.targets)
+        return found if isinstance(self.target, tuple) else found[0]
+
+    def _with_labels(self, target: DomainConfig) -> DomainConfig:
+        usual, beside = DomainConfig(), [test for test in self.tests if test.path == target.path]
+        test = beside[0] if beside else self.tests[0]
+        if not beside and not (target.layout and target.layout == test.layout):
             return target
-        found = [name for name in LABEL_PLACES if one_path and getattr(target, name) == getattr(usual, name)]
+        found = [name for name in LABEL_PLACES if beside and getattr(target, name) == getattr(usual, name)]
         if all(getattr(target, name) == getattr(usual, name) for name in LABEL_MEANING):
             found += LABEL_MEANING
         return replace(target, **{name: getattr(test, name) for name in found})
@@ -1261,15 +1338,24 @@ class RunConfig(Section):
 
 @cache
 def keys() -> dict[str, Key]:
-    """Every key of a run by its dotted name."""
+    """Every key of a run by its dotted name. Those of a list of domains have the names of a single one."""
     of_test = (
-        replace(found, changes="scoring") if found.name.startswith("test.") else found for found in walk(RunConfig())
+        replace(found, changes="nothing" if found.name == "test.share" else "scoring")
+        if found.name.startswith("test.")
+        else found
+        for found in walk(RunConfig())
     )
     return {found.name: found for found in of_test}
 
 
+def without_place(dotted: str) -> str:
+    """A key of `flatten` by its name in `keys`: of source.2.path, the second of a list, source.path."""
+    return re.sub(r"^(source|target|test)\.\d+\.", r"\1.", dotted)
+
+
 def changes(dotted: str) -> Changes:
     """What a key of `flatten` changes: also one below a mapping (source.label_map.wall), or one that is gone."""
+    dotted = without_place(dotted)
     while dotted not in keys() and "." in dotted:
         dotted = dotted.rpartition(".")[0]
     return keys()[dotted].changes if dotted in keys() else "learning"

@@ -15,6 +15,7 @@ import numpy as np
 from datasets import disable_progress_bars
 from tqdm import tqdm
 
+from ..config import role_of
 from ..files import read_header, read_image, read_labels
 from ..labels import IGNORE_INDEX
 from ..listing import spelled
@@ -116,7 +117,7 @@ def compare(domains: dict[str, DomainFacts], classes: Sequence[str]) -> list[Fin
     """What only shows between domains: the same picture in two of them, classes that one side lacks.
 
     Args:
-        domains: some of "source", "target" and "test".
+        domains: some of "source", "target" and "test", or of several of a role "source 1" and so on.
     """
     findings = []
     roles = list(domains)
@@ -131,21 +132,23 @@ def compare(domains: dict[str, DomainFacts], classes: Sequence[str]) -> list[Fin
                     Finding(
                         f"{first} and {second}",
                         "same picture in two domains",
-                        "fault",
+                        "note" if role_of(first) == role_of(second) else "fault",
                         len(pairs),
                         f"image {one} of {domains[first].name} is image {other} of {domains[second].name}",
                     )
                 )
-    labelled = [role for role in roles if domains[role].labelled]
-    if len(labelled) == 2 and labelled[1] == "test":
-        learned = labelled[0]
-        learnt, test = (domains[role].counts.sum(axis=0) > 0 for role in labelled)
+    shown: dict[str, np.ndarray] = {}  # classes that any of a role's domains shows
+    for title, facts in domains.items():
+        if facts.labelled:
+            shown[role_of(title)] = shown.get(role_of(title), False) | (facts.counts.sum(axis=0) > 0)
+    if len(shown) == 2 and list(shown)[1] == "test":
+        learned, (learnt, test) = next(iter(shown)), shown.values()
         for missing, present, side in ((learnt, test, learned), (test, learnt, "test")):
             names = [name for name, here, there in zip(classes, missing, present, strict=True) if there and not here]
             if names:
                 findings.append(
                     Finding(
-                        f"{labelled[0]} and {labelled[1]}",
+                        f"{learned} and test",
                         f"class missing in {side}",
                         "fault" if side == learned else "note",
                         len(names),
@@ -155,12 +158,17 @@ def compare(domains: dict[str, DomainFacts], classes: Sequence[str]) -> list[Fin
     return findings
 
 
-def rarity(facts: DomainFacts, temperature: float) -> tuple[np.ndarray, np.ndarray]:
-    """Share of every class among labelled pixels, and how often rare class sampling will draw for it: (K,), (K,)."""
-    frequencies = facts.counts.sum(axis=0) / max(facts.counts.sum(), 1)
-    if not frequencies.any():
-        return frequencies, frequencies
-    return frequencies, class_probabilities(frequencies, temperature)
+def rarity(
+    facts: DomainFacts, temperature: float, frequencies: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Share of every class among labelled pixels, and how often rare class sampling will draw for it: (K,), (K,).
+
+    `frequencies`: (K,) of all domains that are drawn from, where there are several.
+    """
+    own = facts.counts.sum(axis=0) / max(facts.counts.sum(), 1)
+    if not own.any():
+        return own, own
+    return own, class_probabilities(own if frequencies is None else np.where(own > 0, frequencies, 0), temperature)
 
 
 def _grouped(name: str, rows: Sequence[dict[str, Any]]) -> list[Finding]:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Image, Value
 from PIL import ImageColor
 
-from ..config import DomainConfig
+from ..config import DomainConfig, DomainConfigs, shares_of
 from ..files import TRANSPARENT, Color, LabelRule, file_bytes, read_header, read_image, read_labels
 from ..labels import CITYSCAPES_CLASSES, IGNORE_INDEX, LABEL_SPACES, SPACE_COLORS, id_map
 from ..listing import account
@@ -61,6 +61,28 @@ class Domain:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    @property
+    def parts(self) -> tuple["Domain", ...]:
+        """The domains that it is made of: itself alone, see `JointDomain`."""
+        return (self,)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of the draws, of each of `parts`."""
+        return (1.0,)
+
+    @property
+    def labelled(self) -> bool:
+        return self.rule is not None
+
+    def at(self, index: int) -> tuple["Domain", int]:
+        """The domain that an image is of, and which one it is there."""
+        return self, index
+
+    def draw(self, rng: np.random.Generator) -> int:
+        """The index of an image, drawn evenly."""
+        return int(rng.integers(len(self)))
 
     @property
     def rows(self) -> Dataset:
@@ -108,7 +130,7 @@ class Domain:
         """Size of an image of `size` after the domain's resize rule."""
         return size if self.config.resize is None else resized_size(size, self.config.resize, self.config.resize_mode)
 
-    def network_size(self) -> Size | None:
+    def network_size(self, index: int = 0) -> Size | None:
         """What every image is brought to for inference: the first one's size by the resize rule; None without one."""
         if self.config.resize is None:
             return None
@@ -150,6 +172,64 @@ class StreamedDomain(Domain):
     """
 
     shards: Shards
+
+
+@dataclass(frozen=True)
+class JointDomain:
+    """Several domains of one role as one: their images counted through, each domain drawn by its share.
+
+    Attributes:
+        role: of all of them, for messages.
+        parts: the domains, in the order of the config.
+        shares: of the draws, of each of them; they sum to 1.
+    """
+
+    role: str
+    parts: tuple[Domain, ...]
+    shares: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        return " + ".join(part.name for part in self.parts)
+
+    @property
+    def labelled(self) -> bool:
+        return all(part.labelled for part in self.parts)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def at(self, index: int) -> tuple[Domain, int]:
+        """The domain that an image is of, and which one it is there."""
+        for part in self.parts:
+            if index < len(part):
+                return part, index
+            index -= len(part)
+        raise IndexError(index)
+
+    def draw(self, rng: np.random.Generator) -> int:
+        """The index of an image: the domain by its share, and evenly in it."""
+        place = int(rng.choice(len(self.parts), p=self.shares))
+        return sum(map(len, self.parts[:place])) + self.parts[place].draw(rng)
+
+    def image(self, index: int) -> np.ndarray:
+        part, own = self.at(index)
+        return part.image(own)
+
+    def labels(self, index: int) -> np.ndarray:
+        part, own = self.at(index)
+        return part.labels(own)
+
+    def resized_image(self, index: int) -> np.ndarray:
+        part, own = self.at(index)
+        return part.resized_image(own)
+
+    def network_size(self, index: int = 0) -> Size | None:
+        """That of the domain that an image is of."""
+        return self.at(index)[0].network_size()
+
+
+AnyDomain = Domain | JointDomain
 
 
 class ImageStream:
@@ -241,6 +321,31 @@ class ImageStream:
 def _rows_of_groups(opened: pq.ParquetFile) -> list[int]:
     """Rows of each row group; one without rows stands for none."""
     return [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)] or [0]
+
+
+def load_domains(role: str, domains: DomainConfigs, classes: Sequence[str], labelled: bool = True) -> AnyDomain:
+    """`load_domain` of a role: of a list of domains the joint one.
+
+    Raises:
+        ValueError: as `load_domain`, with the place and the path of a domain in a list, and for one that is streamed.
+    """
+    if not isinstance(domains, tuple):
+        return load_domain(domains, classes, labelled)
+    parts = []
+    for place, config in enumerate(domains):
+        named = place_in_list(role, domains, place)
+        try:
+            parts.append(load_domain(config, classes, labelled))
+        except ValueError as error:
+            raise ValueError(f"{named}: {error}") from error
+        if isinstance(parts[-1], StreamedDomain):
+            raise ValueError(f"{named} is streamed, which only a single target can be. Set its num_images.")
+    return JointDomain(role, tuple(parts), shares_of(domains))
+
+
+def place_in_list(role: str, domains: Sequence[DomainConfig], place: int) -> str:
+    """How messages call a domain of a list: "source 2 of 3 (its path)"."""
+    return f"{role} {place + 1} of {len(domains)} ({domains[place].path})"
 
 
 def load_domain(
@@ -411,22 +516,40 @@ class Reading:
         return Reading(self.counts[rows], self.sizes[rows], Contents(self.contents.unit, names, digests))
 
 
+def joint_reading(parts: Sequence[Reading]) -> Reading:
+    """Of several domains whose images are counted through; of one its own."""
+    if len(parts) == 1:
+        return parts[0]
+    counts, sizes = (np.concatenate([getattr(part, name) for part in parts]) for name in ("counts", "sizes"))
+    names, digests = list[str](), list[str]()
+    for images in (True, False):  # those of all domains first
+        for part in parts:
+            chosen = slice(0, len(part.counts)) if images else slice(len(part.counts), None)
+            names += part.contents.names[chosen]
+            digests += part.contents.digests[chosen]
+    return Reading(counts, sizes, Contents(parts[0].contents.unit, names, digests))
+
+
 def check_domain(domain: Domain, classes: Sequence[str]) -> np.ndarray:
     """The counts of `read_domain`, which says what it checks."""
     return read_domain(domain, classes).counts
 
 
-def read_domain(domain: Domain, classes: Sequence[str]) -> Reading:
+def read_domain(domain: AnyDomain, classes: Sequence[str]) -> Reading:
     """Read every label map, every image header and the bytes of both once, before training; see `remembered`.
+
+    Of a joint domain that of all its parts, counted through.
 
     Raises:
         ValueError: naming the first row that is not an image, has a label map of another size or orientation, or shows
             an id that the data set does not define; or if fewer than two classes occur in a labelled domain.
     """
+    if isinstance(domain, JointDomain):
+        return joint_reading([_read_part(domain, place, classes) for place in range(len(domain.parts))])
     if domain.rule is not None and domain.config.streamed:
         return _read_counted(domain, domain.rule, classes)
     stamps, names = _stamps(domain)
-    key = ["pixels of classes, and ignored, and sizes", settings_of(domain.config), _rules(domain), len(classes)]
+    key = ["pixels of classes, and ignored, and sizes", _settings(domain), _rules(domain), len(classes)]
     rows = remembered(domain.name, key, stamps, lambda index: _check_row(domain, index, len(classes)))
     counts = np.array([row["counts"] for row in rows], dtype=np.int64).reshape(len(domain), len(classes) + 1)
     _refuse_few_classes(domain, counts[:, :-1], bool(counts[:, -1].any()), classes)
@@ -479,6 +602,15 @@ def _refuse_few_classes(domain: Domain, counts: np.ndarray, ignored: bool, class
         )
 
 
+def _read_part(domain: JointDomain, place: int, classes: Sequence[str]) -> Reading:
+    try:
+        return read_domain(domain.parts[place], classes)
+    except ValueError as error:
+        raise ValueError(
+            f"{place_in_list(domain.role, [part.config for part in domain.parts], place)}: {error}"
+        ) from error
+
+
 def domain_contents(domain: Domain) -> Contents:
     """The contents of a domain as `read_domain` gives them, of files that need not be in order: nothing is decoded."""
 
@@ -490,8 +622,13 @@ def domain_contents(domain: Domain) -> Contents:
             return digest(b"")
 
     stamps, names = _stamps(domain)
-    key = ["digests", settings_of(domain.config), domain.rule is None]
+    key = ["digests", _settings(domain), domain.rule is None]
     return _contents(domain, names, remembered(domain.name, key, stamps, digest_of))
+
+
+def _settings(domain: Domain) -> dict[str, Any]:
+    """Of a domain, but for how often it is drawn."""
+    return {name: value for name, value in settings_of(domain.config).items() if name != "share"}
 
 
 def _check_row(domain: Domain, index: int, num_classes: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..batch import UdaBatch, shown_ids
 from ..config import RunConfig
-from .domains import Domain, ImageStream, StreamedDomain
+from .domains import AnyDomain, Domain, ImageStream, StreamedDomain
 from .rare_class_sampling import RareClasses
 from .transforms import (
     Window,
@@ -59,11 +59,13 @@ class PairDataset(Dataset):
 
     The pipeline is that of method 3.4: resize, outer window, crop inside it, both redrawn together until the crop
     shows several classes and enough of the class it was drawn for; flips of source and target are independent.
+
+    Of several sources or targets each sample has one of each, by their shares; see `domains.JointDomain`.
     """
 
     config: RunConfig
-    source: Domain | None
-    target: Domain | None
+    source: AnyDomain | None
+    target: AnyDomain | None
     rare: RareClasses | None
     translated: TranslatedFolder | None = None  # of the source images, instead of an engine that runs along
     stream: ImageStream | None = None  # of the target's images, instead of those that are drawn by index
@@ -89,15 +91,16 @@ class PairDataset(Dataset):
                 return sample | {"redrawn": redrawn} if redrawn else sample
 
     def _sample(self, rng: np.random.Generator, position: int) -> dict[str, np.ndarray]:
-        few, labelled, rare = self.labelled_target, self.source, self.rare
+        few, rare = self.labelled_target, self.rare
+        labelled: AnyDomain | None = self.source
         if labelled is None:
             empty = {"source_images": np.zeros((0, 0, 3), np.uint8), "source_labels": np.zeros((0, 0), np.uint8)}
             assert self.target is not None
-            return empty | self._target_crop(self._draw_target(self.target, rng, position), self.target, rng)
+            return empty | self._target_crop(*self._draw_target(self.target, rng, position), rng)
         from_target = few is not None and few.has(position)
         if few is not None and from_target:
             labelled, rare = few.domain, few.rare
-        index, wanted = rare.draw(rng) if rare else (int(rng.integers(len(labelled))), None)
+        index, wanted = rare.draw(rng) if rare else (labelled.draw(rng), None)
         image = labelled.resized_image(index)
         size = (image.shape[0], image.shape[1])
         labels = resize_labels(labelled.labels(index), size)
@@ -113,11 +116,11 @@ class PairDataset(Dataset):
         if self.target is None:
             return sample
 
-        target_image = self._draw_target(self.target, rng, position)
+        target_image, of_target = self._draw_target(self.target, rng, position)
         if self.config.translates:
             style = target_image
             if self.config.translate.reference == "random":
-                style = self._draw_target(self.target, rng, position, second=True)
+                style, _ = self._draw_target(self.target, rng, position, second=True)
             style = outer_image if from_target else resize_image(style, outer_size)
             made = None if from_target else self.translated
             if made is not None:  # the translation itself stands where others have its style
@@ -130,7 +133,7 @@ class PairDataset(Dataset):
                 "style_reference": _flipped(style, flip),
                 "inner_corner": np.array([inner.top, left]),
             }
-        return sample | self._target_crop(target_image, self.target, rng)
+        return sample | self._target_crop(target_image, of_target, rng)
 
     def _target_crop(self, image: np.ndarray, target: Domain, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """A crop of a target image, and where its pseudo-labels may be trusted, unless that is everywhere."""
@@ -149,13 +152,15 @@ class PairDataset(Dataset):
             sample["target_valid"] = _flipped(crop.of(trusted), flip)
         return sample | {"target_images": _flipped(crop.of(image), flip)}
 
-    def _draw_target(self, target: Domain, rng: np.random.Generator, position: int, second: bool = False) -> np.ndarray:
-        """The target image of a position, or the second one, of which only the style is used."""
-        index = int(rng.integers(len(target)))  # drawn for a stream too: crops and flips do not depend on it
+    def _draw_target(
+        self, target: AnyDomain, rng: np.random.Generator, position: int, second: bool = False
+    ) -> tuple[np.ndarray, Domain]:
+        """The target image of a position, or the second one, of which only the style is used; and whose it is."""
+        domain, index = target.at(target.draw(rng))  # drawn for a stream too: crops and flips do not depend on it
         if self.stream is None:
-            return target.resized_image(index)
+            return domain.resized_image(index), domain
         batch, place = divmod(position, self.config.train.batch_size)
-        return self.stream.image(batch, place + second * self.config.train.batch_size)
+        return self.stream.image(batch, place + second * self.config.train.batch_size), domain
 
     def _source_window(
         self,

@@ -29,16 +29,68 @@ def shares_of_pixels(counts: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class RareClasses:
-    """What is needed to draw: P(c), and for every class the images that may be drawn for it."""
+    """What is needed to draw: P(c), and for every class the images that may be drawn for it.
 
-    probabilities: np.ndarray  # (K,)
-    images: list[np.ndarray]  # K arrays of image indices
+    Of several domains whose images are counted through, K classes of the first come first, then those of the second:
+    entry d·K + c is class c of domain d, and its probability share_d · P_d(c). See `joint_rare_classes`.
+    """
+
+    probabilities: np.ndarray  # (domains · K,)
+    images: list[np.ndarray]  # as many arrays of image indices
     min_pixels: np.ndarray  # (K,) floor of each class
 
     def draw(self, rng: np.random.Generator) -> tuple[int, int]:
         """(image index, class id): the class by P, the image uniformly among its own."""
-        class_id = int(rng.choice(len(self.probabilities), p=self.probabilities))
-        return int(rng.choice(self.images[class_id])), class_id
+        entry = int(rng.choice(len(self.probabilities), p=self.probabilities))
+        return int(rng.choice(self.images[entry])), entry % len(self.min_pixels)
+
+    @property
+    def of_classes(self) -> np.ndarray:
+        """(K,) probability of each class, whichever domain it is drawn of."""
+        summed: np.ndarray = self.probabilities.reshape(-1, len(self.min_pixels)).sum(axis=0)
+        return summed
+
+
+def joint_shares_of_pixels(counts: Sequence[np.ndarray], shares: Sequence[float]) -> np.ndarray:
+    """(K,) shares of classes among the labelled pixels as they are drawn of several domains: f = Σ_d share_d · f_d.
+
+    Args:
+        counts: of each domain (images, K) pixels per class; f_d are its `shares_of_pixels`.
+        shares: of the draws, of each domain.
+    """
+    each = [share * shares_of_pixels(one) for share, one in zip(shares, counts, strict=True)]
+    summed: np.ndarray = np.sum(each, axis=0)
+    return summed
+
+
+def joint_rare_classes(
+    counts: Sequence[np.ndarray],
+    shares: Sequence[float],
+    temperature: float,
+    min_pixels: int | Sequence[int],
+    frequencies: np.ndarray | None = None,
+) -> RareClasses:
+    """What RCS draws from several domains whose images are counted through; of one what `rare_classes` gives.
+
+    A domain d comes by its share. Which class of it: P_d(c) = softmax((1 - f_c)/T) over the classes that d has, with
+    the shares f of `joint_shares_of_pixels`. So a class is as rare as all domains together make it, and the images
+    follow the shares of their domains.
+
+    Args:
+        counts, shares: as there.
+        temperature, min_pixels: as in `rare_classes`.
+        frequencies: (K,) f, where images of more domains are drawn than these; None: of these.
+    """
+    if len(counts) == 1:
+        return rare_classes(counts[0], temperature, min_pixels, frequencies)
+    frequencies = joint_shares_of_pixels(counts, shares) if frequencies is None else frequencies
+    parts = [rare_classes(one, temperature, min_pixels, frequencies) for one in counts]
+    first = np.cumsum([0, *map(len, counts)])
+    return RareClasses(
+        np.concatenate([share * part.probabilities for share, part in zip(shares, parts, strict=True)]),
+        [start + images for start, part in zip(first, parts, strict=False) for images in part.images],
+        parts[0].min_pixels,
+    )
 
 
 def rare_classes(

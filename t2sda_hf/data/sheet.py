@@ -9,6 +9,7 @@ import jinja2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..config import role_of
 from ..labels import IGNORE_INDEX, palette, shortened
 from ..storage import write_text
 from .checking import DomainFacts, Finding, rarity
@@ -34,7 +35,7 @@ img { max-width: 100% }
 </style></head><body>
 <div class="sheets">{% for d in domains if d.picture %}
 <figure><figcaption><b>{{ d.role }}</b>: {{ d.name }}</figcaption>
-<a href="{{ d.role }}.png"><img alt="images, labels and overlays" src="data:image/jpeg;base64,{{ d.picture }}"></a>
+<a href="{{ d.file }}"><img alt="images, labels and overlays" src="data:image/jpeg;base64,{{ d.picture }}"></a>
 </figure>
 {% endfor %}</div>
 <h1>{{ faults }} kind{{ "" if faults == 1 else "s" }} of faults, {{ findings|length - faults }} of notes</h1>
@@ -112,25 +113,35 @@ def write_report(
     temperature: float,
     num_pictures: int = 8,
     said: Sequence[str] = (),
+    frequencies: np.ndarray | None = None,
 ) -> None:
     """`folder`/index.html, which needs no network, and `folder`/<role>.png, the sheets in full, to which it leads.
 
     Args:
+        domains: by role, or by role and place of several ("source 2").
         said: sentences about what a run makes of the domains.
+        frequencies: (K,) of the classes in all domains together that are learned, if these are several.
     """
     folder.mkdir(parents=True, exist_ok=True)
     described = []
     for role, (domain, facts) in domains.items():
-        entry = {"role": role, "name": facts.name, "num_images": facts.num_images, "sizes": _sizes(facts)}
+        file_name = f"{role.replace(' ', '_')}.png"
+        entry = {
+            "role": role,
+            "file": file_name,
+            "name": facts.name,
+            "num_images": facts.num_images,
+            "sizes": _sizes(facts),
+        }
         if facts.readable and num_pictures:
             picked = np.unique(np.linspace(0, len(facts.readable) - 1, num_pictures).round().astype(int))
             sheet = draw_sheet(domain, [facts.readable[position] for position in picked], classes)
-            sheet.save(folder / f"{role}.png")
+            sheet.save(folder / file_name)
             file = io.BytesIO()
             sheet.save(file, format="JPEG", quality=88)
             entry["picture"] = base64.b64encode(file.getvalue()).decode()
         if facts.labelled:
-            shares, drawn = rarity(facts, temperature)
+            shares, drawn = rarity(facts, temperature, None if role_of(role) == "test" else frequencies)
             entry["ignored"] = f"{facts.ignored:.1%}" if facts.ignored == facts.ignored else "all"
             entry["classes"] = [
                 {

@@ -54,6 +54,8 @@ logger = logging.getLogger(__name__)
 DRAWN: dict[str, Callable[[DomainConfig], Dataset]] = {
     "streets-source": lambda config: streets("source", config.split, config.num_images),
     "streets-target": lambda config: streets("target", config.split, config.num_images),
+    "streets-simulator": lambda config: streets("simulator", config.split, config.num_images),
+    "streets-night": lambda config: streets("night", config.split, config.num_images),
 }
 LIST_SUFFIXES = (".txt", ".csv", ".tsv")
 LOOKED_AT = 16  # rows of a stream that are checked before training

@@ -1,10 +1,13 @@
-"""The embedded default: two small street-scene domains, drawn on the spot, with a real gap between them.
+"""The embedded default: small street-scene domains, drawn on the spot, with a real gap between them.
 
 *source* is a computer game: flat saturated colours, hard edges, even light, box buildings, lollipop trees, one row of
 parked cars, a camera high above the middle of the road. *target* is a photograph by another car: the low sun of a dusty
 evening, haze, textures, blur, vignette and sensor noise, but also gabled houses with gaps between them, shaggy
 trees, vans instead of saloons, walking people, cars parked on both sides, and a lower camera with a longer lens. What
 carries over is what carries over between real cities: each class keeps its place and its outline in the street.
+
+Two more are for runs with several sources or targets. *simulator* is another computer-made source: the streets of the
+target in flat colours, before any camera. *night* is another target: its photographs, hours after the sun has set.
 
 Nothing is downloaded and nothing is stored: a scene is a pure function of (seed, domain, split, index). Sizes and
 places are metres in a pinhole camera, so one scene looks the same at every resolution.
@@ -20,7 +23,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image, ImageDraw, ImageFilter
 
-Domain = Literal["source", "target"]
+Domain = Literal["source", "target", "simulator", "night"]
 Colour = tuple[float, float, float]
 Point = tuple[float, float]
 
@@ -517,6 +520,14 @@ def _photograph(canvas: _Canvas, rng: np.random.Generator) -> tuple[np.ndarray, 
     return np.clip(np.asarray(photo) + noise, 0, 255).astype(np.uint8), labels
 
 
+def _at_night(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The photograph (H, W, 3) uint8 in blue light, with deep shadows, and a sensor that is set to see in it."""
+    light = np.array([0.42, 0.55, 0.82], dtype=np.float32) * rng.uniform(0.8, 1.1)
+    dark = 255 * (photo / np.float32(255)) ** 1.5 * light
+    noise = rng.standard_normal(photo.shape, dtype=np.float32) * rng.uniform(6, 10)
+    return np.clip(dark + noise, 0, 255).astype(np.uint8)
+
+
 def _clouds(rng: np.random.Generator, cells: int, height: int, width: int) -> np.ndarray:
     """Smooth noise (H, W) of about unit deviation with `cells` bumps from top to bottom and twice as many across."""
     grid = Image.fromarray(rng.standard_normal((cells, 2 * cells), dtype=np.float32))
@@ -530,7 +541,7 @@ def draw_scene(domain: Domain, rng: np.random.Generator, height: int, width: int
     """Draw one street scene.
 
     Args:
-        domain: "source" (computer-made) or "target" (photographed).
+        domain: "source" or "simulator" (computer-made), "target" or "night" (photographed).
         rng: The only source of randomness; equal states give equal scenes. What stands where does not depend on the
             size, so the same state drawn larger is the same street in more detail.
         height: Pixels, at least 32.
@@ -549,10 +560,12 @@ def draw_scene(domain: Domain, rng: np.random.Generator, height: int, width: int
             f"A street scene needs at least {_SMALLEST_SIDE} pixels in height and width, got {height}x{width}. "
             f"Ask for a larger size, such as 96x192."
         )
-    if domain == "source":
-        colours, labels, _ = _draw_source(height, width, rng).develop()
+    canvas = (_draw_source if domain == "source" else _draw_target)(height, width, rng)
+    if domain in ("source", "simulator"):
+        colours, labels, _ = canvas.develop()
         return np.clip(colours, 0, 255).astype(np.uint8), labels
-    return _photograph(_draw_target(height, width, rng), rng)
+    photo, labels = _photograph(canvas, rng)
+    return (photo if domain == "target" else _at_night(photo, rng)), labels
 
 
 def streets(
@@ -569,10 +582,10 @@ def streets(
     never share a scene. Same arguments, same bytes.
 
     Args:
-        domain: "source" or "target".
+        domain: "source", "target", "simulator" or "night".
         split: "train" or "validation".
         num_images: How many scenes; None for 256 (train) or 64 (validation).
-        seed: Not negative. Another seed gives other streets of the same two cities.
+        seed: Not negative. Another seed gives other streets of the same cities.
         height: Pixels, at least 32.
         width: Pixels, at least 32.
 

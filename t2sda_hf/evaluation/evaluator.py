@@ -295,6 +295,33 @@ def evaluate_models(
     return {name: about | _result(matrix, pixels, classes) for name, (matrix, pixels) in counted.items()}
 
 
+def joint_result(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The results of a model on several domains as one; of one domain its own.
+
+    Returns:
+        What `evaluate_models` does, with the sum of images and confusions, and of every score the mean over the
+        domains: mIoU is the mean of their mIoUs, and the IoU of a class the mean over those that have one. There are no
+        "groups"; "domains" has the results one by one.
+    """
+    if len(results) == 1:
+        return results[0]
+    mean = {name: _mean([result[name] for result in results]) for name in ("miou", "pixel_accuracy", "mean_accuracy")}
+    return {
+        "domain": " + ".join(result["domain"] for result in results),
+        "num_images": sum(result["num_images"] for result in results),
+        "unreadable": [text for result in results for text in result["unreadable"]],
+        **mean,
+        "iou": {name: _mean([result["iou"][name] for result in results]) for name in results[0]["iou"]},
+        "confusion": np.sum([result["confusion"] for result in results], axis=0).tolist(),
+        "domains": list(results),
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
 def _result(matrix: np.ndarray, groups: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
     result = scores(matrix, classes)
     return {

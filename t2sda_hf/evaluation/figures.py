@@ -137,7 +137,7 @@ def save_class_shares(path: Path, shares: Mapping[str, Sequence[float]], classes
     else:
         axis.set_xlabel("class id")
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncol=len(shares), frameon=False)
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncol=len(shares) if len(shares) < 4 else 2, frameon=False)
     _save(figure, path)
 
 

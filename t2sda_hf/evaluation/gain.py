@@ -57,17 +57,21 @@ def gain_interval(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> tup
     It says nothing of another seed. Deterministic; its cost does not grow with the number of images.
 
     Args:
-        result, baseline: of `evaluate_model`, on the same images.
+        result, baseline: of `evaluate_model`, on the same images; or of `joint_result`, whose gain is the mean over the
+            domains, each drawn by itself.
 
     Returns:
         None where it cannot be told: a result of an earlier release, another number of groups, or fewer than 5.
     """
-    new, old = group_pixels(result), group_pixels(baseline)
-    if new is None or old is None or new.shape != old.shape or new.shape[1] < FEWEST:
-        return None
-    groups = new.shape[1]
-    draws = np.random.default_rng(_SEED).multinomial(groups, np.full(groups, 1 / groups), size=_RESAMPLES)
-    low, high = np.percentile(_miou(draws @ new) - _miou(draws @ old), [2.5, 97.5])
+    rng, gains = np.random.default_rng(_SEED), list[np.ndarray]()
+    ours, theirs = (one.get("domains", [one]) for one in (result, baseline))
+    for new, old in ((group_pixels(one), group_pixels(other)) for one, other in zip(ours, theirs, strict=False)):
+        if new is None or old is None or new.shape != old.shape or new.shape[1] < FEWEST:
+            return None
+        groups = new.shape[1]
+        draws = rng.multinomial(groups, np.full(groups, 1 / groups), size=_RESAMPLES)
+        gains.append(_miou(draws @ new) - _miou(draws @ old))
+    low, high = np.percentile(np.mean(gains, axis=0), [2.5, 97.5])
     return float(low), float(high)
 
 

@@ -10,11 +10,11 @@ import jinja2
 import numpy as np
 import yaml
 
-from ..config import changes, domain_names, flatten
+from ..config import changes, domain_names, flatten, without_place
 from ..storage import write_text
 from .figures import hex_colors, save_class_shares, save_confusion, save_curves, save_losses
 from .run_folder import BASELINE, MethodFolder, RunFolder, read_run
-from .table import CLASS_SETS, class_sets_of, difference, kinds_of_test, spread, subset_miou
+from .table import CLASS_SETS, class_sets_of, difference, kinds_of_test, miou_by_domain, spread, subset_miou
 
 CURVES = {
     "student": "student, target",
@@ -67,6 +67,7 @@ def write_page(folder: str | Path) -> Path:
         table=_class_table(main, baseline, classes),
         gain=difference(*(m.results["student"]["miou"] if m and m.results else None for m in (main, baseline))),
         subsets=_subset_table(results, classes),
+        by_domain=miou_by_domain(results),
         changes=_changes(main, baseline, classes),
         quality=_pseudo_label_quality(main),
         threshold=_get(main.config, "uda.pseudo_threshold"),
@@ -222,7 +223,10 @@ def _charts(run: RunFolder) -> dict[str, str]:
 def _class_shares(run: RunFolder) -> dict[str, list[float]]:
     shares: dict[str, list[float]] = {}
     if run.data.get("source_pixels"):
-        shares[f"pixels of the {run.labels_from}"] = _normalised(run.data["source_pixels"])
+        parts = run.data.get("domains", {}).get(run.labels_from, {}).get("parts", [])
+        shares |= {f"pixels of {part['name']}": _normalised(part["pixels"]) for part in parts if "pixels" in part}
+        title = f"pixels of all {len(parts)} as drawn" if parts else f"pixels of the {run.labels_from}"
+        shares[title] = _normalised(run.data["source_pixels"])
     if run.data.get("sampling"):
         shares["images drawn for it"] = run.data["sampling"]
     if run.main.results:
@@ -320,7 +324,10 @@ def _pseudo_label_quality(main: MethodFolder) -> dict[int, dict[str, float]]:
 
 
 def _get(config: Mapping[str, Any], key: str) -> Any:
-    return flatten(config).get(key, "?")
+    """The value of a key; of several domains all of theirs."""
+    flat = flatten(config)
+    listed = [str(value) for name, value in flat.items() if name != key and without_place(name) == key]
+    return ", ".join(listed) if listed else flat.get(key, "?")
 
 
 def _normalised(counts: Sequence[int]) -> list[float]:

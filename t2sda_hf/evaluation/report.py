@@ -1,6 +1,6 @@
 """The picture of a run: test images, truth, what every model says, and where the last one is wrong."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ def save_panel(
     path: Path,
     domain: LabelledDomain,
     models: Mapping[str, nn.Module],
-    image_size: Size | None,
+    image_size: Size | Callable[[int], Size | None] | None,
     classes: Sequence[str],
     num_images: int = 4,
     predictions_only: bool = False,
@@ -28,7 +28,7 @@ def save_panel(
         path: PNG to write.
         domain: labelled.
         models: column title -> model in eval mode.
-        image_size: network input (height, width); None keeps the image's.
+        image_size: network input (height, width), or what gives that of an image; None keeps the image's.
         classes: names, for colours and legend.
         num_images: rows.
         predictions_only: leave out what is the data set's own, or shows it: images, truth and errors.
@@ -37,14 +37,15 @@ def save_panel(
     rows = np.linspace(0, len(domain) - 1, num=min(num_images, len(domain)), dtype=int).tolist()
     images, labels = [domain.image(row) for row in rows], [domain.labels(row) for row in rows]
     columns = [Column("target image", images), Column("truth", labels, "classes")]
+    sizes = [image_size(row) if callable(image_size) else image_size for row in rows]
     for title, model in models.items():
         device = next(model.parameters()).device
         columns.append(
             Column(
                 title,
                 [
-                    predict_labels(model, to_pixel_values(image, image_size, device), truth.shape)[0].cpu().numpy()
-                    for image, truth in zip(images, labels, strict=True)
+                    predict_labels(model, to_pixel_values(image, size, device), truth.shape)[0].cpu().numpy()
+                    for image, truth, size in zip(images, labels, sizes, strict=True)
                 ],
                 "classes",
             )

@@ -170,7 +170,8 @@ def write_data_record(
     Args:
         folder: of the run.
         seed: of the run.
-        domains: "source", "target", "test" -> name, num_images and, where known, fingerprint.
+        domains: "source", "target", "test" -> name, num_images and, where known, fingerprint; of several domains also
+            "parts", a list of their names, num_images and, where known, pixels per class.
         classes: names.
         source_pixels: pixels per class in the source's labels.
         sampling: probability with which a source image is drawn for each class; None if images are drawn evenly.

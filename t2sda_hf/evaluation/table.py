@@ -121,6 +121,23 @@ def format_table(
     return markdown(["class", *columns], lines)
 
 
+def miou_by_domain(results: Mapping[str, Result]) -> dict[str, dict[str, float | None]]:
+    """Test domain, and "mean", -> column -> mIoU in %, of the results of `joint_result`; {} of one domain."""
+    first = next(iter(results.values()), {})
+    names = [one["domain"] for one in first.get("domains", ())]
+    rows = {
+        name: {title: result["domains"][place]["miou"] for title, result in results.items()}
+        for place, name in enumerate(names)
+    }
+    return rows | {"mean": {title: result["miou"] for title, result in results.items()}} if rows else {}
+
+
+def format_domains(results: Mapping[str, Result]) -> str:
+    """`miou_by_domain` as a Markdown table that is aligned as plain text too."""
+    rows = miou_by_domain(results).items()
+    return markdown(["mIoU", *results], [[name, *map(number, row.values())] for name, row in rows])
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns are aligned as plain text too: the first to the left, the others to the right."""
     lines = [[escape_cell(cell) for cell in line] for line in (header, *rows)]

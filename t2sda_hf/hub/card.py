@@ -24,7 +24,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from safetensors import safe_open
 
-from ..config import SUPERVISED, DomainConfig, RunConfig, domain_names, hub_id, load_config
+from ..config import SUPERVISED, DomainConfig, RunConfig, domain_names, hub_id, load_config, only, several
 from ..masking import mask
 from ..storage import read_json, write_json
 
@@ -40,7 +40,7 @@ METHODS = {
     "generalization": "T2S-DA without a target: the pull loss between source images and other styles of them "
     f"({PAPER})",
 }
-DRAWN = ("streets-source", "streets-target")
+DRAWN = ("streets-source", "streets-target", "streets-simulator", "streets-night")
 DRAWN_TERMS = "drawn by t2sda_hf itself, Apache-2.0"
 PACKAGE = Path(__file__).parents[1]
 # How Hub ids of encoders begin, and under which licence their weights come: a model that starts from them does, too.
@@ -428,7 +428,9 @@ def _baseline(folder: Path, cfg: RunConfig, metrics: dict[str, Any], given: str)
 
 def domains_of(cfg: RunConfig) -> dict[str, DomainConfig]:
     """Source, target, target_labelled and test, without those that the run does without."""
-    roles = {"source": cfg.source, "target": cfg.target, "target_labelled": cfg.target_labelled, "test": cfg.test}
+    what = "a model card takes one domain of each role"
+    source, target, test = (only(domains, what) for domains in (cfg.source, cfg.target, cfg.test))
+    roles = {"source": source, "target": target, "target_labelled": cfg.target_labelled, "test": test}
     if not cfg.target_labelled.path or cfg.labelled_target is None:
         del roles["target_labelled"]
     without = {"generalization": "target", "target_only": "source"}.get(cfg.method)
@@ -482,8 +484,8 @@ def _license(cfg: RunConfig, given: str) -> str:
         said = f" That encoder comes under {brought}." if brought else ""
         raise ValueError(
             f"the licence of the weights is not known: they start from {cfg.model.pretrained!r} and saw "
-            f"{cfg.labelled.path!r} and {cfg.target.path!r}.{said} Give --license, or push_to_hub.license in the "
-            "config."
+            f"{several(cfg.labelled)[0].path!r} and {cfg.targets[0].path!r}.{said} Give --license, or "
+            "push_to_hub.license in the config."
         )
     return found
 
@@ -501,7 +503,8 @@ def licence_of(pretrained: str) -> str:
 
 def own_license(cfg: RunConfig) -> str:
     """The licence of weights that nothing but this project's own drawings went into, otherwise ""."""
-    drawn = all(domain.path in DRAWN for domain in (cfg.labelled, cfg.target, cfg.labelled_target or cfg.target))
+    read = (*several(cfg.labelled), *cfg.targets, cfg.labelled_target or cfg.targets[0])
+    drawn = all(domain.path in DRAWN for domain in read)
     return "apache-2.0" if drawn and cfg.model.pretrained is None else ""
 
 

@@ -26,10 +26,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from ..batch import UdaBatch, sent_ahead
 from ..config import DomainConfig, RunConfig, TranslateConfig, load_config
 from ..data.contents import Contents, digest, file_contents
-from ..data.domains import Domain, Reading, domain_contents, load_domain, read_domain
+from ..data.domains import AnyDomain, Domain, Reading, domain_contents, load_domain, load_domains, read_domain
 from ..data.few_labels import covering_order, how_many
 from ..data.pairs import AHEAD, LabelledTarget, PairDataset, batches, bytes_per_batch
-from ..data.rare_class_sampling import RareClasses, rare_classes
+from ..data.rare_class_sampling import RareClasses, joint_shares_of_pixels, rare_classes
 from ..data.translated import TranslatedFolder, open_translated
 from ..device import choose_algorithms, make_accelerator
 from ..errors import leave_signals_to_parent
@@ -49,7 +49,7 @@ from ..translate.style_networks import ADAIN_FILES, RANDOMIZATION_FILES, find_we
 from ..translate.trained import NetworkTranslation
 from .adapters import frozen_names, limit_training, merged, without
 from .checkpoint import TRAINED
-from .derive import Derived, Facts, derive, joint_frequencies
+from .derive import Derived, Facts, derive, joint_frequencies, source_rare_classes
 from .distributed import broadcast_from_main, decided_by_main, shards
 from .loop import Run, train
 from .parts import Parts, make_parts
@@ -76,16 +76,16 @@ class Domains:
     if there are any.
     """
 
-    source: Domain
-    target: Domain | None
-    test: Domain
+    source: AnyDomain
+    target: AnyDomain | None
+    test: AnyDomain
     facts: Facts
     translate: TranslationEngine
     translated: TranslatedFolder | None
     contents: Mapping[str, Contents]  # of all that is read, but the weights to start from
     labelled_target: Domain | None = None
 
-    def adapted_to(self, cfg: RunConfig) -> Domain | None:
+    def adapted_to(self, cfg: RunConfig) -> AnyDomain | None:
         """The target, if the method learns from its images: the baseline of a run does not."""
         return self.target if cfg.self_trains else None
 
@@ -94,13 +94,22 @@ class Domains:
         """(images, K) pixels per class of the source."""
         return self.facts.counts
 
+    @property
+    def source_pixels(self) -> np.ndarray:
+        """(K,) int64 pixels per class of the source; of several as many, in the shares in which they are drawn."""
+        counts = self.facts.counts
+        if len(self.source.parts) == 1:
+            summed: np.ndarray = counts.sum(axis=0)
+            return summed
+        return np.rint(counts.sum() * joint_shares_of_pixels(self.facts.counts_of_each, self.source.shares)).astype(int)
+
     def rare_classes(self, cfg: RunConfig) -> list[RareClasses | None]:
         """What source and `labelled_target` are drawn by; None: evenly."""
         few = self.facts.labelled_target
         if not cfg.rcs.enabled or cfg.method == "source_free":
             return [None, None]
         how = cfg.rcs.temperature, cfg.rcs.min_pixels, joint_frequencies(cfg, self.facts)
-        return [rare_classes(self.source_counts, *how), None if few is None else rare_classes(few[0], *how)]
+        return [source_rare_classes(cfg, self.facts), None if few is None else rare_classes(few[0], *how)]
 
 
 def open_domains(cfg: RunConfig, accelerator: Accelerator) -> Domains:
@@ -110,11 +119,11 @@ def open_domains(cfg: RunConfig, accelerator: Accelerator) -> Domains:
         ValueError: see `load_domain`, `check_domain`, `settle`, `build_engine` and `open_translated`.
     """
     with _one_by_one(accelerator):
-        source = load_domain(cfg.labelled, cfg.classes, labelled=cfg.method != "source_free")
+        source = load_domains(cfg.labels_from, cfg.labelled, cfg.classes, labelled=cfg.method != "source_free")
         target = None
         if cfg.method not in ("generalization", "target_only"):
-            target = load_domain(cfg.target, cfg.classes, labelled=False)
-        test = load_domain(cfg.test, cfg.classes)
+            target = load_domains("target", cfg.target, cfg.classes, labelled=False)
+        test = load_domains("test", cfg.test, cfg.classes)
         read = read_domain(source, cfg.classes)
         contents = {f"{cfg.labels_from}_data": read.contents}
         target_sizes = None
@@ -127,21 +136,34 @@ def open_domains(cfg: RunConfig, accelerator: Accelerator) -> Domains:
         if cfg.labelled_target is not None:
             few, of_few = open_labelled_target(cfg, cfg.labelled_target)
             contents["target_labelled_data"] = of_few.contents
-    if source.rule is not None and (shared := read.images & of_test.images):
+    if len({part.network_size() for part in test.parts}) > 1:
+        logger.warning(
+            "the test domains are brought to different sizes: the model is saved with the input size of the first, %s.",
+            test.parts[0].name,
+        )
+    if source.labelled and (shared := read.images & of_test.images):
         logger.warning(
             "warning: %d of the images that are learned with their labels are test images, too, so scores say nothing "
             "of new images: give %s and test different images.",
             *(len(shared), cfg.labels_from),
         )
-    facts = Facts(read.counts, read.sizes, target_sizes, None if of_few is None else (of_few.counts, of_few.sizes))
+    lengths = lengths_of(source), () if target is None else lengths_of(target)
+    known = None if of_few is None else (of_few.counts, of_few.sizes)
+    facts = Facts(read.counts, read.sizes, target_sizes, known, *lengths)
     cfg = settle(cfg, facts, accelerator).cfg
     engine = build_engine(cfg.translate if cfg.translates else TranslateConfig(engine="none"))
     folder = cfg.translate.trained.folder if cfg.translates and cfg.translate.engine == "trained" else ""
-    translated = open_translated(folder, len(source), cfg.source.max_pixels) if folder else None
+    largest = max(one.max_pixels for one in cfg.sources)
+    translated = open_translated(folder, len(source), largest) if folder else None
     if cfg.translates:
         with _one_by_one(accelerator):  # once more: nobody may hold it in `settle`, where all wait for each other
             contents |= contents_of_translation(cfg.translate, engine, translated)
     return Domains(source, target, test, facts, engine, translated, contents, few)
+
+
+def lengths_of(domain: AnyDomain) -> tuple[int, ...]:
+    """For `Facts`: how many images each of several domains has; () of one."""
+    return tuple(map(len, domain.parts)) if len(domain.parts) > 1 else ()
 
 
 def open_labelled_target(cfg: RunConfig, config: DomainConfig) -> tuple[Domain, Reading]:
@@ -152,9 +174,9 @@ def open_labelled_target(cfg: RunConfig, config: DomainConfig) -> tuple[Domain, 
     """
     domain = load_domain(config, cfg.classes)
     read = read_domain(domain, cfg.classes)
-    images = [load_domain(one, cfg.classes, labelled=False) for one in (config, cfg.test)]
-    learned, tested = (set(domain_contents(found).digests[: len(found)]) for found in images)
-    if shared := learned & tested:
+    images = [load_domain(one, cfg.classes, labelled=False) for one in (config, *cfg.tests)]
+    learned, *tested = (set(domain_contents(found).digests[: len(found)]) for found in images)
+    if shared := learned & set().union(*tested):
         raise ValueError(
             f"{len(shared)} of the labelled target images of {domain.name} are test images, so scores would say "
             "nothing of new images. Give target_labelled and test different images."
@@ -455,7 +477,7 @@ def data_record(cfg: RunConfig, domains: Domains, described: Mapping[str, Mappin
     """What the run reads, for `write_data_record`; `described` is from `records`."""
     known = {kind: domains.contents.get(f"{kind}_data") for kind in ("source", "target", "target_labelled", "test")}
     rare = domains.rare_classes(cfg)[0]
-    sampling = None if rare is None else rare.probabilities.tolist()
+    sampling = None if rare is None else rare.of_classes.tolist()
     learns_from_target = described[cfg.method]["target_data"] is not None
     unlabelled = domains.target if learns_from_target else None
     used = {"source": None, "target": unlabelled, "target_labelled": domains.labelled_target, "test": domains.test}
@@ -464,13 +486,24 @@ def data_record(cfg: RunConfig, domains: Domains, described: Mapping[str, Mappin
         "seed": cfg.seed,
         "domains": {
             kind: {"name": domain.name, "num_images": len(domain), "fingerprint": part.fingerprint}
+            | _parts_record(domain, domains.facts.counts_of_each if kind == cfg.labels_from else ())
             for kind, domain in used.items()
             if domain is not None and (part := known[kind]) is not None
         },
         "classes": cfg.classes,
-        "source_pixels": domains.source_counts.sum(axis=0).tolist() if domains.source.rule is not None else [],
+        "source_pixels": domains.source_pixels.tolist() if domains.source.labelled else [],
         "sampling": sampling,
     }
+
+
+def _parts_record(domain: AnyDomain, counts: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Of several domains each one's name, number of images and, where known, pixels per class; {} of one."""
+    if len(domain.parts) == 1:
+        return {}
+    parts: list[dict[str, Any]] = [{"name": part.name, "num_images": len(part)} for part in domain.parts]
+    for part, of_part in zip(parts, counts if domain.labelled else (), strict=False):
+        part["pixels"] = of_part.sum(axis=0).tolist()
+    return {"parts": parts}
 
 
 def run_method(
@@ -532,7 +565,7 @@ def build_parts(
     if not sharded:  # which may be too large to be whole on the device together with its teacher
         student = student.to(accelerator.device)
         broadcast_from_main([*student.parameters(), *student.buffers()], accelerator)
-    counts = domains.source_counts.sum(axis=0)
+    counts = domains.source_pixels
     if cfg.method == "source_free":
         counts = predicted_pixels(initial, domains.source)
     watch = Watch(counts.tolist(), cfg.uda.pseudo_threshold).to(accelerator.device)
@@ -546,7 +579,7 @@ def build_parts(
 
 
 @torch.no_grad()
-def predicted_pixels(model: T2SDAForSemanticSegmentation, domain: Domain) -> np.ndarray:
+def predicted_pixels(model: T2SDAForSemanticSegmentation, domain: AnyDomain) -> np.ndarray:
     """(K,) pixels per class as a model sees some images of a domain: they stand for the source's labels."""
     training, counts = model.training, np.zeros(model.config.num_labels or 0, dtype=np.int64)
     model.eval()

@@ -6,15 +6,15 @@ puts numbers in their place, before anything else reads the config.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from ..config import DomainConfig, RunConfig
+from ..config import DomainConfig, DomainConfigs, RunConfig, role_of, several, shares_of
 from ..data.domains import ImageStream
-from ..data.rare_class_sampling import RareClasses, rare_classes, shares_of_pixels
+from ..data.rare_class_sampling import RareClasses, joint_rare_classes, joint_shares_of_pixels, shares_of_pixels
 from ..data.transforms import Size, resized_size
 from ..translate.fda import beta_for
 from .optim import peak_factor
@@ -52,19 +52,32 @@ class Facts:
         target_sizes: the same of the target, in its own number of images; None without a target.
         labelled_target: (images, K) and (images, 2), counts and sizes of the target images whose labels are learned
             beside the source's; None without any.
+        source_lengths, target_lengths: of several domains, whose images are counted through above, how many each has;
+            () of one.
     """
 
     counts: np.ndarray
     source_sizes: np.ndarray
     target_sizes: np.ndarray | None
     labelled_target: tuple[np.ndarray, np.ndarray] | None = None
+    source_lengths: tuple[int, ...] = ()
+    target_lengths: tuple[int, ...] = ()
+
+    @property
+    def counts_of_each(self) -> list[np.ndarray]:
+        """`counts` of each domain."""
+        return _split(self.counts, self.source_lengths)
 
     @classmethod
     def unread(cls, cfg: RunConfig) -> "Facts":
         """For a command that reads no data: one image per domain, as large as those of Cityscapes, or as a crop."""
         given = [size for size in (cfg.data.crop_size, cfg.data.outer_crop_size) if size is not None]
         size = np.array([(1024, 2048), *given]).max(axis=0, keepdims=True)
-        return cls(np.zeros((1, len(cfg.classes)), np.int64), size, size)
+        of_source, of_target = (
+            np.repeat(size, len(several(domains)), axis=0) for domains in (cfg.labelled, cfg.target)
+        )
+        counts = np.zeros((len(of_source), len(cfg.classes)), np.int64)
+        return cls(counts, of_source, of_target, None, (1,) * len(of_source), (1,) * len(of_target))
 
 
 @dataclass(frozen=True)
@@ -111,12 +124,12 @@ def derive(
             values[key] = value if was is None else tuple(was) if isinstance(was, list) else was
             cfg = _with(cfg, {key: values[key]})
 
-    source = _working_sizes(cfg.labelled, facts.source_sizes)
-    domains = {cfg.labels_from: source}
+    domains = _working_sizes(cfg.labels_from, cfg.labelled, facts.source_sizes, facts.source_lengths)
+    source = np.concatenate(list(domains.values()))
     if facts.target_sizes is not None and cfg.method not in ("generalization", "target_only"):
-        domains["target"] = _working_sizes(cfg.target, facts.target_sizes)
+        domains |= _working_sizes("target", cfg.target, facts.target_sizes, facts.target_lengths)
     if facts.labelled_target is not None and cfg.labelled_target is not None:
-        domains["target_labelled"] = _working_sizes(cfg.labelled_target, facts.labelled_target[1])
+        domains |= _working_sizes("target_labelled", cfg.labelled_target, facts.labelled_target[1])
     crop, outer = _crops(cfg, domains)
     put("data.crop_size", crop)
     put("data.outer_crop_size", tuple(max(pair) for pair in zip(outer, cfg.data.crop_size, strict=True)))
@@ -133,15 +146,20 @@ def derive(
     pixels = float(np.median(np.maximum(facts.source_sizes.prod(axis=1), facts.counts.sum(axis=1))))
     put("rcs.min_pixels", _floors(facts.counts, round(_SHARE_OF_IMAGE * pixels)))
     put("rcs.min_crop_ratio", float(f"{0.5 * min(np.median(source.prod(axis=1)) / pixels, 1):.3g}"))
-    put("rcs.temperature", _temperature(facts.counts, cfg.rcs.min_pixels))
+    put("rcs.temperature", _temperature(facts.counts_of_each, shares_of(cfg.labelled), cfg.rcs.min_pixels))
     said, warnings = [_said_of_crops(cfg, domains), _said_of_schedule(cfg)], _warnings(cfg, domains, kept)
     if cfg.data.num_workers is None:
         workers = loading_processes(cores)
-        if cfg.target.streamed:  # a number that divides its lanes: no two of them open the same row group
+        if cfg.targets[0].streamed:  # a number that divides its lanes: no two of them open the same row group
             workers = max(number for number in (0, 1, 2, ImageStream.LANES) if number <= workers)
         values["data.num_workers"] = workers
         cfg = _with(cfg, {"data.num_workers": workers})
         said.append(f"{workers} processes load data ahead, of {cores} cores (data.num_workers)")
+    said += [
+        _said_of_shares(cfg, facts, role, listed)
+        for role, listed in {cfg.labels_from: cfg.labelled, "target": cfg.target}.items()
+        if isinstance(listed, tuple) and role in map(role_of, domains)
+    ]
     if facts.labelled_target is not None:
         said.append(_said_of_target_labels(cfg, facts.labelled_target[0]))
     if cfg.rcs.enabled and facts.counts.any():
@@ -154,14 +172,28 @@ def derive(
 
 
 def joint_frequencies(cfg: RunConfig, facts: Facts) -> np.ndarray | None:
-    """(K,) shares of classes among labelled pixels as a run draws them: of the source, and of labelled target images.
+    """(K,) shares of classes among labelled pixels as a run draws them: of the sources, and of labelled target images.
 
-    None without such images.
+    None for a single source without such images.
     """
-    if facts.labelled_target is None:
+    if facts.labelled_target is None and not isinstance(cfg.labelled, tuple):
         return None
+    of_source = joint_shares_of_pixels(facts.counts_of_each, shares_of(cfg.labelled))
+    if facts.labelled_target is None:
+        return of_source
     share = cfg.data.target_labelled_share
-    return (1 - share) * shares_of_pixels(facts.counts) + share * shares_of_pixels(facts.labelled_target[0])
+    return (1 - share) * of_source + share * shares_of_pixels(facts.labelled_target[0])
+
+
+def source_rare_classes(cfg: RunConfig, facts: Facts) -> RareClasses:
+    """What images are drawn by of the domains whose labels are learned."""
+    how = cfg.rcs.temperature, cfg.rcs.min_pixels, joint_frequencies(cfg, facts)
+    return joint_rare_classes(facts.counts_of_each, shares_of(cfg.labelled), *how)
+
+
+def even_draws(lengths: Sequence[int], shares: Sequence[float]) -> np.ndarray:
+    """(images,) probability of each image in one draw that is even in each domain."""
+    return np.concatenate([np.full(number, share / number) for number, share in zip(lengths, shares, strict=True)])
 
 
 def draw_probabilities(rare: RareClasses, num_images: int) -> np.ndarray:
@@ -204,8 +236,21 @@ def _with(node: Any, values: Mapping[str, Any]) -> Any:
     return node
 
 
-def _working_sizes(config: DomainConfig, sizes: np.ndarray) -> np.ndarray:
-    """(images, 2) after crop box and resize."""
+def _split(rows: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
+    return np.split(rows, np.cumsum(lengths)[:-1]) if lengths else [rows]
+
+
+def _working_sizes(
+    role: str, listed: DomainConfigs, sizes: np.ndarray, lengths: Sequence[int] = ()
+) -> dict[str, np.ndarray]:
+    """By role, or "role place" of several domains, (images, 2) after crop box and resize."""
+    configs = several(listed)
+    titles = [role] if len(configs) == 1 else [f"{role} {place}" for place in range(1, len(configs) + 1)]
+    parts = zip(titles, configs, _split(sizes, lengths), strict=True)
+    return {title: _working_sizes_of(config, part) for title, config, part in parts}
+
+
+def _working_sizes_of(config: DomainConfig, sizes: np.ndarray) -> np.ndarray:
     if config.crop_box is not None:
         sizes = np.broadcast_to(np.array(config.crop_box[2:]), sizes.shape)
     if config.resize is None:
@@ -229,7 +274,8 @@ def _crops(cfg: RunConfig, domains: Mapping[str, np.ndarray]) -> tuple[Size, Siz
     if cfg.data.outer_crop_size is not None and cfg.data.outer_crop != "false":
         room = [min(pair) for pair in zip(room, cfg.data.outer_crop_size, strict=True)]
     crop = tuple(max(min(512 * scale, side) // step * step, step) for side in room)
-    labelled = usual[cfg.labels_from]
+    learned = [size for title, size in usual.items() if role_of(title) == cfg.labels_from]
+    labelled = [min(size[side] for size in learned) for side in (0, 1)]
     outer = tuple(min(most * scale, side) // 2 * 2 for most, side in zip((512, 1024), labelled, strict=True))
     return (crop[0], crop[1]), (outer[0], outer[1])
 
@@ -250,22 +296,31 @@ def _floors(counts: np.ndarray, usual: int) -> int | tuple[int, ...]:
     return usual if set(floors) == {usual} else tuple(floors)
 
 
-def _temperature(counts: np.ndarray, floors: int | tuple[int, ...]) -> float:
+def _temperature(counts: Sequence[np.ndarray], shares: Sequence[float], floors: int | tuple[int, ...]) -> float:
     """The smallest with which the draws are worth half of the images (1/Σp² >= images/2) and no class dominates them.
 
-    Where no temperature does it, the one with which the draws are worth most.
+    Where no temperature does it, the one with which the draws are worth most. Of several domains the images are those
+    that even draws by the shares are worth.
     """
     best = (0.0, _TEMPERATURES[0])
-    largest = min(2 / max((counts.sum(axis=0) > 0).sum(), 1), 0.75)  # share of the draws that one class may have
+    pixels = sum(one.sum(axis=0) for one in counts)
+    largest = min(2 / max((pixels > 0).sum(), 1), 0.75)  # share of the draws that one class may have
+    lengths = [len(one) for one in counts]
+    number = worth_of_even_draws(lengths, shares)
     for temperature in _TEMPERATURES:
-        if not counts.any():
+        if not pixels.any():
             break
-        rare = rare_classes(counts, temperature, floors)
-        worth = 1 / float((draw_probabilities(rare, len(counts)) ** 2).sum())
-        if worth >= len(counts) / 2 and rare.probabilities.max() <= largest:
+        rare = joint_rare_classes(counts, shares, temperature, floors)
+        worth = 1 / float((draw_probabilities(rare, sum(lengths)) ** 2).sum())
+        if worth >= number / 2 and rare.of_classes.max() <= largest:
             return temperature
         best = max(best, (worth, temperature), key=lambda pair: pair[0])
     return best[1]
+
+
+def worth_of_even_draws(lengths: Sequence[int], shares: Sequence[float]) -> float:
+    """How many images draws are worth that are even in each domain, 1/Σp²: of one domain all of them."""
+    return lengths[0] if len(lengths) == 1 else 1 / float((even_draws(lengths, shares) ** 2).sum())
 
 
 def _sized(size: Any) -> str:
@@ -310,7 +365,7 @@ def _warnings(cfg: RunConfig, domains: Mapping[str, np.ndarray], kept: Mapping[s
     """
     found = []
     for role, sizes in domains.items():
-        windowed = role in (cfg.labels_from, "target_labelled") and cfg.uses_outer_crop
+        windowed = role_of(role) in (cfg.labels_from, "target_labelled") and cfg.uses_outer_crop
         key = "data.outer_crop_size" if windowed else "data.crop_size"
         crop = np.array(cfg.data.outer_crop_size if windowed else cfg.data.crop_size)
         small = (sizes < crop).any(axis=1)
@@ -319,11 +374,12 @@ def _warnings(cfg: RunConfig, domains: Mapping[str, np.ndarray], kept: Mapping[s
         usual = np.median(sizes[small], axis=0).astype(int)
         empty = 1 - np.minimum(usual, crop).prod() / crop.prod()
         text = f"{small.sum():,} of {len(sizes):,} {role} images, most of {_sized(usual)}, are smaller than {key}"
+        resize = f"{role}.resize" if role == role_of(role) else f"resize of {role}"
         goes_on = kept.get(key) is not None and tuple(kept[key]) == tuple(crop)
         if (2 * np.median(sizes, axis=0) < crop).any() and min(crop) > 32 and not goes_on:
             raise ValueError(
                 f"{text} {_sized(crop)} (height x width): {empty:.0%} of a crop would be padding. Set {key}: null, and "
-                f"it is made to fit, or set {role}.resize to enlarge the images."
+                f"it is made to fit, or set {resize} to enlarge the images."
             )
         found.append(
             f"{text} {_sized(crop)} (height x width): {empty:.0%} of such a crop is padding, from which nothing is "
@@ -353,6 +409,17 @@ def _warnings(cfg: RunConfig, domains: Mapping[str, np.ndarray], kept: Mapping[s
     return found
 
 
+def _said_of_shares(cfg: RunConfig, facts: Facts, role: str, listed: DomainConfigs) -> str:
+    pairs = zip(shares_of(listed), several(listed), strict=True)
+    each = [f"{share:.0%} of {domain.name or domain.path} ({domain.split})" for share, domain in pairs]
+    said = f"{role} images in the batches: {', '.join(each)}"
+    if role != cfg.labels_from or not facts.counts.any():
+        return said
+    together = joint_shares_of_pixels(facts.counts_of_each, shares_of(listed))
+    shown = ", ".join(f"{name} {share:.2%}" for name, share in zip(cfg.classes, together, strict=True))
+    return f"{said}. Together their labelled pixels are {shown}"
+
+
 def _said_of_target_labels(cfg: RunConfig, counts: np.ndarray) -> str:
     absent = [name for name, pixels in zip(cfg.classes, counts.sum(axis=0), strict=True) if not pixels]
     return (
@@ -367,29 +434,29 @@ def _said_of_draws(cfg: RunConfig, facts: Facts, num_processes: int, derived: bo
 
     `derived`: nobody has given the temperature or the floors.
     """
-    counts = facts.counts
-    rare = rare_classes(counts, cfg.rcs.temperature, cfg.rcs.min_pixels, joint_frequencies(cfg, facts))
+    counts, lengths = facts.counts, [len(one) for one in facts.counts_of_each]
+    rare, of_sources = source_rare_classes(cfg, facts), shares_of(cfg.labelled)
     draws = cfg.train.max_steps * cfg.train.batch_size * cfg.train.micro_batches * num_processes
     if facts.labelled_target is not None:
         draws = max(round(draws * (1 - cfg.data.target_labelled_share)), 1)
     shares = draw_probabilities(rare, len(counts))
     distinct = expected_distinct(shares, draws)
-    evenly = expected_distinct(np.full(len(counts), 1 / len(counts)), draws)
-    first = int(rare.probabilities.argmax())
+    evenly = expected_distinct(even_draws(lengths, of_sources), draws)
+    first = int(rare.of_classes.argmax())
     text = (
         f"rare-class sampling (rcs.temperature {cfg.rcs.temperature:g}) will draw about {distinct:,.0f} of the "
-        f"{len(counts):,} {cfg.labels_from} images in {draws:,} draws, {rare.probabilities[first]:.0%} of them for "
+        f"{len(counts):,} {cfg.labels_from} images in {draws:,} draws, {rare.of_classes[first]:.0%} of them for "
         f"{cfg.classes[first]}"
     )
     few = distinct < evenly / 3
-    if not few and 1 / (shares**2).sum() >= len(counts) / 3:
+    if not few and 1 / (shares**2).sum() >= worth_of_even_draws(lengths, of_sources) / 3:
         return text, False
     if not few:
         each = [rare.probabilities[c] / len(images) if len(images) else 0 for c, images in enumerate(rare.images)]
         images = rare.images[int(np.argmax(each))]
         text += (
             f"; {shares[images].sum():.0%} of all draws are of the {len(images):,} images that show "
-            f"{cfg.classes[int(np.argmax(each))]}"
+            f"{cfg.classes[int(np.argmax(each)) % len(cfg.classes)]}"
         )
     if derived:
         return f"{text}. No temperature does better: add images of that class, or set rcs.enabled: false", True

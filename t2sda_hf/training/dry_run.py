@@ -67,7 +67,7 @@ def rehearse(
             size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
             needed += (cfg.train.keep_checkpoints + 1) * size
             nets = 1 if short.supervised else 2
-            tested = min(cfg.evaluation.limit or len(domains.test), len(domains.test))
+            tested = sum(min(cfg.evaluation.limit or len(part), len(part)) for part in domains.test.parts)
             images = nets * (tested + cfg.evaluation.source_images)
             rounds = 1 + (cfg.train.max_steps - 1) // cfg.train.evaluate_every
             whole = cfg.train.max_steps * step + rounds * images * image / accelerator.num_processes
@@ -124,7 +124,7 @@ def _seconds_per_image(student: Path, cfg: RunConfig, domains: Domains, accelera
     began = time.perf_counter()
     evaluate_model(
         accelerator.prepare_model(model, evaluation_mode=True),
-        domains.test,
+        domains.test.parts[0],
         image_size=domains.test.network_size(),
         classes=cfg.classes,
         accelerator=accelerator,

@@ -22,9 +22,9 @@ from accelerate.utils import gather_object
 from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
 from safetensors import SafetensorError, safe_open
 
-from ..config import RunConfig, changes, differences, dump_config, flatten, read_yaml
+from ..config import RunConfig, changes, differences, dump_config, flatten, read_yaml, without_place
 from ..data.contents import Contents, difference, digest
-from ..data.domains import Domain
+from ..data.domains import AnyDomain, JointDomain
 from ..errors import LostFolder
 from ..evaluation.run_folder import DATA_RECORD, RUN_RECORD
 from ..masking import mask_known
@@ -232,7 +232,9 @@ def describe(
         "scored": {
             "test_data": test.fingerprint,
             "source_data": inputs[f"{cfg.labels_from}_data"].fingerprint,
-            "settings": json.loads(json.dumps({key: value for key, value in scoring.items() if key not in _PLACES})),
+            "settings": json.loads(
+                json.dumps({k: value for k, value in scoring.items() if without_place(k) not in _PLACES})
+            ),
         },
         "rounding": {"CPU threads": torch.get_num_threads(), "device": accelerator.device.type},
         "config": json.loads(json.dumps(yaml.safe_load(mask_known(dump_config(cfg))))),  # as it will be read
@@ -244,9 +246,11 @@ def describe(
     }
 
 
-def fingerprint(domain: Domain, counts: np.ndarray | None = None) -> str:
+def fingerprint(domain: AnyDomain, counts: np.ndarray | None = None) -> str:
     """By what checkpoints of earlier releases know a domain: how many images, what their ids mean, the pixels per class
     of every label map (`counts`), and the bytes of some files. `Contents` know every byte."""
+    if isinstance(domain, JointDomain):  # which no earlier release knew
+        return hashlib.sha256("".join(map(fingerprint, domain.parts)).encode()).hexdigest()
     digest = hashlib.sha256(str(len(domain)).encode())
     for array in (domain.ids, domain.valid, counts):
         if array is not None:
@@ -281,7 +285,7 @@ def check_agreement(
     if accelerator.num_processes == 1:
         return
     files = sorted(Path(__file__).parents[1].rglob("*.py"))
-    local = lambda key: key in _OWN or key in _PLACES or changes(key) == "placement"  # noqa: E731
+    local = lambda key: key in _OWN or without_place(key) in _PLACES or changes(key) == "placement"  # noqa: E731
     mine = {
         "host": platform.node(),
         "settings": {key: value for key, value in flatten(asdict(cfg)).items() if not local(key)},
@@ -474,7 +478,7 @@ def _compare(
         logger.warning("resuming where sums may be rounded otherwise: %s", ", ".join(other))
     refused = []
     for key, text in texts.items():
-        if changes(key) != "learning" or _under(key, allowed) or _PLACES.get(key) in same:
+        if changes(key) != "learning" or _under(key, allowed) or _PLACES.get(without_place(key)) in same:
             logger.warning("resuming with another %s", text)
         else:
             refused.append(text)

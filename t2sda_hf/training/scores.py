@@ -1,7 +1,7 @@
 """How a run scores its networks while it trains."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,10 @@ from torch import nn
 
 from ..batch import normalize
 from ..config import RunConfig
-from ..data.domains import Domain
+from ..data.domains import AnyDomain, Domain
 from ..data.transforms import pad_image, random_window
 from ..errors import RunFailed
-from ..evaluation.evaluator import LabelledDomain, evaluate_models, evenly_spread
+from ..evaluation.evaluator import LabelledDomain, evaluate_models, evenly_spread, joint_result
 from ..evaluation.figures import save_confusion
 from ..evaluation.report import save_panel
 from ..methods import Networks
@@ -82,11 +82,11 @@ class Evaluation:
 
     cfg: RunConfig
     accelerator: Accelerator
-    source: Domain
-    test: Domain
+    source: AnyDomain
+    test: AnyDomain
     like: nn.Module
     stop: StopRequest
-    target: Domain | None = None
+    target: AnyDomain | None = None
 
     def take_statistics(self, student: nn.Module) -> None:
         """Give the student the batch norm statistics of the target, if uda.target_statistics asks for them. Collective.
@@ -112,21 +112,24 @@ class Evaluation:
                 student, (normalize(torch.from_numpy(batch).to(self.accelerator.device) / 255) for batch in stacked)
             )
 
-    def _target_crops(self, target: Domain) -> tuple[list[np.ndarray], list[str]]:
-        """(H,W,3) uint8 crops of evenly spread images, always the same ones, and why others are missing."""
+    def _target_crops(self, target: AnyDomain) -> tuple[list[np.ndarray], list[str]]:
+        """(H,W,3) uint8 crops of evenly spread images, always the same ones, and why others are missing. Several
+        targets have them by their shares."""
         crops, lost, size = list[np.ndarray](), list[str](), self.cfg.data.crop_size
-        for index in np.linspace(0, len(target) - 1, min(self.cfg.uda.target_statistics, len(target)), dtype=int):
-            try:
-                image = pad_image(target.resized_image(int(index)), size)
-            except (ValueError, OSError) as error:
-                lost.append(str(error))
-                continue
-            window = random_window((image.shape[0], image.shape[1]), size, np.random.default_rng(int(index)))
-            crops.append(window.of(image))
+        for part, share in zip(target.parts, target.shares, strict=True):
+            number = min(max(round(share * self.cfg.uda.target_statistics), 1), len(part))
+            for index in np.linspace(0, len(part) - 1, number, dtype=int):
+                try:
+                    image = pad_image(part.resized_image(int(index)), size)
+                except (ValueError, OSError) as error:
+                    lost.append(str(error))
+                    continue
+                window = random_window((image.shape[0], image.shape[1]), size, np.random.default_rng(int(index)))
+                crops.append(window.of(image))
         return crops, lost
 
     def results(self, networks: Networks) -> dict[str, dict[str, Any]]:
-        """Results of `evaluate_model`: "student"; "teacher", unless it is never used; and both "..._source" if
+        """Results of `joint_result`: "student"; "teacher", unless it is never used; and both "..._source" if
         evaluation.source_images asks for them.
 
         Raises:
@@ -136,9 +139,10 @@ class Evaluation:
         if not self.cfg.supervised:
             models["teacher"] = with_statistics_of(self._whole(networks.teacher), networks.student)
         found = self._score_on_test(models)
-        if self.cfg.evaluation.source_images and self.source.rule is not None:
-            seen_before = evenly_spread(self.source, self.cfg.evaluation.source_images, ", seen in training")
-            scored = self._score(models, seen_before, self.source, skip_unreadable=True)
+        if self.cfg.evaluation.source_images and self.source.labelled:
+            each = -(-self.cfg.evaluation.source_images // len(self.source.parts))
+            seen_before = [(evenly_spread(part, each, ", seen in training"), part) for part in self.source.parts]
+            scored = self._score(models, seen_before, skip_unreadable=True)
             found |= {f"{name}_source": result for name, result in scored.items()}
             lost = found["student_source"]["unreadable"]
             if lost:  # as in training, which draws another one
@@ -146,7 +150,7 @@ class Evaluation:
                     "%d of the %d source images that are scored cannot be read any more and are left out. The first: "
                     "%s",
                     len(lost),
-                    len(seen_before),
+                    sum(len(shown) for shown, _ in seen_before),
                     lost[0],
                 )
         return found
@@ -156,8 +160,9 @@ class Evaluation:
         return self._score_on_test({"model": self._whole(model)})["model"]
 
     def _score_on_test(self, models: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
-        shown = Interruptible(self.test, self.stop if self.accelerator.num_processes == 1 else None)
-        return self._score(models, shown, self.test, check=shown.check)
+        stop = self.stop if self.accelerator.num_processes == 1 else None
+        shown = [(Interruptible(part, stop), part) for part in self.test.parts]
+        return self._score(models, shown, check=shown[0][0].check)
 
     def pictures(self, student: nn.Module, results: dict[str, dict[str, Any]], folder: Path) -> dict[str, Path]:
         """Draw the whole student's predictions and confusions for the trackers; the page of the run has its own.
@@ -176,29 +181,33 @@ class Evaluation:
         panels = {name: folder / f"{name}.png" for name in ("predictions", "confusion")}
         folder.mkdir(exist_ok=True)
         with self._as_written():
-            save_panel(panels["predictions"], self.test, {method: student.eval()}, self.test.network_size(), classes)
+            save_panel(panels["predictions"], self.test, {method: student.eval()}, self.test.network_size, classes)
         save_confusion(panels["confusion"], {method: np.array(results["student"]["confusion"])}, classes)
         return panels
 
     def _score(
-        self, models: Mapping[str, nn.Module], shown: LabelledDomain, domain: Domain, **more: Any
+        self, models: Mapping[str, nn.Module], shown: Sequence[tuple[LabelledDomain, Domain]], **more: Any
     ) -> dict[str, dict[str, Any]]:
-        """The results of whole networks on what is `shown` of a domain."""
+        """The results of whole networks on what is shown of each domain."""
         how = self.cfg.evaluation
         with self._as_written():
-            return evaluate_models(
-                models,
-                shown,
-                image_size=domain.network_size(),
-                classes=self.cfg.classes,
-                accelerator=self.accelerator,
-                mode=how.mode,
-                window=how.window,
-                stride=how.stride,
-                limit=how.limit,
-                workers=self.cfg.data.num_workers or 0,
-                **more,
-            )
+            each = [
+                evaluate_models(
+                    models,
+                    images,
+                    image_size=domain.network_size(),
+                    classes=self.cfg.classes,
+                    accelerator=self.accelerator,
+                    mode=how.mode,
+                    window=how.window,
+                    stride=how.stride,
+                    limit=how.limit,
+                    workers=self.cfg.data.num_workers or 0,
+                    **more,
+                )
+                for images, domain in shown
+            ]
+        return {name: joint_result([results[name] for results in each]) for name in models}
 
     def _whole(self, network: nn.Module) -> nn.Module:
         return whole_network(network, self.like, self.accelerator)

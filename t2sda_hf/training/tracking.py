@@ -142,7 +142,9 @@ class Tracker:
         for name, result in results.items():
             scores |= {f"{name}/{score}": result[score] for score in ("miou", "pixel_accuracy")}
             scores |= {f"{name}/iou/{key}": iou for key, iou in result["iou"].items()}
-            self._bar.write(f"step {done}: {name} mIoU {number(result['miou'])} on {result['domain']}")
+            each = ", ".join(number(one["miou"]) for one in result.get("domains", ()))
+            text = f"{number(result['miou'])} ({each})" if each else number(result["miou"])
+            self._bar.write(f"step {done}: {name} mIoU {text} on {result['domain']}")
         self._write(done, {key: value for key, value in scores.items() if value is not None})
         self._since = time.perf_counter()  # evaluation does not count as training time
 

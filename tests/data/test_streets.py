@@ -7,7 +7,7 @@ from PIL import Image
 from t2sda_hf.data.streets import STREETS_CLASSES, draw_scene, streets
 from t2sda_hf.labels import CITYSCAPES_CLASSES
 
-DOMAINS = ("source", "target")
+DOMAINS = ("source", "target", "simulator", "night")
 
 
 def scene(domain, seed=0, height=96, width=192):
@@ -48,10 +48,11 @@ def test_the_same_street_drawn_larger_is_the_same_street(domain):
 
 def test_the_domains_differ_in_colour_and_texture_but_not_in_classes():
     images = {domain: np.stack([scene(domain, seed)[0] for seed in range(10)]).astype(float) for domain in DOMAINS}
+    assert images["night"].mean() < 0.6 * images["target"].mean()
     means = {domain: stack.mean(axis=(0, 1, 2)) for domain, stack in images.items()}
     assert np.abs(means["source"] - means["target"]).max() > 10
     noise = {domain: np.abs(np.diff(stack, axis=2)).__gt__(0).mean() for domain, stack in images.items()}
-    assert noise["source"] < 0.5 < noise["target"]
+    assert max(noise["source"], noise["simulator"]) < 0.5 < min(noise["target"], noise["night"])
 
 
 def test_a_set_is_reproducible_extendable_and_splits_share_nothing():
@@ -85,3 +86,11 @@ def test_a_row_holds_png_files():
 def test_mistakes_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         streets(**{"domain": "source", "split": "train", "num_images": 1} | arguments)
+
+
+def test_the_simulator_has_the_streets_of_the_target_and_the_night_its_photographs():
+    (flat, labels), (photo, of_photo), (dark, of_dark) = (scene(d, 4) for d in ("simulator", "target", "night"))
+    assert np.array_equal(labels, of_photo)
+    assert np.array_equal(labels, of_dark)
+    assert not np.array_equal(flat, photo)
+    assert dark.mean() < photo.mean()

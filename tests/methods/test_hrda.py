@@ -321,6 +321,12 @@ class FakeDomain:
     def __len__(self) -> int:
         return 2
 
+    def at(self, index: int) -> tuple["FakeDomain", int]:
+        return self, index
+
+    def draw(self, rng: np.random.Generator) -> int:
+        return int(rng.integers(2))
+
     def resized_image(self, index: int) -> np.ndarray:
         return np.stack([self.rows, self.columns, np.full_like(self.rows, index)], axis=-1)
 
