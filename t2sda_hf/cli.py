@@ -21,7 +21,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from .config import keys, load_config, recipe_names, unknown_key
+from .config import continued, keys, load_config, recipe_names, unknown_key
 from .data.layouts import LAYOUTS, ROLES
 from .errors import Ended, Stopped, heard
 from .launching import FLAGS as LAUNCH_FLAGS
@@ -222,6 +222,18 @@ def _launching(parser: Parser) -> None:
 def _train(parser: Parser) -> None:
     parser.takes_a_run()
     parser.add_argument("--list", action=_List, nargs=0, help="print the names of all recipes and stop")
+    parser.add_argument(
+        "--continue_on",
+        metavar="TARGET",
+        help="go on with a finished run on a further target; --config is its folder, or what it was trained with",
+    )
+    parser.add_argument(
+        "--replay",
+        type=float,
+        default=0.25,
+        metavar="SHARE",
+        help="with --continue_on: share of the target images that are of the old targets; default: 0.25",
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -681,6 +693,8 @@ def main(words: Sequence[str] | None = None, door: str = "t2sda") -> int:
         parser = parser_of(name)
         args = parser.read(rest)
         args.door = door
+        if name == "train" and args.continue_on:
+            args.config, args.overrides = continued(args.config, args.continue_on, args.replay, args.overrides)
         if parser.takes_keys and name != "tables":  # whose files hold many runs
             args.cfgs = [
                 load_config(path, args.overrides) for path in vars(args).get("configs", [vars(args).get("config")])

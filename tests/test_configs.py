@@ -25,7 +25,7 @@ def differences(left: RunConfig, right: RunConfig) -> dict[str, tuple[Any, Any]]
 def test_every_recipe_writes_to_its_own_folder() -> None:
     folders = [load_config(name).output_dir for name in recipe_names()]
     assert all(folder.startswith("outputs/") for folder in folders)
-    assert len(set(folders)) == len(folders) == 38
+    assert len(set(folders)) == len(folders) == 39
 
 
 @pytest.mark.parametrize("name", recipe_names())

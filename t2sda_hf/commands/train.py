@@ -5,6 +5,7 @@
     t2sda train --config mine.yaml --dry-run                        test the run, estimate its time and memory
     t2sda train --config mine.yaml --resume auto                    start, continue, or report that all is done
     t2sda train --config mine.yaml --num_processes 4 --accelerate_config fsdp2
+    t2sda train --config outputs/demo --continue_on streets-night   go on with a finished run on a further target
 
 A recipe is a config file that comes with the package.
 
@@ -17,6 +18,11 @@ fault.
 
 --resume auto continues the run in output_dir. If there is no such run, it starts one. So you can use the same command
 for every start.
+
+--continue_on starts from the finished student, and adapts to the old targets and to the further one. That is a path, or
+the keys of a domain ("{path: photos, resize: [360, 480]}"). --replay is the share of the old ones. The further target
+is read and tested as the old one is, at its own path; --target and --test say it otherwise. The run lies beside the
+old one, in a folder whose name ends in _continued.
 
 In a checkout of the repository, `accelerate launch scripts/train_uda.py --config ...` does the same.
 
@@ -213,8 +219,10 @@ def prepare(
             f"accelerate was started with {accelerator.distributed_type.value}, which would do nothing here. Launch "
             "one process, several with whole networks, or FSDP2: see --accelerate_config in `t2sda train --help`."
         )
-    if shards(accelerator) and cfg.method in ("source_free", "distil"):
-        raise ValueError(f"method {cfg.method} is not built for sharded networks. Launch whole ones.")
+    if shards(accelerator) and (cfg.from_finished or cfg.method == "distil"):
+        raise ValueError(
+            f"method {cfg.method} with a start_model is not built for sharded networks. Launch whole ones."
+        )
     if shards(accelerator) and cfg.train.compile != "none":
         raise ValueError(f"train.compile {cfg.train.compile!r} is not built for sharded networks. Set it to none.")
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:

@@ -1,5 +1,6 @@
 """The configuration of a run: its keys (`run`), how files and flags become one (`load`)."""
 
+from .continuing import continued
 from .keys import Key, flatten, in_words
 from .load import (
     RECIPES,
@@ -60,6 +61,7 @@ __all__ = [
     "TranslateConfig",
     "UdaConfig",
     "changes",
+    "continued",
     "differences",
     "domain_names",
     "dump_config",

@@ -71,7 +71,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
                 f"expected --key value on the command line, got {key!r}{'' if equals else ' and no value'}."
             )
         text = value if equals else arguments.pop(0)
-        _merge(tree, {key[2:]: _parse_yaml(text, key)}, "", COMMAND_LINE, said_in)
+        _merge(tree, {key[2:]: parse_yaml(text, key)}, "", COMMAND_LINE, said_in)
     try:
         config = _adapter().validate_python(tree)
     except ValidationError as error:
@@ -215,7 +215,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text in UTF-8: {error}.") from error
-    content = _parse_yaml(text, str(path))
+    content = parse_yaml(text, str(path))
     if content is not None and not isinstance(content, dict):
         raise ValueError(f"{path} must map keys to values, got a {type(content).__name__}.")
     return content or {}
@@ -288,7 +288,8 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def _parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """A text as YAML. Raises ValueError naming `where` it stands."""
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:

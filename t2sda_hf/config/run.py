@@ -896,8 +896,8 @@ class RunConfig(Section):
     )
     start_model: str = key(
         "",
-        "of source_free and distil: folder or Hub id of a finished T2S-DA model or SegFormer. source_free starts from "
-        "it, with its sizes, so that model and projector say nothing; distil learns from it",
+        "of source_free, t2sda and distil: folder or Hub id of a finished T2S-DA model or SegFormer. source_free and "
+        "t2sda start from it, with its sizes, so that model and projector say nothing; distil learns from it",
         changes="placement",
     )
     baseline: Literal["none", "source_only"] = key(
@@ -1033,10 +1033,16 @@ class RunConfig(Section):
         if self.method == "source_free":
             self._check_source_free()
         require(
-            not self.start_model or self.method in ("source_free", "distil", "source_only"),
+            not self.start_model or self.method in ("t2sda", "source_free", "distil", "source_only"),
             "start_model",
-            f"empty with method {self.method}: only source_free and distil begin with a finished model",
+            f"empty with method {self.method}: only t2sda, source_free and distil begin with a finished model",
             self.start_model,
+        )
+        require(
+            self.baseline == "none" or not self.start_model or self.method == "distil",
+            "baseline",
+            f"none with method {self.method} and a start_model, which is scored itself at the end",
+            self.baseline,
         )
         require(
             not self.loss_weights.anchor or self.method == "source_free",
@@ -1279,6 +1285,11 @@ class RunConfig(Section):
     @property
     def tests(self) -> tuple[DomainConfig, ...]:
         return several(self.test)
+
+    @property
+    def from_finished(self) -> bool:
+        """Whether the student is start_model at first, with its sizes."""
+        return self.method == "source_free" or (self.method == "t2sda" and bool(self.start_model))
 
     @property
     def labelled(self) -> DomainConfigs:

@@ -446,10 +446,10 @@ def _said_of_target_labels(cfg: RunConfig) -> list[str]:
 
 def refuse_started(cfg: RunConfig) -> None:
     """ValueError for a method of which a card could not say what its start model had learned."""
-    if cfg.method in ("source_free", "distil"):
+    if cfg.from_finished or cfg.method == "distil":
         raise ValueError(
-            f"there is no model card for method {cfg.method} yet: what its start model had learned, and under which "
-            "terms, is not known here. Publish its student/ with `hf upload` and a card of your own."
+            f"there is no model card for method {cfg.method} with a start_model yet: what that model had learned, and "
+            "under which terms, is not known here. Publish its student/ with `hf upload` and a card of your own."
         )
 
 

@@ -223,7 +223,7 @@ def build_student(cfg: RunConfig, random: bool = False) -> T2SDAForSemanticSegme
     Raises:
         ValueError: for an encoder that cannot be found, built or loaded whole, or that does not fit the run.
     """
-    if cfg.method == "source_free":
+    if cfg.from_finished:
         with torch.device("cpu"):  # also where others only count what a network needs
             student = start_student(cfg)
         config: Any = student.config
@@ -321,7 +321,7 @@ def networks_of(checkpoint: Path) -> tuple[T2SDAForSemanticSegmentation, T2SDAFo
 def start_student(cfg: RunConfig) -> T2SDAForSemanticSegmentation:
     """The finished model that a run starts from, or distils, with its classes in the order of the run.
 
-    A projector that a file does not hold is a function of the seed; nothing of such a run reads it.
+    A projector that a file does not hold is a function of the seed.
 
     Raises:
         ValueError: if it cannot be loaded, has other classes, or does not fit the run.
@@ -334,7 +334,7 @@ def start_student(cfg: RunConfig) -> T2SDAForSemanticSegmentation:
             f"start_model {cfg.start_model!r} knows {', '.join(names)}, and not {', '.join(missing)}. Set classes to "
             "some of those that it knows, under their names there."
         )
-    if cfg.method == "source_free" and student.config.multi_resolution != cfg.hrda.enabled:
+    if cfg.from_finished and student.config.multi_resolution != cfg.hrda.enabled:
         raise ValueError(
             f"hrda.enabled must be {str(student.config.multi_resolution).lower()}, as in start_model "
             f"{cfg.start_model!r}, got {str(cfg.hrda.enabled).lower()}."
@@ -438,10 +438,10 @@ def weights_contents(network: nn.Module) -> Contents:
 
 def contents_of_run(cfg: RunConfig, domains: Domains, initial: T2SDAForSemanticSegmentation) -> dict[str, Contents]:
     """All that a run reads, by its name in the record of a run."""
-    read = cfg.model.pretrained is not None and not cfg.model.random_start and cfg.method != "source_free"
+    read = cfg.model.pretrained is not None and not cfg.model.random_start and not cfg.from_finished
     start = {"start_weights": weights_contents(initial.pretrained_encoder)} if read else {}
     if cfg.start_model:
-        start["finished_weights"] = weights_contents(initial if cfg.method == "source_free" else start_student(cfg))
+        start["finished_weights"] = weights_contents(initial if cfg.from_finished else start_student(cfg))
     return dict(domains.contents) | start
 
 
@@ -452,7 +452,7 @@ def records(
 
     def read_by(own: RunConfig) -> dict[str, Contents]:
         kept = {f"{own.labels_from}_data", "start_weights"} | ({"target_data"} if own.self_trains else set())
-        kept |= {"finished_weights"} if own.method in ("source_free", "distil") else set()
+        kept |= {"finished_weights"} if own.from_finished or own.method == "distil" else set()
         kept |= set() if own.labelled_target is None else {"target_labelled_data"}
         if own.translates:
             kept |= {"translated_images", "translator_weights", "style_images", "style_weights"}
@@ -673,8 +673,8 @@ def finish(
             selected.load_state_dict(weights)
         broadcast_from_main([*selected.parameters(), *selected.buffers()], accelerator)
         results["selected"] = evaluation.score(accelerator.prepare_model(selected, evaluation_mode=True)) | kept
-    if store.cfg.method in ("source_free", "distil"):
-        first = merged(initial) if store.cfg.method == "source_free" else start_student(store.cfg)
+    if store.cfg.from_finished or store.cfg.method == "distil":
+        first = merged(initial) if store.cfg.from_finished else start_student(store.cfg)
         whole: Any = deepcopy(first).to(accelerator.device)
         results["start"] = evaluation.score(accelerator.prepare_model(whole, evaluation_mode=True))
     store.close(results)

@@ -213,9 +213,10 @@ def count_update(cfg: RunConfig) -> Cost:
     Images are random, and so are the pseudo-labels. Images that are translated by networks (style, trained) are taken
     as they are, without the cost of it.
     """
-    if cfg.method in ("source_free", "distil"):
+    if cfg.from_finished or cfg.method == "distil":
         raise ValueError(
-            f"what method {cfg.method} costs is not counted: `t2sda train --dry-run` measures its updates instead."
+            f"what method {cfg.method} with a start_model costs is not counted: `t2sda train --dry-run` measures its "
+            "updates instead."
         )
     cost, fake = Cost(fused=cfg.train.compile == "inductor"), FakeTensorMode()
     with torch.device("meta"):

@@ -150,7 +150,7 @@ def test_a_student_is_distilled_and_a_stop_in_between_changes_nothing(words, tmp
         (["--hrda.enabled=true", "--data={crop_size: [64, 64]}"], "hrda.enabled must be false, as in start_model"),
         (["--method=distil", '--start_model=""'], "must be a finished model and false with method distil"),
         (["--train.stop_after_falls=2", "--select=last"], "train.stop_after_falls must be 0 with select last"),
-        (["--method=t2sda", "--source.path=streets-source"], "start_model must be empty with method t2sda"),
+        (["--method=target_only"], "start_model must be empty with method target_only"),
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_is_written(words, tmp_path, capsys, more, said):
