@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ from t2sda_hf.masking import run_masked
 from t2sda_hf.methods import METHODS, Graph, Method, Step
 from t2sda_hf.models import T2SDAConfig, T2SDAForSemanticSegmentation
 from t2sda_hf.teacher import make_teacher, update_teacher
+from t2sda_hf.training import loop
 from t2sda_hf.training.build import build_student
 from t2sda_hf.training.checkpoint import Progress
 from t2sda_hf.training.derive import without_data
@@ -545,6 +546,27 @@ def memory_rows(options: Options) -> Iterator[Row]:
     yield Row(f"{title} over one backward of the summed losses", f"{apart / joined:.2f}", "0.45")
 
 
+def gradients_rows(options: Options) -> Iterator[Row]:
+    """What it costs to keep the gradients of a term beside those before it, until all are added at once."""
+    at_once, each = (in_new_process("memory", f"gradients {how}") for how in ("at once", "one by one"))
+    title = (
+        f"T2S-DA step, B0, 256 px, 2+2 images: extra memory ({at_once:.0f} / {each:.0f} MB), gradients of terms added"
+    )
+    yield Row(f"{title} at once over one by one", f"{at_once / each:.2f}", "1.05")
+
+
+def second_step_of_b0(kind: str) -> Callable[[], object]:
+    def one_by_one(losses: Mapping[str, torch.Tensor], weights: LossWeights, _: object) -> None:
+        first = [torch.tensor(float(vars(weights)[name])) for name in losses]
+        torch.autograd.backward(list(losses.values()), first)
+
+    if kind.endswith("one by one"):
+        loop.backward = one_by_one  # type: ignore[assignment]
+    step = make_step(small_run(), Accelerator(cpu=True))
+    step()
+    return step
+
+
 def step_of_b5(kind: str) -> Callable[[], object]:
     cfg = small_run("mit_b5", "daformer", 512, batch_size=1)
     objective = METHODS["t2sda"]
@@ -562,6 +584,8 @@ def measure_memory(kind: str) -> None:
         print(json.dumps(extra_memory(lambda: scores(confusion_matrix(*maps, 19)))))
     elif kind.startswith("labels"):
         print(json.dumps(extra_memory(label_makers()[kind != "labels"])))
+    elif kind.startswith("gradients"):
+        print(json.dumps(extra_memory(second_step_of_b0(kind))))
     else:
         print(json.dumps(extra_memory(pull_pass()[0] if kind == "pull" else step_of_b5(kind))))
 
@@ -624,6 +648,7 @@ ROWS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "ema": ema_rows,
     "data": data_rows,
     "memory": memory_rows,
+    "gradients": gradients_rows,
     "processes": processes_rows,
     "launches": launches_rows,
 }
