@@ -225,6 +225,11 @@ def prepare(
         )
     if shards(accelerator) and cfg.train.compile != "none":
         raise ValueError(f"train.compile {cfg.train.compile!r} is not built for sharded networks. Set it to none.")
+    if cfg.train.compile == "cuda_graphs" and accelerator.device.type != "cuda":
+        raise ValueError(
+            f"train.compile cuda_graphs needs a GPU, and this run is on a {accelerator.device.type}. Set it to "
+            "inductor."
+        )
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise ValueError(
             f"accelerate was given dynamo_backend {accelerator.state.dynamo_plugin.backend.value}, which would compile "

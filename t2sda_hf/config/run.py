@@ -777,8 +777,10 @@ class TrainConfig(Section):
     deterministic: Flag = key(
         False, "on a GPU, only algorithms that give the same result every time; slower", changes="nothing"
     )
-    compile: Literal["none", "inductor", "eager"] = key(
-        "none", "backend of torch.compile for encoder, heads and projector; eager only captures graphs"
+    compile: Literal["none", "inductor", "cuda_graphs", "eager"] = key(
+        "none",
+        "backend of torch.compile for encoder, heads and projector; cuda_graphs is inductor whose kernels a GPU "
+        "launches all at once; eager only captures graphs",
     )
     overfit_batch: Flag = key(False, "for debugging: every update sees the batch of the first")
     log_every: Whole = key(50, "updates between two lines of losses", changes="nothing", at_least=1)

@@ -395,8 +395,9 @@ def compile_networks(networks: Sequence[nn.Module], backend: str | Callable[...,
 
     Args:
         networks: students and teachers.
-        backend: of torch.compile: a name, or a function.
+        backend: `train.compile`, or a function in place of a backend of torch.compile.
     """
+    how: dict[str, Any] = {"mode": "reduce-overhead"} if backend == "cuda_graphs" else {"backend": backend}
     for network in networks:
         encoder: nn.Module = network.encoder  # type: ignore[assignment]
         if network.config.encoder != "resnet":  # type: ignore[union-attr]
@@ -405,7 +406,7 @@ def compile_networks(networks: Sequence[nn.Module], backend: str | Callable[...,
                 network(torch.zeros(1, 3, 64, 64, device=next(encoder.parameters()).device), segment=False)
         for part in (encoder, network.decode_head, getattr(network, "scale_attention", None), network.projector):
             if isinstance(part, nn.Module):
-                part.compile(backend=backend, dynamic=False)
+                part.compile(**how, dynamic=False)
 
 
 def contents_of_translation(

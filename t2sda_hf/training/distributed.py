@@ -159,11 +159,17 @@ def largest(value: int, accelerator: Accelerator) -> int:
 
 
 def all_finite(numbers: Sequence[Tensor], accelerator: Accelerator) -> bool:
-    """Whether all these numbers, () each, are finite on every process. Collective; one wait for the device."""
+    """Whether all these numbers, () each, are finite on every process. Collective; one wait for the device.
+
+    Hosts meet before each waits for its device: in NCCL a process would wait for one that died until its watchdog ends
+    it, without an error. gloo raises one (`lost_contact`).
+    """
     # too wide for a sum of float32 to overflow
     total = torch.stack(list(numbers)).sum(dtype=torch.float64)
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(total)  # inf - inf is not finite either
+        if total.device.type != "cpu":
+            largest(0, accelerator)
     return math.isfinite(total)
 
 

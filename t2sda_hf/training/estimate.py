@@ -218,7 +218,7 @@ def count_update(cfg: RunConfig) -> Cost:
             f"what method {cfg.method} with a start_model costs is not counted: `t2sda train --dry-run` measures its "
             "updates instead."
         )
-    cost, fake = Cost(fused=cfg.train.compile == "inductor"), FakeTensorMode()
+    cost, fake = Cost(fused=cfg.train.compile in ("inductor", "cuda_graphs")), FakeTensorMode()
     with torch.device("meta"):
         meta = random_student(cfg)
     networks = make_networks(cfg, meta.train(), stand_in_engine(cfg))

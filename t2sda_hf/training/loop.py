@@ -169,6 +169,8 @@ def update(run: Run, step: int, tracker: Tracker) -> Mapping[str, Any]:
     )  # found before `halves` are in place
     set_learning_rate(parts.optimizer, learning_rate_factor(step, cfg.optim, cfg.train.max_steps))
     parts.buffers.keep()
+    if cfg.train.compile == "cuda_graphs":  # what graphs made for the update before may be overwritten from here on
+        torch.compiler.cudagraph_mark_step_begin()
     logged: list[dict[str, Tensor]] = []
     seen: Mapping[str, Any] = {}
     try:

@@ -24,7 +24,7 @@ from t2sda_hf.cli import main
 from t2sda_hf.config import RunConfig, dump_config
 from t2sda_hf.methods import METHODS, Networks
 from t2sda_hf.methods.t2sda import draw_box
-from t2sda_hf.training import loop
+from t2sda_hf.training import distributed, loop
 from t2sda_hf.training.build import accelerator_of, build_student, compile_networks
 from t2sda_hf.training.checkpoint import Progress
 from t2sda_hf.training.estimate import random_batch, stand_in_engine
@@ -93,7 +93,7 @@ def three_steps(
     for step in range(3):
         for graph in tiny_graphs(cfg, networks, index=step, seed=step):
             backward(graph.losses, cfg.loss_weights, networks.student.parameters())
-            assert graph.seen["teacher_logits"].dtype == torch.float32
+            assert all(graph.seen[name].dtype == torch.float32 for name in ("teacher_logits",) if name in graph.seen)
             seen.append(graph.logged)
         after()
     return seen
@@ -177,12 +177,22 @@ def test_checkpointed_activations_change_no_loss() -> None:
         assert {name: value.item() for name, value in terms.items()} == {n: v.item() for n, v in others.items()}
 
 
+HRDA = ("--data={crop_size: [64, 128], outer_crop_size: [96, 160]}", "--hrda={enabled: true, crop_size: [32, 64]}")
+
+
 @from_tracing
-def test_compiled_pieces_give_the_same_losses_and_are_compiled_once() -> None:
-    """With two resolutions: the detail lies elsewhere in every step, which must not start another compilation."""
-    cfg = tiny_config(
-        "--data={crop_size: [64, 128], outer_crop_size: [96, 160]}", "--hrda={enabled: true, crop_size: [32, 64]}"
-    )
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        (*HRDA, "--loss_weights.masked_consistency=1", "--patch_mask.block_size=16"),
+        ("--method=generalization", "--translate.engine=gaussian_blur", "--drw.apply_to=none"),
+    ],
+    ids=["daformer", "hrda and mic", "generalization"],
+)
+def test_compiled_pieces_give_the_same_losses_and_are_compiled_once(words: tuple[str, ...]) -> None:
+    """With two resolutions the detail lies elsewhere in every step, which must not start another compilation."""
+    cfg = tiny_config(*words)
     expected = three_steps(cfg, tiny_networks(cfg))
     networks = tiny_networks(cfg)
     compiled = [0]
@@ -200,8 +210,36 @@ def test_compiled_pieces_give_the_same_losses_and_are_compiled_once() -> None:
     assert len(set(so_far)) == 1
     for terms, others in zip(found, expected, strict=True):
         assert {name: value.item() for name, value in terms.items()} == {n: v.item() for n, v in others.items()}
-    boxes = {draw_box(cfg, tiny_batch(cfg).source_labels, Generator().manual_seed(step)) for step in range(3)}
-    assert len(boxes) > 1, "or this test shows nothing"
+    if cfg.hrda.enabled:
+        boxes = {draw_box(cfg, tiny_batch(cfg).source_labels, Generator().manual_seed(step)) for step in range(3)}
+        assert len(boxes) > 1, "or this test shows nothing"
+
+
+def test_cuda_graphs_are_a_mode_of_inductor_and_need_a_gpu(
+    tmp_path: Path, fresh: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: asked.append(how))
+    compile_networks([tiny_model()], "cuda_graphs")
+    assert asked == [{"mode": "reduce-overhead", "dynamic": False}] * 3
+    (tmp_path / "run.yaml").write_text(RUN, encoding="utf-8")
+    words = ["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out")]
+    assert main(["train", *words, "--train.compile", "cuda_graphs"]) == 2
+    assert "train.compile cuda_graphs needs a GPU, and this run is on a cpu" in capsys.readouterr().err
+
+
+def test_hosts_meet_before_they_wait_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that died shows in what they say to each other. Here no device ever answers: "meta" has no values."""
+
+    def lost(*_: object) -> None:
+        raise RuntimeError("Connection closed by peer [127.0.0.1] in /gloo/transport")
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
+    monkeypatch.setattr(distributed, "largest", lost)
+    several: Any = SimpleNamespace(num_processes=2)
+    with pytest.raises(RuntimeError) as raised:
+        distributed.all_finite([torch.zeros((), device="meta")], several)
+    assert distributed.lost_contact(raised.value)
 
 
 @from_tracing
