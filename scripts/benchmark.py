@@ -32,7 +32,8 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import SegformerConfig, SegformerForSemanticSegmentation
+from transformers import Dinov2Config, SegformerConfig, SegformerForSemanticSegmentation
+from transformers.modeling_outputs import BackboneOutput
 
 from t2sda_hf.batch import UdaBatch, normalize
 from t2sda_hf.config import DataConfig, DomainConfig, LossWeights, ModelConfig, RunConfig, TrainConfig, UdaConfig
@@ -46,7 +47,7 @@ from t2sda_hf.hub.card import cpu_name
 from t2sda_hf.losses.pull import num_queries_per_class, pull_loss, sample_pull, sort_by_class
 from t2sda_hf.losses.segmentation import segmentation_loss
 from t2sda_hf.masking import run_masked
-from t2sda_hf.methods import METHODS, Graph, Method, Step
+from t2sda_hf.methods import METHODS, Graph, Method, Networks, Step
 from t2sda_hf.models import T2SDAConfig, T2SDAForSemanticSegmentation
 from t2sda_hf.teacher import make_teacher, update_teacher
 from t2sda_hf.training import loop
@@ -179,11 +180,16 @@ def random_batch(cfg: RunConfig) -> UdaBatch:
 
 
 def make_step(
-    cfg: RunConfig, accelerator: Accelerator, method: Method | None = None, given: Iterator[UdaBatch] | None = None
+    cfg: RunConfig,
+    accelerator: Accelerator,
+    method: Method | None = None,
+    given: Iterator[UdaBatch] | None = None,
+    change: Callable[[Networks], None] = lambda _: None,
 ) -> Callable[[], object]:
-    """One update of the real loop, on one batch that is there already or on those `given`."""
+    """One update of the real loop, on one batch that is there already or on those `given`, of networks changed so."""
     batch = random_batch(cfg)
     parts = make_parts(cfg, build_student(cfg).train(), build_engine(cfg.translate), accelerator)
+    change(parts.networks)
     run = Run(cfg, accelerator, parts, method or METHODS[cfg.method], given or itertools.repeat(batch))
     steps = iter(range(cfg.train.max_steps))
     tracker = Tracker(accelerator, Path(tempfile.mkdtemp()), cfg.train.max_steps, Progress(), cfg.method, show=False)
@@ -250,6 +256,53 @@ def step_rows(options: Options) -> Iterator[Row]:
                 "--peer-path",
                 goal,
             )
+
+
+def encoders_rows(options: Options) -> Iterator[Row]:
+    """A step on a plain ViT over what transformers' own code takes for as many images, and the step without it."""
+    accelerator, images = Accelerator(cpu=True), torch.randn(2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    seen = {True: 0, False: 0}  # images of a step, whether they are learned from
+
+    def without_encoder(networks: Networks) -> None:
+        for network in (networks.student, networks.teacher):
+            encoder: Any = network.pretrained_encoder
+            with torch.no_grad():
+                shapes = [one.shape[1:] for one in encoder(images).feature_maps]
+
+            def forward(pixel_values: torch.Tensor, shapes: Sequence[torch.Size] = shapes) -> BackboneOutput:
+                learns = torch.is_grad_enabled()
+                seen[learns] += len(pixel_values)
+                maps: Any = tuple(torch.ones(len(pixel_values), *shape, requires_grad=learns) for shape in shapes)
+                return BackboneOutput(feature_maps=maps)
+
+            encoder.forward = forward
+
+    with tempfile.TemporaryDirectory() as folder:
+        Dinov2Config(
+            hidden_size=384, num_hidden_layers=6, num_attention_heads=6, patch_size=16, image_size=256
+        ).save_pretrained(folder)
+        model = ModelConfig(size="auto", pretrained=folder, random_start=True, head="all_mlp", drop_path_rate=0)
+        cfg = replace(small_run(), model=model)
+        step, around = make_step(cfg, accelerator), make_step(cfg, accelerator, change=without_encoder)
+        encoder: Any = build_student(cfg).train().pretrained_encoder
+
+    def learn() -> None:
+        encoder.zero_grad()
+        maps = encoder(images).feature_maps
+        torch.autograd.backward(maps, [torch.ones_like(one) for one in maps])
+
+    @torch.no_grad()
+    def look() -> None:
+        encoder(images)
+
+    around()
+    learned, looked = seen[True] / len(images), seen[False] / len(images)
+    own, rest, learning, looking = interleaved([step, around, learn, look], options.rounds)
+    parts = [c + learned * a + looked * b for a, b, c in zip(learning, looking, rest, strict=True)]
+    title = (
+        f"T2S-DA step on a ViT of 384 channels and 6 blocks, 256 px, 2+2 images, over its {learned + looked:g} passes"
+    )
+    yield Row.ratio(f"{title} alone, {learned:g} with backward, and all around them", own, parts, "1.10")
 
 
 def dacs_of_daformer(cfg: RunConfig) -> Callable[[], object]:
@@ -641,6 +694,7 @@ def launches_rows(options: Options) -> Iterator[Row]:
 ROWS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "supervised": supervised_rows,
     "step": step_rows,
+    "encoders": encoders_rows,
     "pull": pull_rows,
     "fda": fda_rows,
     "metric": metric_rows,
