@@ -230,7 +230,6 @@ def _train(parser: Parser) -> None:
     parser.add_argument(
         "--replay",
         type=float,
-        default=0.25,
         metavar="SHARE",
         help="with --continue_on: share of the target images that are of the old targets; default: 0.25",
     )
@@ -694,7 +693,10 @@ def main(words: Sequence[str] | None = None, door: str = "t2sda") -> int:
         args = parser.read(rest)
         args.door = door
         if name == "train" and args.continue_on:
-            args.config, args.overrides = continued(args.config, args.continue_on, args.replay, args.overrides)
+            replay = 0.25 if args.replay is None else args.replay
+            args.config, args.overrides = continued(args.config, args.continue_on, replay, args.overrides)
+        elif name == "train" and args.replay is not None:
+            raise ValueError("--replay is the share of the old targets, so it needs --continue_on with a further one.")
         if parser.takes_keys and name != "tables":  # whose files hold many runs
             args.cfgs = [
                 load_config(path, args.overrides) for path in vars(args).get("configs", [vars(args).get("config")])

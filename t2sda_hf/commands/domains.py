@@ -42,6 +42,8 @@ def test_domains(args: Namespace) -> list[DomainConfig]:
         run = None
     if not args.domain and not tests[0].path:
         raise ValueError("no labelled domain was named: give --config with a file or a recipe, or --domain PATH.")
+    if len(set(args.domain)) < len(args.domain):
+        raise ValueError(f"--domain names the same path twice: {' '.join(args.domain)}. Give each once.")
     named = [replace(_at(path, tests), path=path) for path in args.domain] or list(tests)
     if run is None:
         return named

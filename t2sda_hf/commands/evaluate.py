@@ -66,6 +66,11 @@ def run(args: Namespace) -> int:
     names = [
         f"{path} ({one.split})" if names.count(path) > 1 else path for path, one in zip(names, domains, strict=True)
     ]
+    advice = "Without labels there is no score; `t2sda analyze --no_labels` says what can be said."
+    if len(domains) > 1:  # before the first is scored
+        _, classes = models[0][2]()
+        for config in domains:
+            open_labelled(config, classes, advice)
     for config, called in zip(domains, names, strict=True):
         columns: dict[str, list[dict[str, Any]]] = {}
         subsets: dict[str, tuple[str, ...]] = {}
@@ -77,7 +82,6 @@ def run(args: Namespace) -> int:
                     f"{', '.join(classes)}. Only seeds of one method share a title: give them different ones."
                 )
             subsets = subsets_of(args.subset, classes)
-            advice = "Without labels there is no score; `t2sda analyze --no_labels` says what can be said."
             domain = open_labelled(config, classes, advice)
             scored: LabelledDomain = domain
             if args.every > 1:

@@ -38,6 +38,12 @@ def continued(config: str | None, target: str, replay: float, overrides: Sequenc
     require(bool(keys.get("path")), "--continue_on", "a path, or keys of a domain with a path", target)
     first, usual = old.targets[0], DomainConfig()
     alike = {name: getattr(first, name) for name in _READ_ALIKE if getattr(first, name) != getattr(usual, name)}
+    images = keys["path"], keys.get("split", first.split)
+    if images in [(one.path, one.split) for one in old.targets]:
+        raise ValueError(
+            f"{images[0]!r} ({images[1]}) is a target of {folder} already. Give a further one, or train that run for "
+            "longer with train.max_steps and --resume auto."
+        )
     replayed = zip(old.targets, shares_of(old.target), strict=True)
     targets = [_given(replace(one, share=replay * share), usual) for one, share in replayed]
     tests = [_given(test, RunConfig().tests[0]) for test in old.tests]

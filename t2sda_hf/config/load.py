@@ -63,7 +63,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
     if path is not None:
         for file, content in _with_base(path):
             _merge(tree, content, "", str(file), said_in)
-    arguments = list(overrides)
+    arguments, given = list(overrides), list[dict[str, Any]]()
     while arguments:
         key, equals, value = arguments.pop(0).partition("=")
         if not key.startswith("--") or not (equals or arguments):
@@ -71,7 +71,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
                 f"expected --key value on the command line, got {key!r}{'' if equals else ' and no value'}."
             )
         text = value if equals else arguments.pop(0)
-        _merge(tree, {key[2:]: parse_yaml(text, key)}, "", COMMAND_LINE, said_in)
+        given.append({key[2:]: parse_yaml(text, key)})
+    for content in sorted(given, key=_is_no_list):  # a key of a list is that of all its domains, wherever it stands
+        _merge(tree, content, "", COMMAND_LINE, said_in)
     try:
         config = _adapter().validate_python(tree)
     except ValidationError as error:
@@ -127,13 +129,20 @@ def find_recipe(name: str | Path, folder: str = "", known: Sequence[str] | None 
     Raises:
         ValueError: if it is neither, naming the nearest of `known` (default: the recipes).
     """
+    of_run = False
     for path in (Path(name), RECIPES / folder / f"{name}.yaml"):
         with suppress(OSError):  # a name that is no name of a file
             if path.is_file():
                 return path
+            of_run = of_run or any(path.glob("*/resolved_config.yaml"))
     known = recipe_names() if known is None else known
     near = difflib.get_close_matches(str(name).removeprefix("configs/").removesuffix(".yaml"), known, 1, 0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
+    if of_run:
+        raise ValueError(
+            f"{str(name)!r} is the folder of a run, and no config. Give METHOD/resolved_config.yaml in it to repeat "
+            "the run, or --continue_on to go on with a further target."
+        )
     raise ValueError(
         f"config file {str(name)!r} does not exist. Give the path of a YAML file, or a name: {', '.join(known)}.{hint}"
     )
@@ -346,6 +355,11 @@ def _merge(tree: dict[str, Any], values: Mapping[str, Any], prefix: str, where: 
             said_in[key] = where
             for one in node if isinstance(node, list) else [node]:  # a key of a list is that of all its domains
                 one[leaf] = from_home(value) if isinstance(value, str) else value
+
+
+def _is_no_list(given: Mapping[str, Any]) -> bool:
+    """False for a list of domains."""
+    return not any(key in _DOMAINS and isinstance(value, list) for key, value in given.items())
 
 
 def _listed(role: str, entries: Sequence[Any], where: str) -> Any:

@@ -46,6 +46,8 @@ def test_each_domain_of_a_list_is_its_own_and_a_key_of_the_list_is_that_of_all(t
     one, two = cfg.tests
     assert (one.path, one.split, one.label_map, one.resize) == ("a", "validation", {}, (4, 8))
     assert (two.path, two.split, two.label_map, two.resize) == ("b", "night", {"x": "y"}, (4, 8))
+    words = ["--test.resize=[4, 8]", "--test=[{path: a}, {path: b, split: night, label_map: {x: y}}]"]
+    assert load_config(None, words) == cfg  # in any order
     (tmp_path / "again.yaml").write_text(dump_config(cfg), encoding="utf-8")
     assert load_config(tmp_path / "again.yaml") == cfg
     assert domain_names(asdict(cfg))["test"] == "a + b"

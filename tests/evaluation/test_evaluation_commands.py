@@ -139,6 +139,11 @@ def test_evaluate_takes_windows_sizes_and_names_of_ids(model_folder, tmp_path):
     ("options", "message"),
     [
         (["--domain", "streets-targt"], "Did you mean 'streets-target'?"),
+        (
+            ["--domain", "streets-target", "streets-target"],
+            "--domain names the same path twice: streets-target streets",
+        ),
+        (["--domain", "streets-target", "streets-nigth"], "Did you mean 'streets-night'?"),
         (["--domain", "streets-target", "--class_names", "cat", "dog"], "no class is shared"),
         (["--domain", "streets-target", "--label_space", "marscapes"], "label_space must be one of"),
         (["--domain", "streets-target", "--mode", "slide"], "needs evaluation.window and evaluation.stride"),
@@ -148,7 +153,9 @@ def test_evaluate_takes_windows_sizes_and_names_of_ids(model_folder, tmp_path):
 def test_evaluate_says_in_one_line_what_is_wrong(model_folder, options, message, capsys):
     assert main(["evaluate", str(model_folder), *options]) == 2
 
-    line = last_error_line(capsys)
+    printed, said = capsys.readouterr()
+    assert "IoU" not in printed  # nothing was scored before
+    line = said.strip().splitlines()[-1]
     assert line.startswith("ValueError: ")
     assert message in line
 

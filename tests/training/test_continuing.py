@@ -70,6 +70,9 @@ def test_the_old_target_is_replayed_and_both_are_scored_before_and_after(finishe
             ["--config={old}", "--continue_on=streets-night", "--replay=1"],
             "--replay must be a share between 0 and 1, got",
         ),
+        (["--config={old}", "--continue_on=streets-target"], "'streets-target' (train) is a target of "),
+        (["--config={old}"], " is the folder of a run, and no config. Give METHOD/resolved_config.yaml in it"),
+        (["--config=demo", "--replay=0.5"], "--replay is the share of the old targets, so it needs --continue_on"),
         (["--continue_on=streets-night"], "--continue_on needs --config with the folder of a finished run, or what it"),
         (["--config=demo", "--continue_on=streets-night"], "'outputs/demo' holds no finished run of method t2sda or"),
         (
