@@ -16,9 +16,9 @@ from t2sda_hf.augment.color import photometric_distortion
 from t2sda_hf.batch import normalize
 from t2sda_hf.cli import main
 from t2sda_hf.config import RunConfig
+from t2sda_hf.data import domains
 from t2sda_hf.losses.segmentation import segmentation_loss
 from t2sda_hf.methods import METHODS, generalization_losses
-from t2sda_hf.training import build
 from t2sda_hf.training.build import open_domains
 
 K = len(CLASSES)
@@ -155,16 +155,15 @@ def test_what_needs_a_target_is_refused(change, message):
 
 def test_no_target_is_opened(monkeypatch):
     opened = []
-    load_domain = build.load_domain
+    load_domain = domains.load_domain
     monkeypatch.setattr(
-        build, "load_domain", lambda given, *a, **k: opened.append(given.path) or load_domain(given, *a, **k)
+        domains, "load_domain", lambda given, *a, **k: opened.append(given.path) or load_domain(given, *a, **k)
     )
     cfg = config(
         "--source={path: streets-source, num_images: 2}",
         "--test={path: streets-target, split: validation, num_images: 1}",
     )
-    domains = open_domains(cfg, Accelerator(cpu=True))
-    assert domains.target is None
+    assert open_domains(cfg, Accelerator(cpu=True)).target is None
     assert opened == ["streets-source", "streets-target"]  # the second is the test domain
 
 
