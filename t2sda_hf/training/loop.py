@@ -162,11 +162,8 @@ def update(run: Run, step: int, tracker: Tracker) -> Mapping[str, Any]:
     """
     batches = read(run, step, tracker)
     cfg, accelerator, parts = run.cfg, run.accelerator, run.parts
-    trained, averaged, statistics = (
-        parts.trained,
-        parts.averaged,
-        parts.statistics,
-    )  # found before `halves` are in place
+    # Before `halves` are in place, which hide them.
+    trained, averaged, statistics = parts.trained, parts.averaged, parts.statistics
     set_learning_rate(parts.optimizer, learning_rate_factor(step, cfg.optim, cfg.train.max_steps))
     parts.buffers.keep()
     if cfg.train.compile == "cuda_graphs":  # what graphs made for the update before may be overwritten from here on
