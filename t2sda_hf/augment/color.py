@@ -57,6 +57,9 @@ def hue_matrix(turns: Tensor) -> Tensor:
     return torch.cat([matrix, of_even.expand(-1, 3, 2)], dim=2).to(turns.dtype)
 
 
+_FACTOR, _SCALE = 36, 27  # columns of `color_step` with a·saturation and a, which are one where the saturation stays
+
+
 @dataclass(frozen=True)
 class ColorSteps:
     """Changes of the colours of B images, one after the other, by numbers that were drawn for each image on the host.
@@ -116,10 +119,10 @@ def change_colors(images: Tensor, steps: ColorSteps) -> Tensor:
                 made = torch.bmm(products.view(num, 6, 6), known.flatten(2)).view_as(known)
             away, chroma, value, moved = made.split([3, 1, 1, 1], dim=1)
             away = away.clamp(constant((0.0,), images.device, images.dtype), chroma)
-            if not torch.equal(own[:, 36], own[:, 27]):  # a·saturation and a
+            if not torch.equal(own[:, _FACTOR], own[:, _SCALE]):
                 factor = torch.fmin(value / chroma, factor)  # no number for black
             images = torch.addcmul(moved, away, factor, value=-1)
-        plain = not own[:, -2].any() and bool((own[:, -1] == 1).all())
+        plain = not own[:, -2].any() and bool((own[:, -1] == 1).all())  # low and high of all images
         bounds: Any = (0, 1) if plain else (low, high)
         images = torch.clamp(images, *bounds, out=known[:, :3] if left else None)
     return images

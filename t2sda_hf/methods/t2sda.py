@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..augment.class_mix import sample_class_mix
-from ..augment.color import photometric_distortion, strong_augment
+from ..augment.color import StrongAugmentation, photometric_distortion, strong_augment
 from ..augment.patch_mask import mask_patches
 from ..batch import normalize
 from ..config import RunConfig
@@ -55,23 +55,21 @@ def t2sda_losses(step: Step) -> Iterator[Graph]:
         x_l = photometric_distortion(x_l, generator) if cfg.augment.source == "photometric" else x_l
         yield source_graph(step, x_l, seen, w_s)
 
-    # What the student sees of the target, in other colours: mixed with source classes, and masked (MIC).
-    mixes, masks = step.adapts and weights.target > 0, step.adapts and weights.masked_consistency > 0
-    plain, colors = [], []
-    if mixes:
+    # What the student sees of the target, in other colours: mixed with source classes, and to be masked (MIC).
+    views: dict[str, Tensor] = {}
+    colors: dict[str, StrongAugmentation] = {}
+    if step.adapts and weights.target:
         from_source = sample_class_mix(y_s, step.batch.ids_shown(), cfg.mix.classes_from, generator)  # (B,H,W) bool
-        plain.append(torch.where(from_source[:, None], x_s if cfg.mix.source == "source" else x_st, x_t))
-        colors.append(draw_augmentation(step, x_t))
+        views["mixed"] = torch.where(from_source[:, None], x_s if cfg.mix.source == "source" else x_st, x_t)
+        colors["mixed"] = draw_augmentation(step, x_t)
         box = draw_box(cfg, y_s, generator)
-    if masks:
-        plain.append(x_t)
-        colors.append(draw_augmentation(step, x_t))
-    colored = strong_augment(plain, colors)
-    plain.clear()
+    if step.adapts and weights.masked_consistency:
+        views["masked"], colors["masked"] = x_t, draw_augmentation(step, x_t)
+    views = dict(zip(views, strong_augment([*views.values()], [*colors.values()]), strict=True))
 
     # L_target: learn the target from the teacher, on source classes pasted into target images.
-    if mixes:
-        x_m, y_m = colored.pop(0), torch.where(from_source, y_s, y_t)
+    if "mixed" in views:
+        x_m, y_m = views["mixed"], torch.where(from_source, y_s, y_t)
         p_m = None  # (B,K,H,W), learned in place of the labels if the teacher's probabilities are
         if pseudo_labels.probabilities is not None:
             p_s = as_probabilities(y_s, len(cfg.classes))
@@ -82,8 +80,8 @@ def t2sda_losses(step: Step) -> Iterator[Graph]:
         yield mixed_graph(step, x_m, y_m, w_m, seen | {"from_source": from_source, "trust": w_t.mean()}, box, p_m)
 
     # L_mask (MIC): say the same of the target although patches of it are hidden.
-    if masks:
-        yield masked_graph(step, colored.pop(), pseudo_labels.learned, trust, seen)
+    if "masked" in views:
+        yield masked_graph(step, views["masked"], pseudo_labels.learned, trust, seen)
 
     # L_pull: the same scene in target style must embed like its class does in the source.
     if step.pulls:
