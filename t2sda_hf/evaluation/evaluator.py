@@ -342,7 +342,7 @@ def _summed(counts: np.ndarray, accelerator: Accelerator) -> np.ndarray:
 def images_at_once(models: Iterable[nn.Module], pixels: np.ndarray) -> int:
     """How many images of this size, `pixels` (1,3,H,W), an evaluation forwards together.
 
-    On a GPU as many as a quarter of its memory has room for, 8 at most; on a CPU one, which is no slower there.
+    On a GPU as many as a quarter of its memory has room for, 8 at most; elsewhere one.
     """
     device = next(next(iter(models)).parameters()).device
     if device.type != "cuda":

@@ -61,11 +61,14 @@ def gain_interval(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> tup
             domains, each drawn by itself.
 
     Returns:
-        None where it cannot be told: a result of an earlier release, another number of groups, or fewer than 5.
+        None where it cannot be told: a result of an earlier release, another number of domains or of groups, or fewer
+        than 5 groups.
     """
     rng, gains = np.random.default_rng(_SEED), list[np.ndarray]()
     ours, theirs = (one.get("domains", [one]) for one in (result, baseline))
-    for new, old in ((group_pixels(one), group_pixels(other)) for one, other in zip(ours, theirs, strict=False)):
+    if len(ours) != len(theirs):
+        return None
+    for new, old in ((group_pixels(one), group_pixels(other)) for one, other in zip(ours, theirs, strict=True)):
         if new is None or old is None or new.shape != old.shape or new.shape[1] < FEWEST:
             return None
         groups = new.shape[1]

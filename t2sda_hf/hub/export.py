@@ -59,7 +59,7 @@ def named_operator(name: str) -> Iterator[None]:
         yield
     except (Ended, OSError, MemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # any: those of onnxruntime have no class in common
         found = re.search(r"torch\.ops\.(aten\.\w+)|while running (\w+) node", str(error))
         operator = next(filter(None, found.groups())) if found else type(error).__name__
         said = " ".join(str(error.__cause__ or error).split())[:200]
