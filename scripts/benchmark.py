@@ -672,16 +672,17 @@ def launches_rows(options: Options) -> Iterator[Row]:
     runs += [["gta_cityscapes/t2sda_deeplabv2", *crops, *always]]
     runs += [["generalization/demo", "--translate.engine=gaussian_blur"]]
     runs += [["gta_cityscapes/source_only", *small, *crops, *always]]
+    halves = [[*run, "--train.precision=bf16"] for run in runs[:3]]
     said = subprocess.run(
         [sys.executable, "-m", "t2sda_hf.training.launches", "-"],
-        input=json.dumps(runs),
+        input=json.dumps(runs + halves),
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
         stdout=subprocess.PIPE,
         text=True,
     ).stdout
-    for (recipe, *_), line in zip(runs, said.splitlines(), strict=True):
-        found = json.loads(line)
+    account = [json.loads(line) for line in said.splitlines()]
+    for (recipe, *_), found in zip(runs, account, strict=False):
         supervised = recipe.endswith("source_only")
         yield Row(f"{recipe}: waits of the host", str(sum(found["waits"].values())), "1" if supervised else "2")
         yield Row(f"{recipe}: kernels", str(sum(found["parts"].values())), "-")
@@ -689,6 +690,9 @@ def launches_rows(options: Options) -> Iterator[Row]:
         for part, number in sorted(found["parts"].items()):
             yield Row(f"{recipe}: kernels, {part}", str(number), goals.get(part, "-"))
         yield Row(f"{recipe}: MB to the device", f"{found['copied']['to device'] / 1e6:.2f}", "-")
+    for (recipe, *_), found, half in zip(runs, account, account[len(runs) :], strict=False):
+        plain, halved = (sum(one["parts"].values()) for one in (found, half))
+        yield Row(f"{recipe}: kernels in bf16 ({halved}) over those in TF32", f"{halved / plain:.3f}", "1.1")
 
 
 ROWS: dict[str, Callable[[Options], Iterator[Row]]] = {

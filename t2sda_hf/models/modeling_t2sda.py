@@ -250,10 +250,11 @@ class T2SDAForSemanticSegmentation(PreTrainedModel):
         features = self._encode(context, **kwargs)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        logits = self._cropped(self.decode_head(features), context) if segment else None
+        levels = _as_autocast_has_them(features)
+        logits = self._cropped(self.decode_head(levels), context) if segment else None
         detail_logits = None
         if two and logits is not None:
-            attention = self._cropped(self.scale_attention(features), context).sigmoid()
+            attention = self._cropped(self.scale_attention(levels), context).sigmoid()
             detail_logits, box = self._detail(pixel_values, detail_box, **kwargs)
             logits = fuse(logits, detail_logits, attention, box)
             stride = self.config.logits_stride
@@ -262,7 +263,7 @@ class T2SDAForSemanticSegmentation(PreTrainedModel):
         output = T2SDAOutput(
             loss=None if labels is None else self._loss(logits, labels),
             logits=logits,
-            embeddings=self._cropped(self.projector(features), context, self._projector_stride) if project else None,
+            embeddings=self._cropped(self.projector(levels), context, self._projector_stride) if project else None,
             hidden_states=features if output_hidden_states else None,
             detail_logits=None if detail_box is None else detail_logits,
             detail_box=detail_box,
@@ -326,6 +327,14 @@ def set_block_and_stage_norm_eps(encoder: SegformerModel, eps: float) -> None:
             for child in module.children():
                 if isinstance(child, nn.LayerNorm):
                     child.eps = eps
+
+
+def _as_autocast_has_them(features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Cast once: head and projector read the same maps, and autocast would cast them for each of the two."""
+    device = features[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tuple(features)
+    return tuple(level.to(torch.get_autocast_dtype(device)) for level in features)
 
 
 def name_some(keys: Sequence[str]) -> str:

@@ -57,7 +57,7 @@ def test_the_host_waits_once_in_an_update(launches, name):
 def test_bf16_casts_the_weights_once_in_an_update(launches):
     """With autocast alone there would be 1.7 times as many kernels. What is left casts activations around norms."""
     plain, half = (sum(launches[f"as deep as B0{more}"]["parts"].values()) for more in ("", ", bf16"))
-    assert half <= 1.12 * plain
+    assert half <= 1.101 * plain
 
 
 def test_the_pull_launches_as_many_kernels_for_any_number_of_classes(launches):
