@@ -1075,6 +1075,8 @@ class RunConfig(Section):
                         f"{named} ({domain.path}) is {role} {first} again. Give it once; to have it more often, with a "
                         "larger share."
                     )
+            alone = len(listed) == 1
+            require(not alone or listed[0].share == 1, f"{role}.share", "left out for a single domain", listed[0].share)
         for role, domain in [("target_labelled", self.target_labelled), *(("test", test) for test in self.tests)]:
             require(domain.share == 1, f"{role}.share", "left out: it is for sources and targets", domain.share)
 

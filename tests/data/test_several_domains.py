@@ -75,6 +75,7 @@ def test_runs_are_compared_domain_by_domain():
             ["--source=[{path: a}, b]"],
             "source 2 of 2 in the command line must be a mapping of the keys of a domain, got",
         ),
+        (["--target=[{path: a, share: 0.5}]"], "target.share must be left out for a single domain, got 0.5"),
         (["--target=[{path: a}, {split: b}]"], "target 2 of 2 must be a domain with a path, got ''"),
         (
             ["--target=[{path: a}, {path: a, share: 2}]"],
