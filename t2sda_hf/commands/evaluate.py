@@ -32,6 +32,7 @@ from ..device import make_accelerator
 from ..evaluation.evaluator import LabelledDomain, Part, evaluate_model
 from ..evaluation.inference import load_model, saved_image_size
 from ..evaluation.models import titled
+from ..evaluation.run_folder import SELECTED
 from ..evaluation.table import class_sets_of, format_table, markdown, number, spread, summarise
 from ..storage import outputs, refuse_foreign, write_json
 from ..teacher import with_statistics_of
@@ -126,6 +127,8 @@ def models_of(given: str) -> dict[str, tuple[str, Callable[[], Loaded]]]:
     for student in sorted(Path(name).glob("*/student")):
         prefix = "" if title == name else f"{title} "
         found[f"{prefix}{student.parent.name}"] = str(student), partial(load_model, str(student))
+        if (selected := student.parent / SELECTED).is_dir():
+            found[f"{prefix}{student.parent.name} (selected)"] = str(selected), partial(load_model, str(selected))
         newest = checkpoints(student.parent)[-1:]
         if newest and student.parent.name not in SUPERVISED:
             found[f"{prefix}{student.parent.name} (teacher)"] = str(student), partial(load_teacher, newest[0])

@@ -13,7 +13,7 @@ from .load import (
     recipe_names,
     unknown_key,
 )
-from .naming import domain_names, hub_id, role_of
+from .naming import domain_names, hub_id, role_of, said_of_target_labels
 from .run import (
     NEEDS_TARGET,
     SUPERVISED,
@@ -76,6 +76,7 @@ __all__ = [
     "read_yaml",
     "recipe_names",
     "role_of",
+    "said_of_target_labels",
     "several",
     "shares_of",
     "unknown_key",

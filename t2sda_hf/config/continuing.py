@@ -1,5 +1,6 @@
 """A finished run goes on with a further target: the config of the old run, and flags that change it."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -39,7 +40,7 @@ def continued(config: str | None, target: str, replay: float, overrides: Sequenc
     first, usual = old.targets[0], DomainConfig()
     alike = {name: getattr(first, name) for name in _READ_ALIKE if getattr(first, name) != getattr(usual, name)}
     images = keys["path"], keys.get("split", first.split)
-    if images in [(one.path, one.split) for one in old.targets]:
+    if (_place(images[0]), images[1]) in [(_place(one.path), one.split) for one in old.targets]:
         raise ValueError(
             f"{images[0]!r} ({images[1]}) is a target of {folder} already. Give a further one, or train that run for "
             "longer with train.max_steps and --resume auto."
@@ -47,8 +48,8 @@ def continued(config: str | None, target: str, replay: float, overrides: Sequenc
     replayed = zip(old.targets, shares_of(old.target), strict=True)
     targets = [_given(replace(one, share=replay * share), usual) for one, share in replayed]
     tests = [_given(test, RunConfig().tests[0]) for test in old.tests]
-    if all(test["path"] != keys["path"] for test in tests):
-        beside = [test for test in tests if test["path"] == first.path]
+    if all(_place(test["path"]) != _place(keys["path"]) for test in tests):
+        beside = [test for test in tests if _place(test["path"]) == _place(first.path)]
         if not beside and not any(word.startswith("--test=") for word in overrides):
             raise ValueError(
                 f"on which labelled images of {keys['path']!r} is the run tested? The test of {folder} does not lie "
@@ -62,6 +63,8 @@ def continued(config: str | None, target: str, replay: float, overrides: Sequenc
         f"--output_dir={folder}_continued",
         "--uda.source_phase=0",
     ]
+    if old.labelled_target is not None and not old.target_labelled.path:  # target_labels are those of the old target
+        words.append(f"--target_labelled={_in_a_line([_given(old.labelled_target, usual)])[1:-1]}")
     return str(folder / method / "resolved_config.yaml"), [*words, *overrides]
 
 
@@ -75,6 +78,11 @@ def _finished(folder: Path) -> tuple[str, RunConfig]:
         f"{str(folder)!r} holds no finished run of method t2sda or source_free, so there is nothing to continue. Give "
         "its folder as --config."
     )
+
+
+def _place(path: str) -> str:
+    """The same for every spelling of one path on this machine."""
+    return os.path.realpath(path) if os.path.exists(path) else path
 
 
 def _in_a_line(domains: Sequence[Mapping[str, Any]]) -> str:

@@ -14,6 +14,16 @@ _SAY_NOTHING = re.compile(
 )
 
 
+def said_of_target_labels(config: Mapping[str, Any]) -> str:
+    """One sentence about the target images whose labels a run learns; "" if there are none. `config` as a tree."""
+    asked, given = config.get("target_labels"), (config.get("target_labelled") or {}).get("path")
+    learns = config.get("method") in ("t2sda", "source_only", "distil")
+    if not learns or asked == 0 or (asked is None and not given):
+        return ""
+    number = "All labelled images" if asked is None else f"{asked} of the labelled images"
+    return f"{number} of the target were learned with their labels, too."
+
+
 def domain_names(config: Mapping[str, Any]) -> dict[str, str]:
     """Role -> name of its domain, or names of its domains, joined by " + ".
 

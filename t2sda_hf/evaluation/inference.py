@@ -72,6 +72,10 @@ def load_model(name_or_path: str) -> tuple[T2SDAForSemanticSegmentation, tuple[s
     try:
         config, _ = PreTrainedConfig.get_config_dict(name_or_path, **cached)
         model_type = config.get("model_type", "unknown")
+        if model_type == "unknown" and (students := sorted(Path(name_or_path).glob("*/student"))):
+            raise ValueError(
+                f"{name_or_path!r} is the folder of a run. Give one of its models: {', '.join(map(str, students))}."
+            )
         if model_type not in (T2SDAConfig.model_type, "segformer"):
             raise ValueError(
                 f"{name_or_path!r} is a {model_type!r} model: give a T2S-DA model or a SegFormer, or load it with its "

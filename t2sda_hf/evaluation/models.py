@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from .run_folder import BASELINE
+from .run_folder import BASELINE, SELECTED
 
 
 def titled(given: str) -> tuple[str, str]:
@@ -23,7 +23,9 @@ def model_of(name: str) -> str:
     if not students:
         return name
     chosen = min(students, key=lambda student: (student.parent.name == BASELINE, student))
-    print(f"{name} is the folder of a run: its student {chosen} is taken.", file=sys.stderr)
+    selected = chosen.with_name(SELECTED)
+    other = f" The weights that were selected are {selected}." if selected.is_dir() else ""
+    print(f"{name} is the folder of a run: its student {chosen} is taken.{other}", file=sys.stderr)
     return str(chosen)
 
 

@@ -10,7 +10,7 @@ import jinja2
 import numpy as np
 import yaml
 
-from ..config import changes, domain_names, flatten, without_place
+from ..config import changes, domain_names, flatten, said_of_target_labels, without_place
 from ..storage import write_text
 from .figures import hex_colors, save_class_shares, save_confusion, save_curves, save_losses
 from .run_folder import BASELINE, MethodFolder, RunFolder, read_run
@@ -58,6 +58,8 @@ def write_page(folder: str | Path) -> Path:
         if names["target"] and run.labels_from == "source"
         else f"{main.name}: {names[run.labels_from]}",
         names=names,
+        start=main.config.get("start_model") or "",
+        target_labels=said_of_target_labels(main.config),
         panel=_panel(run, run.path),
         repeat=command_to_repeat(run.path, str(run.record.get("command", ""))),
         derived=run.data.get("derived") or [],
@@ -115,8 +117,9 @@ def write_comparison(folders: Sequence[str | Path], output: Path) -> Path:
     for number, table in enumerate(tables):
         names = dict.fromkeys(row["run"] for row in table["rows"])
         curves = {name: runs[name].main.miou["student"] for name in names if "student" in runs[name].main.miou}
-        table["chart"] = f"figures/miou{number or ''}.png"
-        save_curves(output / table["chart"], curves, "mIoU of the student on the target, %")
+        if curves:
+            table["chart"] = f"figures/miou{number or ''}.png"
+            save_curves(output / table["chart"], curves, "mIoU of the student on the target, %")
     _write(
         output / "index.html",
         "comparison.html.jinja",

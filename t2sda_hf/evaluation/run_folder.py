@@ -23,6 +23,7 @@ from ..storage import read_json, read_lines, write_json
 
 RUN_RECORD, DATA_RECORD = "run.json", "data.json"
 BASELINE, UPPER_BOUND = "source_only", "target_only"
+SELECTED = "selected"  # folder of the weights that a proxy chose, beside student/
 _PACKAGES = ("t2sda_hf", "torch", "transformers", "accelerate", "datasets", "numpy", "pillow", "matplotlib")
 _NOT_LOSSES = {"step", "lr", "data_share", "seconds_per_step", "skipped", "trust"}
 
@@ -47,6 +48,7 @@ class MethodFolder:
         panels: (step, picture) of pseudo-labels over time.
         skipped: (step, reason) of updates that were left out.
         unreadable: what was wrong with images that could not be read any more -> how often another one was drawn.
+        reached: the last update that says something; fewer than asked for while it goes on, or if it ended early.
     """
 
     name: str
@@ -62,6 +64,7 @@ class MethodFolder:
     panels: list[tuple[int, Path]]
     skipped: list[tuple[int, str]] = field(default_factory=list)
     unreadable: Mapping[str, int] = field(default_factory=dict)
+    reached: int = 0
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,9 @@ def read_method(path: Path) -> MethodFolder:
     trust: Series = []
     skipped: list[tuple[int, str]] = []
     unreadable: Counter[str] = Counter()
-    for entry in read_lines(path / "scalars.jsonl"):
+    lines = read_lines(path / "scalars.jsonl")
+    reached = [entry["step"] for entry in lines]
+    for entry in lines:
         step = entry["step"]
         if "unreadable" in entry:
             unreadable[entry["unreadable"]] += 1
@@ -140,7 +145,7 @@ def read_method(path: Path) -> MethodFolder:
         for kind, scores in per_class.items():
             iou.setdefault(kind, []).append((step, scores))
     results = read_json(path / "metrics.json") or {}
-    last = config.get("train", {}).get("max_steps", 0)
+    last = max(reached, default=config.get("train", {}).get("max_steps", 0))
     for kind in ("student", "teacher", "student_source", "teacher_source"):
         if kind in results and results[kind]["miou"] is not None:
             for name, series in over_time.items():
@@ -151,7 +156,7 @@ def read_method(path: Path) -> MethodFolder:
     panels = [(int(re.findall(r"\d+", picture.stem)[-1]), picture) for picture in pictures]
     miou, accuracy = over_time["miou"], over_time["pixel_accuracy"]
     over_all = trust, miou, accuracy, iou, proxies
-    return MethodFolder(path.name, path, config, losses, *over_all, results, panels, skipped, unreadable)
+    return MethodFolder(path.name, path, config, losses, *over_all, results, panels, skipped, unreadable, last)
 
 
 def write_data_record(

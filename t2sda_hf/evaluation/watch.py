@@ -29,10 +29,11 @@ from ..models.image_processing_t2sda import sample_nearest
 from ..storage import read_json
 from .confusion import scores
 from .pictures import Column, save_grid
+from .run_folder import SELECTED
 
 PROXIES = ("confidence", "coverage", "agreement", "stability", "prior", "source", "combined")
 MIN_PANELS = 4
-SELECTED, SELECTED_FILE = "selected", "selected.json"
+SELECTED_FILE = "selected.json"
 
 
 class Watch(nn.Module):

@@ -24,7 +24,17 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from safetensors import safe_open
 
-from ..config import SUPERVISED, DomainConfig, RunConfig, domain_names, hub_id, load_config, only, several
+from ..config import (
+    SUPERVISED,
+    DomainConfig,
+    RunConfig,
+    domain_names,
+    hub_id,
+    load_config,
+    only,
+    said_of_target_labels,
+    several,
+)
 from ..masking import mask
 from ..storage import read_json, write_json
 
@@ -438,10 +448,8 @@ def domains_of(cfg: RunConfig) -> dict[str, DomainConfig]:
 
 
 def _said_of_target_labels(cfg: RunConfig) -> list[str]:
-    if cfg.labelled_target is None:
-        return []
-    number = "All labelled images" if cfg.target_labels is None else f"{cfg.target_labels} of the labelled images"
-    return [f"{number} of the target were learned with their labels, too, by both methods that are compared."]
+    said = said_of_target_labels(asdict(cfg))
+    return [f"{said.removesuffix('.')}, by both methods that are compared."] if said else []
 
 
 def refuse_started(cfg: RunConfig) -> None:

@@ -168,8 +168,8 @@ def _backbone_tensors(
         )
     except UNREADABLE as error:
         raise ValueError(
-            f"{name_or_path} has a config.json, but no weights that can be read. Fetch the files again. "
-            f"({type(error).__name__}: {error})"
+            f"{name_or_path} has a config.json, but no weights that can be read. Fetch the files again, or set "
+            f"model.random_start true to take the sizes alone. ({type(error).__name__}: {error})"
         ) from error
     finally:
         logging.set_verbosity(verbosity)

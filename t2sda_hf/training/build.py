@@ -34,7 +34,8 @@ from ..data.translated import TranslatedFolder, open_translated
 from ..device import choose_algorithms, make_accelerator
 from ..errors import leave_signals_to_parent
 from ..evaluation.inference import load_model, to_pixel_values
-from ..evaluation.watch import SELECTED, Watch, read_selected
+from ..evaluation.run_folder import SELECTED
+from ..evaluation.watch import Watch, read_selected
 from ..listing import IMAGE_SUFFIXES, list_files, refuse_pointers
 from ..methods import METHODS
 from ..models import (

@@ -13,7 +13,8 @@ from torch import nn
 
 from ..config import RunConfig, dump_config
 from ..errors import LostFolder
-from ..evaluation.watch import SELECTED, SELECTED_FILE, describe_selected, drop_selected_after, selects
+from ..evaluation.run_folder import SELECTED
+from ..evaluation.watch import SELECTED_FILE, describe_selected, drop_selected_after, selects
 from ..masking import mask_known
 from ..models import T2SDAImageProcessor
 from ..storage import write_text

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from running import unpainted
 
@@ -82,9 +83,10 @@ def write_run(folder: Path, seed: int = 0, classes: list[str] = CLASSES, finishe
         {"step": 200, "source": 0.5, "target": 0.8, "pull": 4.0, "trust": 0.3, "lr": 1e-3, "data_share": 0.1},
         evaluated,
     ]
+    last = [{"step": 400, "lr": 0.0}] if finished else []
     results = {"student": own, "teacher": own, "student_source": own} if finished else None
-    write_method(folder / "source_only", config | {"method": "source_only"}, lines[:1], {"student": before})
-    write_method(folder / "t2sda", config, lines, results, (100, 200, 300, 400))
+    write_method(folder / "source_only", config | {"method": "source_only"}, lines[:1] + last, {"student": before})
+    write_method(folder / "t2sda", config, lines + last, results, (100, 200, 300, 400))
     write_data_record(
         folder,
         seed=seed,
@@ -264,6 +266,61 @@ def test_the_page_of_an_upper_bound_says_that_it_learned_the_target(tmp_path: Pa
     assert "Target-only training makes none." in page.text
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({}, "labelled images of data/game and from images of city <i> whose labels it never saw, with the"),
+        (
+            {"target_labels": 16},
+            "from images of city <i>, with the method t2sda. 16 of the labelled images of the target were learned with",
+        ),
+        (
+            {"target_labelled": {"path": "few"}},
+            "All labelled images of the target were learned with their labels, too.",
+        ),
+        ({"start_model": "old/student"}, "A segmentation model that began as old/student learned from labelled images"),
+        ({"method": "source_only"}, "on labelled images of data/game alone, and tested"),
+        (
+            {"method": "source_only", "target_labels": 16},
+            "images of data/game, and tested on another domain. 16 of",
+        ),
+        (
+            {"method": "source_free", "source": {}, "start_model": "old/student"},
+            "A finished segmentation model, old/student, learned from images of city <i> whose labels it never saw",
+        ),
+        (
+            {"method": "distil", "start_model": "old/student"},
+            "learned what a finished one, old/student, says of images",
+        ),
+        (
+            {"method": "generalization", "target": {}},
+            "of data/game in other styles, and saw no image of another domain",
+        ),
+    ],
+)
+def test_the_first_sentence_says_what_a_run_learned_from(keys: dict, said: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    file = folder / "t2sda" / "resolved_config.yaml"
+    config = yaml.safe_load(file.read_text(encoding="utf-8")) | keys
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    shutil.rmtree(folder / "source_only")
+    (folder / "t2sda").rename(folder / config["method"])
+    page = Page(write_page(folder))
+    assert is_whole(page)
+    assert said in page.text
+    assert "All scores are of 7 labelled images of data/city, which were" in page.text
+
+
+def test_a_run_that_ended_early_does_not_claim_the_updates_that_it_never_made(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    file = folder / "t2sda" / "scalars.jsonl"
+    file.write_text("".join(file.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8")
+    method = read_run(folder).main
+    assert method.reached == 200
+    assert method.miou["student"] == [(200, method.results["student"]["miou"])]
+    assert "updates200 of 400" in Page(write_page(folder)).text
+
+
 def test_the_means_of_benchmarks_stand_under_nineteen_classes(tmp_path: Path) -> None:
     page = Page(write_page(write_run(tmp_path / "run", classes=list(CITYSCAPES_CLASSES))))
     assert "mIoU, 19 classes" in page.text
@@ -336,6 +393,10 @@ def test_runs_with_other_test_images_are_not_averaged(recorded: bool, tmp_path: 
 
 def test_a_comparison_without_results_is_refused(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", finished=False)
+    assert (
+        "<img"
+        not in write_comparison([folder], tmp_path / "half").read_text(encoding="utf-8").partition("</header>")[2]
+    )
     (folder / "source_only" / "metrics.json").unlink()
     with pytest.raises(ValueError, match="has results yet"):
         write_comparison([folder], tmp_path / "comparison")

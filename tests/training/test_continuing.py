@@ -95,6 +95,28 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, words, said):
     assert said in capsys.readouterr().err
 
 
+def test_another_spelling_of_an_old_target_is_no_further_one(tmp_path):
+    photos = tmp_path / "photos"
+    (tmp_path / "t2sda").mkdir()
+    photos.mkdir()
+    text = RUN.replace("target: {path: streets-target", f"target: {{path: {photos}")
+    (tmp_path / "t2sda" / "resolved_config.yaml").write_text(text, encoding="utf-8")
+    (tmp_path / "t2sda" / "metrics.json").write_text("{}", encoding="utf-8")
+    for spelling in (f"{photos}/", f"{tmp_path}/t2sda/../photos"):
+        with pytest.raises(ValueError, match=r"is a target of .* already\. Give a further one"):
+            go_on(str(tmp_path), "--test=[{path: a}, {path: b}]", target=spelling)
+
+
+def test_labels_of_the_old_target_are_learned_on(tmp_path):
+    folder = tmp_path / "t2sda"
+    folder.mkdir()
+    (folder / "resolved_config.yaml").write_text(f"{RUN}target_labels: 2\n", encoding="utf-8")
+    (folder / "metrics.json").write_text("{}", encoding="utf-8")
+    old, cfg = load_config(str(folder / "resolved_config.yaml")), go_on(str(tmp_path))
+    assert old.labelled_target is not None
+    assert (cfg.target_labels, cfg.labelled_target) == (2, old.labelled_target)
+
+
 def test_a_test_that_does_not_lie_at_the_target_must_be_said(tmp_path):
     folder = tmp_path / "t2sda"
     folder.mkdir()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from t2sda_hf.cli import main
 from t2sda_hf.commands import train as command
+from t2sda_hf.commands.evaluate import models_of
 from t2sda_hf.config import load_config
 from t2sda_hf.evaluation.run_folder import read_run
 from t2sda_hf.training import loop
@@ -64,6 +65,7 @@ def test_the_weights_with_the_best_proxy_are_kept_and_scored(train, tmp_path: Pa
     assert described == {"proxy": "prior", "value": value, "step": best}
     assert f"by {described['proxy']}: the student after {best} updates" in printed
     assert "t2sda (selected)" in printed
+    assert models_of(str(tmp_path / "whole"))["t2sda (selected)"][0] == str(tmp_path / "whole" / "t2sda" / "selected")
     assert method.results["selected"]["step"] == best
     assert method.results["selected"]["miou"] == pytest.approx(dict(method.miou["student"])[best])
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text(encoding="utf-8"))
