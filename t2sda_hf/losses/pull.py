@@ -5,6 +5,7 @@ average, m negatives. Maps are (B,D,h,w), best in channels-last memory: their (N
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -429,12 +430,17 @@ def _info_nce_of_samples(
         return _precise(torch.where(of_source[..., None], found, _rows(target_keys, rows_t)))
 
     if rows_s.ndim == 2:
-        keys = torch.cat([prototypes[:, None], gather(rows_s, rows_t, of_source)], dim=1)  # (K,1+m,D)
-        nothing, lengths = constant((0.0,), keys.device, keys.dtype), keys.norm(dim=-1, keepdim=True)
-        keys = torch.addcdiv(nothing, keys, lengths.clamp(min=1e-6), value=1 / temperature)
+
+        def keys_of(classes: Tensor | slice) -> Tensor:
+            """(k,1+m,D), of length 1/τ, the prototype first."""
+            rest = (None, None) if rows_t is None or of_source is None else (rows_t[classes], of_source[classes])
+            keys = torch.cat([prototypes[classes, None], gather(rows_s[classes], *rest)], dim=1)
+            nothing, lengths = constant((0.0,), keys.device, keys.dtype), keys.norm(dim=-1, keepdim=True)
+            return torch.addcdiv(nothing, keys, lengths.clamp(min=1e-6), value=1 / temperature)
+
         with exact_products():
-            per_query: Tensor = _InfoNCE.apply(queries, keys[samples.classes])
-        return per_query
+            compare = _class_by_class if queries.device.type == "cpu" else _all_at_once
+            return compare(queries, samples, keys_of)
     positives = unit(prototypes)[samples.classes]
 
     def block(index: int, picked: Tensor) -> Tensor:
@@ -444,6 +450,26 @@ def _info_nce_of_samples(
     # Recomputing the gather in backward keeps one block in memory.
     parts = [checkpoint(block, index, picked, use_reentrant=False) for index, picked in enumerate(queries)]
     return torch.stack(parts)
+
+
+def _all_at_once(queries: Tensor, samples: PullSamples, keys_of: Callable[[Tensor | slice], Tensor]) -> Tensor:
+    """(G,R), in as few launches as there can be."""
+    per_query: Tensor = _InfoNCE.apply(queries, keys_of(slice(None))[samples.classes])
+    return per_query
+
+
+def _class_by_class(queries: Tensor, samples: PullSamples, keys_of: Callable[[Tensor | slice], Tensor]) -> Tensor:
+    """The same for a CPU, which has no launches to save: the keys of one class stay in its caches, those of all do not.
+
+    And it waits for nothing, so that rows that are not counted are left out.
+    """
+    classes, blocks = samples.classes.unique_consecutive(return_counts=True)
+    found = []
+    for one, some in zip(classes.split(1), queries.split(blocks.tolist()), strict=True):
+        count, (height, rows, _) = int(samples.num_queries[one]), some.shape
+        per_query: Tensor = _InfoNCE.apply(some.flatten(0, 1)[None, :count], keys_of(one))
+        found.append(F.pad(per_query, (0, height * rows - count)).view(height, rows))
+    return torch.cat(found)
 
 
 def _rows(maps: Tensor, rows: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from reference.samples import Listed, blocked, listed
 from torch import Generator, Tensor
 
+from t2sda_hf.losses import pull
 from t2sda_hf.losses.pull import (
     as_pixels,
     class_confidences,
@@ -492,8 +493,11 @@ def both_ways(
     return fast, slow.pull_loss(*maps, queries, negatives, weights.tolist(), **options)
 
 
+@pytest.mark.parametrize("at_once", [False, True], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case.values()))
-def test_pull_loss_equals_the_double_loop(case):
+def test_pull_loss_equals_the_double_loop(case, at_once, monkeypatch):
+    if at_once:
+        monkeypatch.setattr(pull, "_class_by_class", pull._all_at_once)
     given = scene()
     given["embeddings"].requires_grad_()
     samples = sampled(given, num_negatives=6, share=case["share"], negatives=case["negatives"])
