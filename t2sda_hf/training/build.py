@@ -620,7 +620,7 @@ def read_batches(
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if torchs or raised_anywhere is None else raised_anywhere)
     try:
         yield from sent_ahead(loaded, accelerator.device)
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError, EOFError) as error:  # it may die while it hands over
         ended = [worker.exitcode for worker in workers if worker.exitcode]
         if not ended:
             raise
