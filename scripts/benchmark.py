@@ -682,7 +682,7 @@ def launches_rows(options: Options) -> Iterator[Row]:
         text=True,
     ).stdout
     account = [json.loads(line) for line in said.splitlines()]
-    for (recipe, *_), found in zip(runs, account, strict=False):
+    for (recipe, *_), found in zip(runs, account[: len(runs)], strict=True):
         supervised = recipe.endswith("source_only")
         yield Row(f"{recipe}: waits of the host", str(sum(found["waits"].values())), "1" if supervised else "2")
         yield Row(f"{recipe}: kernels", str(sum(found["parts"].values())), "-")
@@ -690,7 +690,7 @@ def launches_rows(options: Options) -> Iterator[Row]:
         for part, number in sorted(found["parts"].items()):
             yield Row(f"{recipe}: kernels, {part}", str(number), goals.get(part, "-"))
         yield Row(f"{recipe}: MB to the device", f"{found['copied']['to device'] / 1e6:.2f}", "-")
-    for (recipe, *_), found, half in zip(runs, account, account[len(runs) :], strict=False):
+    for (recipe, *_), found, half in zip(halves, account[: len(halves)], account[len(runs) :], strict=True):
         plain, halved = (sum(one["parts"].values()) for one in (found, half))
         yield Row(f"{recipe}: kernels in bf16 ({halved}) over those in TF32", f"{halved / plain:.3f}", "1.1")
 
