@@ -1,8 +1,9 @@
 """Check and measure this package on a GPU in at most nine minutes: python scripts/gpu_check.py [--seconds 540]
 
-Prints a Markdown table: whether the parts compute on the device what they compute on the CPU, how often an update makes
-the host wait and how many kernels it launches, time and memory of updates and of inference beside transformers, and a
-short adaptation of the drawn streets. Weights are random and nothing is downloaded. A phase that fails says so in a row
+Prints a Markdown table: what the device can do at most, whether the parts compute on it what they compute on the CPU,
+how often an update makes the host wait and how many kernels it launches, whether updates repeat bit by bit, time and
+memory of updates and of inference beside transformers, a short adaptation of the drawn streets, and what compiling
+brings. Weights are random and nothing is downloaded. A phase that fails says so in a row
 and the next one goes on; one for which no time is left says that.
 
 --device cpu --tiny runs every phase in seconds, to try the script itself where there is no GPU.
@@ -34,11 +35,12 @@ import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from t2sda_hf.config import RunConfig, load_config
-from t2sda_hf.device import allow_tf32, make_accelerator
+from t2sda_hf.device import allow_tf32, choose_algorithms, make_accelerator
 from t2sda_hf.evaluation.inference import predict_labels
 from t2sda_hf.evaluation.watch import Watch
 from t2sda_hf.hub.card import cpu_name
@@ -49,6 +51,7 @@ from t2sda_hf.masking import run_masked
 from t2sda_hf.methods import METHODS
 from t2sda_hf.models import T2SDAConfig, T2SDAForSemanticSegmentation
 from t2sda_hf.teacher import make_pseudo_labels
+from t2sda_hf.training.build import compile_networks
 from t2sda_hf.training.checkpoint import Progress
 from t2sda_hf.training.derive import without_data
 from t2sda_hf.training.estimate import random_batch, random_student, stand_in_engine
@@ -63,6 +66,17 @@ SMALLEST = ["--model={depths: [1, 1, 1, 1], hidden_sizes: [8, 8, 16, 16], num_at
 SMALLEST += ["--model.decoder_hidden_size=16", "--projector={hidden: 8, dim: 8}", "--hrda.crop_size=[32, 32]"]
 SMALLEST += ["--data={crop_size: [64, 64], outer_crop_size: [64, 96]}", "--pull={num_queries: 8, num_negatives: 16}"]
 SMALLEST += ["--uda={ignore_top: 0, ignore_bottom: 0}", "--patch_mask.block_size=16"]
+
+
+class Updates:
+    """Called, it makes the next update of a run."""
+
+    def __init__(self, run: Run, tracker: Tracker) -> None:
+        self.student = run.parts.networks.student
+        self._run, self._tracker, self._steps = run, tracker, itertools.count(run.cfg.full_from)
+
+    def __call__(self) -> None:
+        update(self._run, next(self._steps), self._tracker)
 
 
 @dataclass(frozen=True)
@@ -86,17 +100,17 @@ class Bench:
         PartialState._reset_state()
         return make_accelerator(precision, cpu=not self.on_gpu)
 
-    def milliseconds(self, function: Callable[[], object], repeats: int = 12, warm: int = 3) -> float:
-        """Median of a call; on a GPU with all that it was asked for."""
-        repeats, warm = (1, 1) if self.tiny else (repeats, warm)
-        times = []
-        for turn in range(-warm, repeats):
+    def milliseconds(self, function: Callable[[], object]) -> float:
+        """Median of 3 to 12 calls, about two seconds of them; on a GPU with all that it was asked for."""
+        times = list[float]()
+        for _ in range(1 if self.tiny else 12):
             self.finish()
             began = time.perf_counter()
             function()
             self.finish()
-            if turn >= 0:
-                times.append(1000 * (time.perf_counter() - began))
+            times.append(1000 * (time.perf_counter() - began))
+            if len(times) >= 3 and sum(times) > 2000:
+                break
         return statistics.median(times)
 
     def finish(self) -> None:
@@ -104,13 +118,16 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def measured(self, function: Callable[[], object]) -> str:
-        """Time and peak memory of a call in words."""
+        """Time and peak memory of a call in words, once it is warm: cuDNN tries its algorithms before."""
         gc.collect()
-        if not self.on_gpu:
-            return f"{self.milliseconds(function):.3g} ms"
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self.device)
+        if self.on_gpu:
+            torch.cuda.empty_cache()
         try:
+            for _ in range(1 if self.tiny else 3):
+                function()
+            if not self.on_gpu:
+                return f"{self.milliseconds(function):.3g} ms"
+            torch.cuda.reset_peak_memory_stats(self.device)
             took = self.milliseconds(function)
         except torch.OutOfMemoryError:
             return "out of memory"
@@ -121,20 +138,22 @@ class Bench:
             return self.measured(step)
 
     @contextmanager
-    def updates(self, cfg: RunConfig) -> Iterator[Callable[[], object]]:
+    def updates(self, cfg: RunConfig) -> Iterator[Updates]:
         """Real updates of a run from its random weights, on one random batch that lies in pinned memory."""
         accelerator = self.accelerator(cfg.train.precision)
         batch = random_batch(cfg).pin_memory() if self.on_gpu else random_batch(cfg)
         student = random_student(cfg).train().to(self.device)
         watch = Watch([100] * len(cfg.classes), cfg.uda.pseudo_threshold).to(self.device)
         parts = make_parts(cfg, student, stand_in_engine(cfg), accelerator, watch)
+        choose_algorithms(cfg.train.deterministic)
+        if cfg.train.compile != "none":
+            compile_networks([parts.networks.student, parts.networks.teacher], cfg.train.compile)
         run = Run(cfg, accelerator, parts, METHODS[cfg.method], itertools.repeat(batch))
-        steps = itertools.count(cfg.full_from)
         with (
             tempfile.TemporaryDirectory() as folder,
             Tracker(accelerator, Path(folder), cfg.train.max_steps, Progress(), cfg.method, False) as tracker,
         ):
-            yield lambda: update(run, next(steps), tracker)
+            yield Updates(run, tracker)
 
 
 Rows = Iterator[tuple[str, str]]
@@ -239,47 +258,153 @@ def losses_differ(bench: Bench, recipe: str) -> float:
 
 
 def waits(bench: Bench) -> Rows:
-    """What an update asks of the GPU: waits by torch's own warnings, kernels by its profiler."""
+    """How often an update makes the host wait for the GPU, by torch's own warnings."""
     if not bench.on_gpu:
-        yield "waits and kernels of an update", "needs a GPU; without one: python scripts/benchmark.py --rows launches"
+        yield "waits of an update", "needs a GPU; without one: python scripts/benchmark.py --rows launches"
         return
     for recipe, method in (("t2sda_daformer", "t2sda"), ("t2sda_mic", "t2sda"), ("source_only", "source_only")):
-        crops = "--data={crop_size: [256, 256], outer_crop_size: [256, 512]}"
-        more = ["--model.size=mit_b0", crops, "--hrda.crop_size=[128, 128]", "--uda={ignore_top: 0, ignore_bottom: 0}"]
-        cfg = bench.config(f"{GTA}/{recipe}", *more, method=method)
-        with bench.updates(cfg) as step, warnings.catch_warnings(record=True) as caught:
+        with bench.updates(small(bench, recipe, method)) as step, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            step()
-            step()
-            caught.clear()
+            for _ in range(3):
+                step()
             torch.cuda.set_sync_debug_mode("warn")
+            caught.clear()  # the mode itself warns that it is a prototype
             try:
                 step()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-            places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
-            yield f"{recipe}, B0: waits of the host in an update", f"{sum(places.values())} ({dict(places)})"
+        places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
+        yield f"{recipe}, B0: waits of the host in an update", f"{sum(places.values())} ({dict(places)})"
+
+
+def small(bench: Bench, recipe: str, method: str) -> RunConfig:
+    """A recipe with B0 and crops of 256."""
+    crops = "--data={crop_size: [256, 256], outer_crop_size: [256, 512]}"
+    more = ["--model.size=mit_b0", crops, "--hrda.crop_size=[128, 128]", "--uda={ignore_top: 0, ignore_bottom: 0}"]
+    return bench.config(f"{GTA}/{recipe}", *more, method=method)
+
+
+def kernels(bench: Bench) -> Rows:
+    """How many kernels an update launches, how long they take, and which ones take longest. By torch's profiler, which
+    makes whatever is timed after it slower: this comes last."""
+    if not bench.on_gpu:
+        yield "kernels of an update", "needs a GPU; without one: python scripts/benchmark.py --rows launches"
+        return
+    whole = [("t2sda_daformer", size, precision) for size in ("mit_b0", "mit_b5") for precision in ("tf32", "bf16")]
+    cases = [(f"{recipe}, B0 at 256 px", small(bench, recipe, "t2sda")) for recipe in ("t2sda_daformer", "t2sda_mic")]
+    cases.append(("source_only, B0 at 256 px", small(bench, "source_only", "source_only")))
+    for recipe, size, precision in whole:
+        words = [f"--model.size={size}", f"--train.precision={precision}"]
+        cases.append((f"t2sda, {size}, {precision}", bench.config(f"{GTA}/{recipe}", *words)))
+    for name, cfg in cases:
+        with bench.updates(cfg) as step:
+            for _ in range(3):
+                step()
             with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
                 step()
                 bench.finish()
-        launched = sum(event.count for event in seen.key_averages() if "LaunchKernel" in event.key)
-        yield f"{recipe}, B0: kernels of an update", str(launched)
+        events = seen.key_averages()
+        launched = sum(event.count for event in events if "LaunchKernel" in event.key)
+        # Each kernel stands there twice: as itself, and in the time of the operation that launched it.
+        own = [event for event in events if event.device_type == DeviceType.CUDA and "#" not in event.key]
+        longest = sorted(own, key=lambda event: -event.self_device_time_total)[:3]
+        said = (f"{e.self_device_time_total / 1000:.3g} ms in {e.count} {e.key[:60]}" for e in longest)
+        took = sum(event.self_device_time_total for event in own) / 1000
+        yield f"{name}: kernels of an update", f"{launched}, {took:.3g} ms; {', '.join(said)}"
+
+
+def ceilings(bench: Bench) -> Rows:
+    """The most that the device reaches: what the times of the other rows can be measured by."""
+    size, words = (64, 2**16) if bench.tiny else (8192, 2**28)
+    maps = torch.randn(size, size, device=bench.device)
+    for precision in ("float32", "tf32", "bf16"):
+        allow_tf32(precision)
+        factor = maps.bfloat16() if precision == "bf16" else maps
+        took = bench.milliseconds(lambda factor=factor: factor @ factor)  # type: ignore[misc]
+        yield f"product of {size}x{size}, {precision}", f"{2 * size**3 / took / 1e9:.3g} TFLOP/s"
+    read = torch.randn(words, device=bench.device)
+    written = torch.empty_like(read)
+    took = bench.milliseconds(lambda: written.copy_(read))
+    yield "copy, bytes read and written", f"{2 * read.nbytes / took / 1e6:.3g} GB/s"
+    small = torch.zeros(8, device=bench.device)
+
+    def launch() -> None:
+        for _ in range(1000):
+            small.add_(1)
+
+    yield "launch of a small kernel", f"{bench.milliseconds(launch):.3g} µs"
+
+
+def determinism(bench: Bench) -> Rows:
+    """The same three updates twice: equal in every bit of the student's weights and statistics, or not."""
+    crops = [] if bench.tiny else ["--data={crop_size: [128, 128], outer_crop_size: [128, 256]}"]
+    words = ["--model.size=mit_b0", *crops, "--uda={ignore_top: 0, ignore_bottom: 0}"]
+    for kept in (True, False):
+        cfg = bench.config(f"{GTA}/t2sda_daformer", *words, f"--train.deterministic={str(kept).lower()}")
+        found = []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                torch.manual_seed(0)
+                with bench.updates(cfg) as step:
+                    for _ in range(3):
+                        step()
+                    found.append({name: value.cpu().clone() for name, value in step.student.state_dict().items()})
+        choose_algorithms(False)
+        said = {str(w.message).split(" does not")[0] for w in caught if "determinis" in str(w.message)}
+        equal = sum(torch.equal(value, found[1][name]) for name, value in found[0].items())
+        yield (
+            f"train.deterministic {str(kept).lower()}: tensors equal after three updates made twice",
+            f"{equal} of {len(found[0])}{'; without such an algorithm: ' + ', '.join(sorted(said)) if said else ''}",
+        )
 
 
 def steps(bench: Bench) -> Rows:
-    """Updates of DAFormer's crops, supervised and T2S-DA, beside transformers' SegFormer; then HRDA and MIC."""
-    sizes = ["mit_b0"] if bench.tiny else [f"mit_b{number}" for number in (0, 5, 1, 2, 3, 4)]
-    for size, precision in itertools.product(sizes, ("tf32", "bf16")):
+    """Updates of DAFormer's crops, supervised and T2S-DA, beside transformers' SegFormer; then the other recipes."""
+    for size in ["mit_b0"] if bench.tiny else ["mit_b0", "mit_b5"]:
+        yield from steps_of_size(bench, size)
+    for recipe in ("t2sda_hrda", "t2sda_mic", "t2sda_deeplabv2"):
+        if bench.tiny and recipe == "t2sda_deeplabv2":
+            continue  # its network has no tiny form
+        for precision in ("tf32", "bf16"):
+            cfg = bench.config(f"{GTA}/{recipe}", f"--train.precision={precision}")
+            yield f"{recipe}, {cfg.model.size}, {precision}: update", bench.measured_updates(cfg)
+
+
+def other_sizes(bench: Bench) -> Rows:
+    """The rows of `steps` for the sizes between the smallest and the largest."""
+    if bench.tiny:
+        yield "updates of B1 to B4", "left out: there is one tiny size"
+        return
+    for number in (1, 2, 3, 4):
+        yield from steps_of_size(bench, f"mit_b{number}")
+
+
+def steps_of_size(bench: Bench, size: str) -> Rows:
+    for precision in ("tf32", "bf16"):
         words = [f"--model.size={size}", f"--train.precision={precision}"]
         yield f"transformers' SegFormer, {size}, {precision}: update", bench.measured(theirs(bench, size, precision))
         for method in ("source_only", "t2sda"):
             recipe = f"{GTA}/{'t2sda_daformer' if method == 't2sda' else method}"
             cfg = bench.config(recipe, *words, method=method)
             yield f"{method}, {size}, {precision}: update", bench.measured_updates(cfg)
-    for recipe in ("t2sda_hrda", "t2sda_mic"):
-        for precision in ("tf32", "bf16"):
-            cfg = bench.config(f"{GTA}/{recipe}", f"--train.precision={precision}")
-            yield f"{recipe}, {cfg.model.size}, {precision}: update", bench.measured_updates(cfg)
+
+
+def compiled(bench: Bench) -> Rows:
+    """T2S-DA updates as they are, compiled, and compiled into CUDA graphs."""
+    if not bench.on_gpu:
+        yield "updates, compiled", "needs a GPU"
+        return
+    for size, backend in itertools.product(("mit_b0", "mit_b5"), ("none", "inductor", "cuda_graphs")):
+        words = [f"--model.size={size}", "--train.precision=bf16", f"--train.compile={backend}"]
+        began = time.perf_counter()
+        with bench.updates(bench.config(f"{GTA}/t2sda_daformer", *words)) as step:
+            step()
+            step()
+            bench.finish()
+            yield f"{size}, bf16, {backend}: seconds of the first two updates", f"{time.perf_counter() - began:.3g}"
+            yield f"{size}, bf16, {backend}: update", bench.measured(step)
+        torch.compiler.reset()
 
 
 def segformer(bench: Bench, size: str) -> SegformerForSemanticSegmentation:
@@ -368,11 +493,16 @@ def adaptation(bench: Bench) -> Rows:
 
 # Phase -> seconds without which it is not begun; what is dearest to know comes first.
 PHASES: dict[str, tuple[Callable[[Bench], Rows], float]] = {
+    "ceilings": (ceilings, 10),
     "parity": (parity, 20),
     "waits": (waits, 20),
+    "determinism": (determinism, 20),
     "steps": (steps, 30),
     "inference": (inference, 20),
     "adaptation": (adaptation, 60),
+    "compiled": (compiled, 60),
+    "other_sizes": (other_sizes, 30),
+    "kernels": (kernels, 30),
 }
 
 

@@ -24,6 +24,7 @@ from ..models import T2SDAForSemanticSegmentation
 from ..models.heads import AllMLPHead
 from ..teacher import averaged
 from ..translate import TranslationEngine
+from .attention import attend_in_groups
 from .distributed import shard, shards
 from .optim import make_optimizer
 
@@ -218,6 +219,7 @@ def make_parts(
             shard(network, accelerator)
         return network
 
+    attend_in_groups(student)
     networks = make_networks(cfg, student, translate, finished).each(prepared)
     memory = ClassMemory(len(cfg.classes), cfg.projector.dim).to(accelerator.device)
     halves = half_weights(cfg, networks) if accelerator.mixed_precision == "bf16" and not shards(accelerator) else None
