@@ -23,8 +23,13 @@ def choose_algorithms(deterministic: bool) -> None:
     """Which algorithms a training uses on a GPU: those that are fastest for its crops, or those that repeat.
 
     Which one is fastest is measured, and may be another one in another process. What has no algorithm that repeats
-    warns and runs (`torch.use_deterministic_algorithms`).
+    warns and runs (`torch.use_deterministic_algorithms`). The fused kernels of attention are such: in their place the
+    products themselves repeat, and need more memory.
     """
+    if torch.cuda.is_available():  # a CPU's kernel has the same switch, and repeats
+        fused = torch.backends.cuda
+        for enable in (fused.enable_flash_sdp, fused.enable_mem_efficient_sdp, fused.enable_cudnn_sdp):
+            enable(not deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if deterministic:  # cuBLAS reads it when its first product is made

@@ -22,6 +22,7 @@ from torch import Generator, Tensor
 
 from t2sda_hf.cli import main
 from t2sda_hf.config import RunConfig, dump_config
+from t2sda_hf.device import choose_algorithms
 from t2sda_hf.methods import METHODS, Networks
 from t2sda_hf.methods.t2sda import draw_box
 from t2sda_hf.training import distributed, loop
@@ -77,6 +78,25 @@ def test_a_run_may_ask_for_algorithms_that_repeat(fresh: None, monkeypatch: pyte
     finally:
         torch.backends.cudnn.benchmark, torch.utils.deterministic.fill_uninitialized_memory = before
         del os.environ["CUBLAS_WORKSPACE_CONFIG"]
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_attention_on_a_gpu_repeats_without_its_fused_kernels(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
+    """On an H100 torch warned that their backward does not. The same switches are a CPU's, whose kernel repeats."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda asked, warn_only: None)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    kernels = torch.backends.cuda
+    try:
+        for asked in (True, False):
+            choose_algorithms(asked)
+            fused = kernels.flash_sdp_enabled(), kernels.mem_efficient_sdp_enabled(), kernels.cudnn_sdp_enabled()
+            assert fused == ((not asked,) * 3 if gpu else (True,) * 3)
+            assert kernels.math_sdp_enabled()
+    finally:
+        choose_algorithms(False)
 
 
 def test_a_launch_with_bf16_is_written_down_as_bf16(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
