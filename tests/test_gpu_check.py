@@ -37,7 +37,7 @@ def test_every_phase_runs_and_a_device_equals_itself(capsys: pytest.CaptureFixtu
     assert list(dict.fromkeys(row[0] for row in rows)) == list(gpu_check.PHASES)
     found = {what: measured for _, what, measured in rows}
     equal = {what: measured for what, measured in found.items() if what.endswith("device over CPU")}
-    assert len(equal) == 11
+    assert len(equal) == 12
     assert set(equal.values()) == {"0.0e+00"}
     assert float(found["FDA where TF32 is allowed: largest error of 255 (goal 0.001)"]) < 1e-3
     assert "-" not in found["demo: mIoU of t2sda"]

@@ -8,8 +8,8 @@ from transformers import AttentionInterface, SegformerModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 IN_GROUPS = "sdpa_in_groups"
-# Of the backward kernels behind torch's scaled_dot_product_attention: one of their blocks works for so many keys of one
-# head of one image, and goes through all queries one after the other.
+# Of the float32 backward behind torch's scaled_dot_product_attention: a block works for so many keys of one head of one
+# image, and goes through all queries one after the other. Those of bfloat16 have no fewer keys, so no more blocks.
 _KEYS_PER_BLOCK = 64
 _FEWEST_QUERIES = 256  # of a group: below that a block has little to do
 _LEAST_GAIN = 4  # times as many blocks; what copies of keys and values take must be worth it
@@ -19,8 +19,8 @@ def attend_in_groups(model: nn.Module) -> None:
     """Let the SegFormer encoder of a model that is trained spread its queries over a GPU.
 
     At stride 4 of a 512 x 512 crop 16,384 queries look at 256 keys: 4 blocks for an image with one head, and an H100
-    has room for 132. There the backward of attention was 27 of the 81 ms that the kernels of a T2S-DA update of B0
-    took, and 28 of 68 ms in a supervised update of B5 (TF32). An encoder whose attention the user chose keeps it.
+    has room for 132. There the backward of attention took 27 of the 81 ms of kernels in a T2S-DA update of B0, and 28
+    of 68 ms in an update of transformers' SegFormer-B5 (TF32). An encoder with other attention than `sdpa` keeps it.
     """
     for encoder in model.modules():
         if isinstance(encoder, SegformerModel) and encoder.config._attn_implementation == "sdpa":
@@ -53,7 +53,8 @@ def grouped(
 ) -> tuple[Tensor, None]:
     """`sdpa` of groups of neighbouring queries, as if each was an image of its own with the same keys and values.
 
-    No query looks at another, so the outputs are the same; gradients of keys and values are sums over the groups.
+    No query looks at another, so the outputs are the same; gradients of keys and values are sums over the groups, in
+    bfloat16 rounded once more. Four more kernels.
     """
     images, heads, queries, size = query.shape
     apart = query.transpose(1, 2).reshape(images * groups, queries // groups, heads, size).transpose(1, 2)
