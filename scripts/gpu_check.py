@@ -3,8 +3,8 @@
 Prints a Markdown table: what the device can do at most, whether the parts compute on it what they compute on the CPU,
 how often an update makes the host wait and how many kernels it launches, whether updates repeat bit by bit, time and
 memory of updates and of inference beside transformers, a short adaptation of the drawn streets, and what compiling
-brings. Weights are random and nothing is downloaded. A phase that fails says so in a row
-and the next one goes on; one for which no time is left says that.
+brings. Weights are random and nothing is downloaded. A phase that fails says so in a row and the next one goes on; one
+for which no time is left says that.
 
 --device cpu --tiny runs every phase in seconds, to try the script itself where there is no GPU.
 """
@@ -350,11 +350,11 @@ def ceilings(bench: Bench) -> Rows:
     written = torch.empty_like(read)
     took = bench.milliseconds(lambda: written.copy_(read))
     yield "copy, bytes read and written", f"{2 * read.nbytes / took / 1e6:.3g} GB/s"
-    small = torch.zeros(8, device=bench.device)
+    few = torch.zeros(8, device=bench.device)
 
     def launch() -> None:
         for _ in range(1000):
-            small.add_(1)
+            few.add_(1)
 
     yield "launch of a small kernel", f"{bench.milliseconds(launch):.3g} µs"
 

@@ -54,7 +54,7 @@ def network() -> T2SDAForSemanticSegmentation:
     return T2SDAForSemanticSegmentation(T2SDAConfig(**sizes, head="all_mlp", decoder_hidden_size=8, num_labels=3))
 
 
-def test_a_network_that_attends_in_groups_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_attends_in_groups_computes_the_same() -> None:
     """As it would on a GPU: every attention that can be grouped is."""
     plain = network().eval()
     spread = deepcopy(plain)
