@@ -85,7 +85,10 @@ def tiny_model(cfg: RunConfig | None = None, seed: int = 0) -> T2SDAForSemanticS
 
 def tiny_networks(cfg: RunConfig, seed: int = 0) -> Networks:
     """Student in training mode, a teacher and a frozen encoder with other weights, and the run's engine."""
-    networks = make_networks(cfg, tiny_model(cfg, seed).train(), build_engine(cfg.translate))
+    student = tiny_model(cfg, seed).train()
+    if cfg.model.activation_checkpointing:
+        student.activation_checkpointing_enable()
+    networks = make_networks(cfg, student, build_engine(cfg.translate))
     networks.teacher.load_state_dict(tiny_model(cfg, seed + 1).state_dict())
     head = networks.teacher.decode_head  # new ones predict every class with the same confidence
     for classifier in head.branches if cfg.model.head == "deeplabv2" else [head.classifier]:

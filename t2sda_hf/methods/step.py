@@ -15,6 +15,7 @@ from ..losses.pull import class_counts
 from ..models import T2SDAForSemanticSegmentation
 from ..teacher import make_teacher
 from ..translate import TranslationEngine
+from .drop_path import drop_paths_at_once
 
 
 class ClassMemory(nn.Module):
@@ -84,6 +85,7 @@ def make_networks(
 
     The frozen encoder is what the student's is now: before the training, so that it is the pretrained one itself.
     """
+    drop_paths_at_once(student)
     anchored = not cfg.supervised and cfg.loss_weights.feature_distance > 0
     imagenet = make_teacher(student.encoder).eval() if anchored else None
     start: nn.Module | None = make_teacher(student).eval() if cfg.loss_weights.anchor else None

@@ -153,14 +153,13 @@ def test_weights_that_are_cast_once_give_the_losses_and_gradients_of_autocast(
     own = () if size == "mit_b0" else (f"--model.size={size}", *head)
     weights = "--loss_weights={feature_distance: 0.005, masked_consistency: 1}"
     words = ("--train={precision: bf16, log_with: []}", weights)
-    accelerator, cfg = accelerator_of(tiny_config(*words, *own, "--model.drop_path_rate=0.5"))
+    twice = f"--model={{drop_path_rate: 0.5, activation_checkpointing: {str(checkpointed).lower()}}}"
+    accelerator, cfg = accelerator_of(tiny_config(*words, *own, twice))
 
     def learned(cast_once: bool, halved: bool = True) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         networks = tiny_networks(cfg)
         if halved:
             networks.each(lambda _, network: accelerator.prepare_model(network, evaluation_mode=True))
-        if checkpointed:
-            networks.student.activation_checkpointing_enable()
         weights = dict(networks.student.named_parameters())
         halves, seen = half_weights(cfg, networks) if cast_once else None, []
         with nullcontext() if halves is None else halves.in_place():
@@ -190,10 +189,10 @@ def test_weights_that_are_cast_once_give_the_losses_and_gradients_of_autocast(
 
 def test_checkpointed_activations_change_no_loss() -> None:
     """Over whole steps, with drop path and dropout on, and every forward that the objective has."""
-    cfg = tiny_config("--loss_weights.masked_consistency=1", "--model.drop_path_rate=0.5")
-    expected, networks = three_steps(cfg, tiny_networks(cfg)), tiny_networks(cfg)
-    networks.student.activation_checkpointing_enable()
-    for terms, others in zip(three_steps(cfg, networks), expected, strict=True):
+    words = ("--loss_weights.masked_consistency=1", "--model.drop_path_rate=0.5")
+    cfg, twice = tiny_config(*words), tiny_config(*words, "--model.activation_checkpointing=true")
+    expected = three_steps(cfg, tiny_networks(cfg))
+    for terms, others in zip(three_steps(twice, tiny_networks(twice)), expected, strict=True):
         assert {name: value.item() for name, value in terms.items()} == {n: v.item() for n, v in others.items()}
 
 
