@@ -51,7 +51,7 @@ from t2sda_hf.losses.segmentation import segmentation_loss
 from t2sda_hf.masking import run_masked
 from t2sda_hf.methods import METHODS
 from t2sda_hf.models import T2SDAConfig, T2SDAForSemanticSegmentation
-from t2sda_hf.teacher import make_pseudo_labels
+from t2sda_hf.teacher import class_probabilities
 from t2sda_hf.training.attention import sdpa_in_groups
 from t2sda_hf.training.build import compile_networks
 from t2sda_hf.training.checkpoint import Progress
@@ -226,7 +226,7 @@ def parity(bench: Bench) -> Rows:
         "feature distance": lambda d: feature_distance(
             on(d, frozen), on(d, frozen.flip(0)), on(d, labels), classes, None, 0.75
         ),
-        "pseudo-labels": lambda d: make_pseudo_labels(on(d, maps), (4 * small, 4 * small))[1],
+        "pseudo-labels": lambda d: class_probabilities(on(d, maps), (4 * small, 4 * small)).amax(dim=1),
         "FDA": lambda d: fda_translate(*on(d, images), 0.05),
     }
     for name, case in cases.items():

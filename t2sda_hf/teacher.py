@@ -53,22 +53,16 @@ def follow(averaged: Sequence[Tensor], trained: Sequence[Tensor], momentum: floa
     torch._foreach_lerp_(tuple(averaged), tuple(trained), 1 - momentum)
 
 
-def make_pseudo_labels(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Class and confidence of every target pixel.
+def class_probabilities(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Probabilities of the classes, of which the largest and its class are confidence and pseudo-label.
 
     Args:
-        logits: (B,K,h,w) of the teacher, upsampled bilinearly to `size`.
+        logits: (B,K,h,w), upsampled bilinearly to `size`.
         size: (H,W).
 
     Returns:
-        (B,H,W) int64 argmax and (B,H,W) float32 largest softmax in [0,1].
+        (B,K,H,W) float32 softmax over classes.
     """
-    confidence, pseudo_labels = class_probabilities(logits, size).max(dim=1)
-    return pseudo_labels, confidence
-
-
-def class_probabilities(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B,K,h,w) logits, upsampled bilinearly to `size` = (H,W) -> (B,K,H,W) float32 softmax over classes."""
     logits = logits.float().contiguous()  # softmax and max over classes are twice as slow on channels_last
     return nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False).softmax(dim=1)
 
@@ -123,6 +117,21 @@ def surest_of_each_class(
     limits = ordered[last.clamp(max=len(ordered) - 1)]  # (K,)
     trusted = (places <= limits[pseudo_labels]) | (confidence >= threshold)
     return (trusted & (inside > 0)).float()
+
+
+def undoubted(probabilities: Tensor, pseudo_labels: Tensor, class_weights: Tensor) -> Tensor:
+    """Which pseudo-labels stay the likeliest when probabilities are weighed by class (logit adjustment, arXiv
+    2007.07314): with larger weights for rare classes these are the ones that no rarer class comes near.
+
+    Args:
+        probabilities: (B,K,H,W).
+        pseudo_labels: (B,H,W) int64, the likeliest classes.
+        class_weights: (K,) > 0.
+
+    Returns:
+        (B,H,W) bool.
+    """
+    return (probabilities * class_weights[:, None, None]).argmax(dim=1) == pseudo_labels
 
 
 def trusted_rows(maps: Tensor, ignore_top: int, ignore_bottom: int) -> Tensor:

@@ -8,10 +8,11 @@ from tiny import tiny_config, tiny_model
 from torch import nn
 
 from t2sda_hf.teacher import (
+    class_probabilities,
     ema_momentum,
-    make_pseudo_labels,
     make_teacher,
     pseudo_label_weights,
+    undoubted,
     update_teacher,
     with_statistics_of,
 )
@@ -146,15 +147,23 @@ def test_an_evaluable_teacher_has_the_students_statistics(student):
 def test_pseudo_labels_are_taken_after_upsampling():
     logits = 4 * torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0))
     probabilities = torch.stack([slow.bilinear(image, (9, 16)) for image in logits]).softmax(dim=1)
-    labels, confidence = make_pseudo_labels(logits, (9, 16))
+    confidence, labels = class_probabilities(logits, (9, 16)).max(dim=1)
     assert labels.dtype == torch.int64
     torch.testing.assert_close(confidence, probabilities.max(dim=1).values)
     assert torch.equal(labels, probabilities.argmax(dim=1))
     assert confidence.min() >= 1 / 5
 
 
+def test_a_label_is_in_doubt_where_a_rarer_class_is_nearly_as_likely():
+    shares = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.05, 0.45], [0.2, 0.2, 0.6]]).T[None, :, None]  # (1,K,1,3 pixels)
+    labels = shares.argmax(dim=1)
+    assert undoubted(shares, labels, torch.tensor([1.0, 1.0, 2.0])).tolist() == [[[True, False, True]]]
+    assert undoubted(shares, labels, torch.tensor([1.0, 3.0, 3.0])).tolist() == [[[False, False, True]]]
+    assert undoubted(shares, labels, torch.ones(3)).all()
+
+
 def test_pseudo_labels_of_half_precision_are_float32():
-    _, confidence = make_pseudo_labels(torch.randn(1, 3, 2, 2).bfloat16(), (4, 4))
+    confidence, _ = class_probabilities(torch.randn(1, 3, 2, 2).bfloat16(), (4, 4)).max(dim=1)
     assert confidence.dtype == torch.float32
 
 

@@ -453,7 +453,7 @@ class UdaConfig(Section):
 
 @dataclass(frozen=True)
 class BalanceConfig(Section):
-    """Weights of classes in the cross-entropies, on labelled pixels only, also where these are pasted."""
+    """For rare classes: weights of labelled pixels, also where these are pasted, and a doubt about pseudo-labels."""
 
     section = "balance"
     labelled: Literal["none", "inverse_root"] = key(
@@ -462,6 +462,14 @@ class BalanceConfig(Section):
         "far, those of all processes together with pull.sync_stats, scaled to 1 on average",
     )
     cap: Number = key(10.0, "largest weight, after the scaling", at_least=1)
+    doubt: Number = key(
+        0.0,
+        "a pseudo-label counts only if it is still the likeliest class when the teacher's probabilities are multiplied "
+        "by the weights of inverse_root to this power: where a rarer class is nearly as likely, nothing is learned, so "
+        "that large classes do not take its pixels; 0: all count (after arXiv 2007.07314)",
+        at_least=0,
+        at_most=2,
+    )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..batch import normalize
 from ..device import constant
 from ..losses.pull import class_confidences, class_weights, confidence_sums
-from ..teacher import class_probabilities, make_pseudo_labels, pseudo_label_weights, surest_of_each_class, trusted_rows
+from ..teacher import class_probabilities, pseudo_label_weights, surest_of_each_class, trusted_rows, undoubted
 from .step import Step
 
 
@@ -68,9 +68,10 @@ def look_at_target(step: Step, target_images: Tensor) -> tuple[PseudoLabels, dic
 
 def pseudo_labels_of(step: Step, logits: Tensor) -> PseudoLabels:
     """Labels of the target and their weights, from the teacher's logits (B,K,h,w)."""
-    uda, images = step.cfg.uda, step.batch.target_images
+    uda, balance, images = step.cfg.uda, step.cfg.balance, step.batch.target_images
     assert images is not None
-    labels, confidence = make_pseudo_labels(logits, (images.shape[-2], images.shape[-1]))
+    probabilities = class_probabilities(logits, (images.shape[-2], images.shape[-1]))
+    confidence, labels = probabilities.max(dim=1)
     margins, valid = (uda.ignore_top, uda.ignore_bottom), step.batch.target_valid
     inside = trusted_rows(confidence, *margins) if valid is None else trusted_rows(confidence, *margins) * valid
     if uda.weight_scope == "class":
@@ -79,8 +80,10 @@ def pseudo_labels_of(step: Step, logits: Tensor) -> PseudoLabels:
     else:
         weights = pseudo_label_weights(confidence, uda.pseudo_threshold, uda.weight_scope, *margins)
         weights = weights if valid is None else weights * valid
+    if balance.doubt:
+        weights = weights * undoubted(probabilities, labels, step.memory.class_weights(balance.cap) ** balance.doubt)
     importance = dynamic_weights(step, labels, confidence, inside)
-    soft = class_probabilities(logits, (images.shape[-2], images.shape[-1])) if uda.pseudo_labels == "soft" else None
+    soft = probabilities if uda.pseudo_labels == "soft" else None
     return PseudoLabels(logits, labels, confidence, weights, inside, importance, soft)
 
 

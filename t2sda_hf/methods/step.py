@@ -44,11 +44,8 @@ class ClassMemory(nn.Module):
         self.seen |= present
         return self.prototypes
 
-    def count_and_weigh(self, counts: Tensor, cap: float) -> Tensor:
-        """Add `counts` (K,) of labelled pixels; weights (K,) float32 of the classes: share^-1/2, of mean 1 over all
-        pixels so far, then capped.
-        """
-        self.labelled_pixels += counts
+    def class_weights(self, cap: float) -> Tensor:
+        """(K,) float32: share of the labelled pixels so far ^-1/2, of mean 1 over these pixels, then capped."""
         shares = (self.labelled_pixels / self.labelled_pixels.sum().clamp(min=1)).clamp(min=1e-12)
         return (shares.rsqrt() / shares.sqrt().sum()).clamp(max=cap).float()
 
@@ -146,10 +143,13 @@ class Step:
         To be called once per step, because it counts them. A collective, see `sum_over_processes`.
         """
         balance, labels = self.cfg.balance, self.batch.source_labels
-        if balance.labelled == "none":
+        if balance.labelled == "none" and not balance.doubt:
             return None
         counts = self.sum_over_processes(class_counts(labels, len(self.cfg.classes)).double())
-        weights = self.memory.count_and_weigh(counts, balance.cap)
+        self.memory.labelled_pixels += counts
+        if balance.labelled == "none":
+            return None
+        weights = self.memory.class_weights(balance.cap)
         return torch.cat([weights, weights.new_zeros(256 - len(weights))])[labels]
 
     def normalized(self, images: Tensor) -> Tensor:

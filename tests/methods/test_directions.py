@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from t2sda_hf.batch import normalize
 from t2sda_hf.losses.segmentation import segmentation_loss
 from t2sda_hf.methods.t2sda import pseudo_target
-from t2sda_hf.teacher import make_pseudo_labels
+from t2sda_hf.teacher import class_probabilities
 
 K = len(CLASSES)
 CALM = "--model={head_dropout: 0, drop_path_rate: 0}"
@@ -33,7 +33,9 @@ def embeddings_of(network: nn.Module) -> list[Tensor]:
 def views(networks, batch, cfg) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, Tensor]:
     """Images and labels by domain (labels at feature size, 255 where they do not count), pseudo-labels, confidence."""
     with torch.no_grad():
-        y_t, confidence = make_pseudo_labels(networks.teacher(normalize(batch.target_images)).logits, (32, 64))
+        confidence, y_t = class_probabilities(networks.teacher(normalize(batch.target_images)).logits, (32, 64)).max(
+            dim=1
+        )
         styled = pseudo_target(tiny_step(cfg, networks, batch))
     trusted = y_t.clone()
     trusted[:, : cfg.uda.ignore_top] = trusted[:, -cfg.uda.ignore_bottom :] = 255

@@ -9,7 +9,7 @@ from tiny import tiny_batch, tiny_config, tiny_model, tiny_step, together
 from t2sda_hf.batch import normalize
 from t2sda_hf.losses.segmentation import segmentation_loss, soft_label_loss
 from t2sda_hf.methods import distil_losses, make_networks
-from t2sda_hf.teacher import make_pseudo_labels
+from t2sda_hf.teacher import class_probabilities
 from t2sda_hf.translate import build_engine
 
 DISTIL = (
@@ -59,7 +59,7 @@ def test_the_finished_model_teaches_both_domains_and_is_not_changed():
     both = torch.cat([batch.source_images, batch.target_images])
     losses, seen = losses_of(step)
     soft = larger(normalize(both)).logits
-    labels, confidence = make_pseudo_labels(soft[2:], (32, 64))
+    confidence, labels = class_probabilities(soft[2:], (32, 64)).max(dim=1)
     assert torch.equal(seen["pseudo_labels"], labels)
     torch.testing.assert_close(seen["confidence"], confidence)
     with torch.no_grad():

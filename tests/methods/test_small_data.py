@@ -19,23 +19,31 @@ BALANCED = "--balance.labelled=inverse_root"
 # ------------------------------------------------------------------------------------------------------ class weights
 
 
+def weights_after(counts: list[float], cap: float) -> torch.Tensor:
+    memory = ClassMemory(len(counts), 4)
+    memory.labelled_pixels += torch.tensor(counts).double()
+    return memory.class_weights(cap)
+
+
 def test_weights_are_the_inverse_root_of_the_share_and_1_on_average():
-    weights = ClassMemory(3, 4).count_and_weigh(torch.tensor([81.0, 16.0, 3.0]).double(), cap=100)
+    weights = weights_after([81.0, 16.0, 3.0], cap=100)
     torch.testing.assert_close(weights[0] / weights[1], torch.tensor(4 / 9))
     assert (weights * torch.tensor([0.81, 0.16, 0.03])).sum().item() == pytest.approx(1)
 
 
 def test_shares_are_of_all_pixels_so_far():
-    memory, whole = ClassMemory(2, 4), ClassMemory(2, 4)
-    memory.count_and_weigh(torch.tensor([90.0, 0.0]).double(), cap=100)
-    later = memory.count_and_weigh(torch.tensor([0.0, 10.0]).double(), cap=100)
-    torch.testing.assert_close(later, whole.count_and_weigh(torch.tensor([90.0, 10.0]).double(), cap=100))
+    cfg = tiny_config(CALM, BALANCED)
+    memory, counts = ClassMemory(len(CLASSES), cfg.projector.dim), torch.zeros(len(CLASSES))
+    for seed in (0, 1):
+        batch = tiny_batch(cfg, seed)
+        together(tiny_graphs(cfg, batch=batch, memory=memory))
+        counts += torch.stack([(batch.source_labels == k).sum() for k in range(len(CLASSES))])
+    assert torch.equal(memory.labelled_pixels, counts.double())
 
 
 def test_no_weight_is_above_the_cap_and_a_class_that_never_occurred_has_one():
-    weights = ClassMemory(3, 4).count_and_weigh(torch.tensor([1e6, 1.0, 0.0]).double(), cap=5)
-    assert weights[1:].tolist() == [5, 5]
-    assert torch.isfinite(ClassMemory(3, 4).count_and_weigh(torch.zeros(3).double(), cap=5)).all()
+    assert weights_after([1e6, 1.0, 0.0], cap=5)[1:].tolist() == [5, 5]
+    assert torch.isfinite(weights_after([0.0, 0.0, 0.0], cap=5)).all()
 
 
 @pytest.mark.parametrize("method", ["source_only", "generalization", "t2sda"])
@@ -68,6 +76,28 @@ def test_labelled_pixels_keep_their_weight_where_they_are_pasted_and_pseudo_labe
     torch.testing.assert_close(seen["mixed_weights"][pasted], by_class[batch.source_labels[pasted]])
     of_teacher = ~seen["from_source"]
     torch.testing.assert_close(seen["mixed_weights"][of_teacher], plain["mixed_weights"][of_teacher])
+
+
+@pytest.mark.parametrize("labelled", ["none", "inverse_root"])
+def test_a_pseudo_label_in_doubt_is_not_learned(labelled):
+    """By a loop over pixels: its class must win again when all classes are weighed."""
+    cfg = tiny_config(CALM, f"--balance={{labelled: {labelled}, doubt: 1}}")
+    batch, memory = tiny_batch(cfg), ClassMemory(len(CLASSES), cfg.projector.dim)
+    _, seen = together(tiny_graphs(cfg, batch=batch, memory=memory))
+    sure = together(tiny_graphs(tiny_config(CALM, f"--balance.labelled={labelled}"), batch=batch))[1]
+    size = seen["pseudo_labels"].shape[-2:]
+    logits = torch.nn.functional.interpolate(seen["teacher_logits"], size=size, mode="bilinear", align_corners=False)
+    wanted = sure["pixel_weights"].clone()
+    for image, row, column in torch.ones_like(wanted).nonzero().tolist():
+        shares = [
+            p * w for p, w in zip(logits[image, :, row, column].softmax(0), memory.class_weights(10), strict=True)
+        ]
+        if max(range(len(shares)), key=shares.__getitem__) != seen["pseudo_labels"][image, row, column]:
+            wanted[image, row, column] = 0
+    assert torch.equal(seen["pseudo_labels"], sure["pseudo_labels"])
+    assert torch.equal(seen["pixel_weights"], wanted)
+    assert (wanted == 0).any()
+    assert (wanted > 0).any()
 
 
 # ------------------------------------------------------------------------------------------------ soft pseudo-labels
