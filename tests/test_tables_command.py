@@ -32,6 +32,17 @@ rows:
   - {label: [pulled again, "✓"], set: {pull.temperature: 0.2}, paper: [[70.0, 0.6], [63.7, 0.8]]}
 """
 
+COMPARED = """
+question: Does it compare?
+labels: [what]
+scores: [mIoU, bus]
+base: {demo: %s}
+reference: [plain]
+rows:
+  - {label: [plain], set: {loss_weights.pull: 0}}
+  - {label: [pulled], set: {}}
+"""
+
 
 @pytest.fixture
 def table(tmp_path: Path) -> str:
@@ -143,6 +154,31 @@ def test_rows_stand_as_columns_where_the_paper_has_them_so(table, tmp_path, monk
     assert lines[2] == "| how | – | ✓ | – | ✓ |"
     assert lines[3] == "| mIoU, ours (seeds) | 40.00 (1) | 45.00 (1) | quoted | 45.00 (1) |"
     assert lines[4] == "| mIoU, paper | 68.3 ± 0.5 | 70.0 ± 0.6 | 45.3 | 70.0 ± 0.6 |"
+
+
+def test_rows_are_compared_with_one_of_them_seed_by_seed(tmp_path, monkeypatch, capsys):
+    (tmp_path / "run.yaml").write_text(TINY_RUN + "baseline: source_only\n", encoding="utf-8")
+    own = tmp_path / "own.yaml"
+    own.write_text(COMPARED % (tmp_path / "run.yaml"), encoding="utf-8")
+    Trainer(monkeypatch)
+    assert call(str(own), tmp_path, "--seeds", "0,1,2") == 0
+    printed = unaligned(capsys.readouterr().out)
+    assert "| what | mIoU, ours (seeds) | bus, ours (seeds) |\n" in printed  # nobody's paper has figures
+    assert "| plain | 42.00 ± 2.00 (3) | 31.00 ± 1.00 (3) |" in printed
+    text = "mIoU minus that of plain, seed by seed:\n\n- pulled: +5.00 [+5.00, +5.00] (95% interval, n = 3): higher"
+    assert text in printed
+    assert call(str(own), tmp_path / "one", "--seeds", "0") == 0
+    assert "minus" not in capsys.readouterr().out  # one seed has no interval
+    own.write_text(own.read_text(encoding="utf-8").replace("[plain]\nrows", "[plane]\nrows"), encoding="utf-8")
+    assert call(str(own), tmp_path, "--seeds", "0") == 2
+    assert "compares with a row that it does not have: ['plane']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["pull", "small_data"])
+@pytest.mark.parametrize("scale", ["demo", "camvid"])
+def test_tables_of_small_data_have_one_run_for_each_row(name, scale, tmp_path):
+    rows = tables.read_table(name, scale).rows
+    assert len({tables.cell_of(row, 0, tmp_path).folder for row in rows}) == len(rows) > 10
 
 
 def test_dry_run_lists_cells_and_time_and_makes_nothing(table, tmp_path, monkeypatch, capsys):

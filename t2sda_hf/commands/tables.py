@@ -46,7 +46,7 @@ import json
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,6 +57,7 @@ from filelock import Timeout
 
 from ..analysis.fair import ROWS, best, fair_text, figures, figures_over_labels, label_curve_text, tried
 from ..analysis.plots import save_steps
+from ..analysis.statistics import paired_difference
 from ..config import RECIPES, RunConfig, changes, differences, find_recipe, load_config, only, read_yaml
 from ..data.domains import Domain, load_domain, load_domains, read_domain
 from ..data.streets import SCENES
@@ -192,6 +193,7 @@ class Table:
     evaluate: tuple[str, ...]  # words of `t2sda evaluate`, if the score is not the run's own
     rows: tuple[Row, ...]
     search: Search | None = None
+    reference: tuple[str, ...] | None = None  # label of the row that all others are compared with, seed by seed
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ def read_table(name: str, scale: str, overrides: Sequence[str] = ()) -> Table:
         raise ValueError(f"{path.stem} does not say what to evaluate at scale {scale!r}.")
     rows = []
     for number, entry in enumerate(content["rows"], 1):
-        paper = entry.get("paper") if isinstance(entry, dict) else None
+        paper = entry.get("paper", [[None]] * len(content["scores"])) if isinstance(entry, dict) else None
         if not isinstance(paper, list) or len(paper) != len(content["scores"]) or not all(map(bool, paper)):
             raise ValueError(f"row {number} of {path} needs under paper one list for each of {content['scores']}.")
         if not {"label", "set"} <= entry.keys() and not entry.get("quoted"):
@@ -249,6 +251,9 @@ def read_table(name: str, scale: str, overrides: Sequence[str] = ()) -> Table:
                 raise ValueError(f"row {number} of {path} names code to run, {named!r}, which no file may do.")
         cells = tuple((cell[0], cell[1] if len(cell) > 1 else None) for cell in paper)
         rows.append(Row(tuple(entry["label"]), cells, config, arguments, cfg))
+    reference = tuple(content["reference"]) if "reference" in content else None
+    if reference is not None and reference not in [row.label for row in rows]:
+        raise ValueError(f"{path} compares with a row that it does not have: {content['reference']}.")
     return Table(
         path.stem,
         content["question"],
@@ -257,6 +262,7 @@ def read_table(name: str, scale: str, overrides: Sequence[str] = ()) -> Table:
         content.get("across", False),
         tuple(str(word) for word in content.get("evaluate", {}).get(scale, ())),
         tuple(rows),
+        reference=reference,
     )
 
 
@@ -483,7 +489,7 @@ def score(cell: Cell, table: Table) -> list[float | None] | None:
     subsets = {"mIoU16": CLASS_SETS["syn16"], "mIoU13": CLASS_SETS["syn13"], "tail": TAIL}
     values: list[float | None] = []
     for name in table.scores:
-        members = [known for known in subsets.get(name, ()) if known in result["iou"]]
+        members = [known for known in subsets.get(name, (name,)) if known in result["iou"]]
         values.append(result["miou"] if name == "mIoU" else subset_miou(result, members) if members else None)
     return values
 
@@ -561,16 +567,28 @@ def layout(table: Table, entries: Sequence[Mapping[str, Any]]) -> str:
         mean, sd = entry["paper_mean"], entry["paper_sd"]
         return "–" if mean is None else f"{mean:.1f}{'' if sd is None else f' ± {sd:.1f}'}"
 
+    columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [("ours (seeds)", ours)]
+    if any(entry["paper_mean"] is not None for entry in entries):
+        columns.append(("paper", papers))
     per_row = len(table.scores)
-    lines = [[*table.labels, *(word for name in table.scores for word in (f"{name}, ours (seeds)", f"{name}, paper"))]]
+    lines = [[*table.labels, *(f"{name}, {column}" for name in table.scores for column, _ in columns)]]
     for position in range(0, len(entries), per_row):
-        line = list(entries[position]["label"])
-        for entry in entries[position : position + per_row]:
-            line += [ours(entry), papers(entry)]
-        lines.append(line)
+        of_row = entries[position : position + per_row]
+        lines.append([*of_row[0]["label"], *(told(entry) for entry in of_row for _, told in columns)])
     if table.across:
         lines = [list(column) for column in zip(*lines, strict=True)]
-    return markdown(lines[0], lines[1:])
+    text = markdown(lines[0], lines[1:])
+    if table.reference is None:
+        return text
+    firsts = entries[::per_row]
+    (others,) = (entry["values"] for entry in firsts if tuple(entry["label"]) == table.reference)
+    compared = [
+        f"- {' | '.join(entry['label'])}: {paired_difference(entry['values'], others)}"
+        for entry in firsts
+        if tuple(entry["label"]) != table.reference and len(entry["values"].keys() & others.keys()) > 1
+    ]
+    said = f"{table.scores[0]} minus that of {' | '.join(table.reference)}, seed by seed:"
+    return "\n".join([text, "", said, "", *compared]) if compared else text
 
 
 def estimate(table: Table, folder: Path) -> tuple[float, int]:
