@@ -6,8 +6,8 @@
     t2sda tables fair --config mine.yaml --rates 1e-4,3e-4,1e-3 --seeds 0..4
     t2sda tables labels --config mine.yaml --labels 0,8,16,32,all --rates 1e-4,3e-4,1e-3 --seeds 0..2
 
-TABLE is one of table02 ... table17, encoders (which is none of the paper's), or the path of your own file with the same
-form as those in configs/ablations/.
+TABLE is one of table02 ... table17, or encoders, pull or small_data, which are none of the paper's, or the path of your
+own file with the same form as those in configs/ablations/.
 
 A cell is one row of the table with one seed, and it is one run of `t2sda train`. It is stored in
 outputs/ablations/SCALE/, in a folder whose name is a number computed from its config. So a run that belongs to several
@@ -18,7 +18,8 @@ is also a flag, and applies to every cell of this call. After Ctrl-C or SIGTERM 
 checkpoint.
 
 The files TABLE.md and TABLE.json are written beside the cells. They have the mean and sd (sample standard deviation)
-over the seeds.
+over the seeds. A file that names one of its rows as `reference` gets the difference of every other row to it, seed by
+seed, with a 95 % interval.
 
 The table "fair" compares four trainings of one config: on the source alone, self-training (loss_weights.pull 0), T2S-DA
 (the config itself), and the upper bound, which learns the labels of the target (method target_only). Each of them is
