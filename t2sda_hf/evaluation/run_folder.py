@@ -175,8 +175,9 @@ def write_data_record(
     Args:
         folder: of the run.
         seed: of the run.
-        domains: "source", "target", "test" -> name, num_images and, where known, fingerprint; of several domains also
-            "parts", a list of their names, num_images and, where known, pixels per class.
+        domains: "source", "target", "test" -> name, num_images, on_hub (whether it is a data set of the Hub) and, where
+            known, fingerprint; of several domains also "parts", a list of their names, num_images and, where known,
+            pixels per class.
         classes: names.
         source_pixels: pixels per class in the source's labels.
         sampling: probability with which a source image is drawn for each class; None if images are drawn evenly.

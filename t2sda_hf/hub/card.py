@@ -35,6 +35,7 @@ from ..config import (
     said_of_target_labels,
     several,
 )
+from ..evaluation.run_folder import DATA_RECORD
 from ..masking import mask
 from ..storage import read_json, write_json
 
@@ -208,7 +209,7 @@ def gather_facts(run_folder: Path, repo_id: str, given: Mapping[str, Any] | None
     """
     given = dict(given or {})
     folder = method_folder(run_folder)
-    cfg = load_config(_existing(folder / "resolved_config.yaml"), record=True)
+    cfg = config_of_run(folder)
     refuse_started(cfg)
     metrics = _read_json(folder / "metrics.json")
     push, slides = cfg.push_to_hub, cfg.evaluation.mode == "slide"
@@ -434,6 +435,22 @@ def _baseline(folder: Path, cfg: RunConfig, metrics: dict[str, Any], given: str)
     if list(ours["iou"]) != list(theirs["iou"]):
         raise ValueError(f"{other} has other classes: {', '.join(theirs['iou'])}; this run {', '.join(ours['iou'])}.")
     return other, baseline
+
+
+def config_of_run(folder: Path) -> RunConfig:
+    """The config of a method folder. What the run read from a disk has a path here that is no id of the Hub:
+    "data/camvid" may be either, and whoever asks may stand where it does not exist.
+    """
+    file = _existing(folder / "resolved_config.yaml")
+    cfg = load_config(file, record=True)
+    read = (read_json(folder.parent / DATA_RECORD) or {}).get("domains", {})
+    found = {role: getattr(cfg, role) for role, domain in read.items() if domain.get("on_hub") is False}
+    here = [
+        f"--{role}.path=./{domain.path}"
+        for role, domain in found.items()
+        if isinstance(domain, DomainConfig) and hub_id(asdict(domain))
+    ]
+    return load_config(file, here, record=True) if here else cfg
 
 
 def domains_of(cfg: RunConfig) -> dict[str, DomainConfig]:

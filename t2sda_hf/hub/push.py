@@ -18,7 +18,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from ..config import RunConfig, dump_config, hub_id, load_config
+from ..config import RunConfig, dump_config, hub_id
 from ..errors import PushFailed, causes
 from ..evaluation.figures import save_curves
 from ..evaluation.run_folder import MethodFolder, read_method
@@ -28,6 +28,7 @@ from .card import (
     CardFacts,
     ask,
     check_start,
+    config_of_run,
     domain_facts,
     domains_of,
     gather_facts,
@@ -100,7 +101,7 @@ def stage_run(run_folder: Path, repo_id: str, folder: Path, given: Mapping[str, 
     lacks: list[str] = []
     facts = ask(lacks, gather_facts, source, repo_id, given)
     if (source / "resolved_config.yaml").is_file():
-        cfg = load_config(source / "resolved_config.yaml", record=True)
+        cfg = config_of_run(source)
         panel = source.parent / ("panel.png" if cfg.push_to_hub.picture == "images" else "predictions.png")
         if not panel.is_file():
             lacks.append(f"{panel} is missing: a card needs one picture of results.")

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..batch import UdaBatch, sent_ahead
-from ..config import DomainConfig, RunConfig, TranslateConfig, load_config
+from ..config import DomainConfig, RunConfig, TranslateConfig, hub_id, load_config, several
 from ..data.contents import Contents, digest, file_contents
 from ..data.domains import AnyDomain, Domain, Reading, domain_contents, load_domain, load_domains, read_domain
 from ..data.few_labels import covering_order, how_many
@@ -488,6 +488,7 @@ def data_record(cfg: RunConfig, domains: Domains, described: Mapping[str, Mappin
         "seed": cfg.seed,
         "domains": {
             kind: {"name": domain.name, "num_images": len(domain), "fingerprint": part.fingerprint}
+            | {"on_hub": any(hub_id(asdict(one)) for one in several(getattr(cfg, kind)))}
             | _parts_record(domain, domains.facts.counts_of_each if kind == cfg.labels_from else ())
             for kind, domain in used.items()
             if domain is not None and (part := known[kind]) is not None
