@@ -171,7 +171,21 @@ def test_rows_are_compared_with_one_of_them_seed_by_seed(tmp_path, monkeypatch, 
     assert "minus" not in capsys.readouterr().out  # one seed has no interval
     own.write_text(own.read_text(encoding="utf-8").replace("[plain]\nrows", "[plane]\nrows"), encoding="utf-8")
     assert call(str(own), tmp_path, "--seeds", "0") == 2
-    assert "compares with a row that it does not have: ['plane']" in capsys.readouterr().err
+    assert "must have one row, not quoted, with the label of its reference, ('plane',)" in capsys.readouterr().err
+    own.write_text(COMPARED.replace("bus]", "buss]") % (tmp_path / "run.yaml"), encoding="utf-8")
+    assert call(str(own), tmp_path, "--seeds", "0") == 2
+    assert "asks for scores that none of its rows has: buss" in capsys.readouterr().err
+
+
+def test_a_score_that_is_undefined_is_compared_with_nothing(tmp_path, monkeypatch, capsys):
+    (tmp_path / "run.yaml").write_text(TINY_RUN + "baseline: source_only\n", encoding="utf-8")
+    own = tmp_path / "own.yaml"
+    own.write_text((COMPARED % (tmp_path / "run.yaml")).replace("[mIoU, bus]", "[NOWHERE, mIoU]"), encoding="utf-8")
+    Trainer(monkeypatch)
+    classes = tables.read_table("pull", "demo").rows[0].cfg.classes
+    own.write_text(own.read_text(encoding="utf-8").replace("NOWHERE", classes[2]), encoding="utf-8")  # its IoU is None
+    assert call(str(own), tmp_path, "--seeds", "0,1,2") == 0
+    assert "minus" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["pull", "small_data"])

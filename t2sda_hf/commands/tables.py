@@ -76,6 +76,7 @@ from ..training.resume import locked
 SECONDS = {"demo": 120, "camvid": 3600, "paper": 16 * 3600 * 1.45}
 # The nine rarest classes of Cityscapes: their mean is the paper's "tail" (Table 9).
 TAIL = ("wall", "traffic light", "traffic sign", "rider", "truck", "bus", "train", "motorcycle", "bicycle")
+SUBSETS = {"mIoU16": CLASS_SETS["syn16"], "mIoU13": CLASS_SETS["syn13"], "tail": TAIL}
 # So many times the bound of `estimate` does an update take: two to three.
 ABOVE_BOUND = 2.5
 # What makes a run of a config that of a row of the table "fair".
@@ -232,8 +233,10 @@ def read_table(name: str, scale: str, overrides: Sequence[str] = ()) -> Table:
     if "evaluate" in content and scale not in content["evaluate"]:
         raise ValueError(f"{path.stem} does not say what to evaluate at scale {scale!r}.")
     rows = []
-    for number, entry in enumerate(content["rows"], 1):
-        paper = entry.get("paper", [[None]] * len(content["scores"])) if isinstance(entry, dict) else None
+    entries = [entry if isinstance(entry, dict) else {} for entry in content["rows"]]
+    own = not any("paper" in entry for entry in entries)  # a table that is in no paper
+    for number, entry in enumerate(entries, 1):
+        paper = [[None]] * len(content["scores"]) if own else entry.get("paper")
         if not isinstance(paper, list) or len(paper) != len(content["scores"]) or not all(map(bool, paper)):
             raise ValueError(f"row {number} of {path} needs under paper one list for each of {content['scores']}.")
         if not {"label", "set"} <= entry.keys() and not entry.get("quoted"):
@@ -253,8 +256,11 @@ def read_table(name: str, scale: str, overrides: Sequence[str] = ()) -> Table:
         cells = tuple((cell[0], cell[1] if len(cell) > 1 else None) for cell in paper)
         rows.append(Row(tuple(entry["label"]), cells, config, arguments, cfg))
     reference = tuple(content["reference"]) if "reference" in content else None
-    if reference is not None and reference not in [row.label for row in rows]:
-        raise ValueError(f"{path} compares with a row that it does not have: {content['reference']}.")
+    if reference is not None and [row.label for row in rows if row.cfg is not None].count(reference) != 1:
+        raise ValueError(f"{path} must have one row, not quoted, with the label of its reference, {reference}.")
+    scores = {"mIoU", *SUBSETS, *(name for row in rows if row.cfg is not None for name in row.cfg.classes)}
+    if unknown := [name for name in content["scores"] if name not in scores]:
+        raise ValueError(f"{path} asks for scores that none of its rows has: {', '.join(map(str, unknown))}.")
     return Table(
         path.stem,
         content["question"],
@@ -487,10 +493,9 @@ def score(cell: Cell, table: Table) -> list[float | None] | None:
     else:
         summary = read_json(cell.folder / "summary.json")[cfg.method]
         result = {"miou": summary["miou"], "iou": dict(zip(cfg.classes, summary["iou"], strict=True))}
-    subsets = {"mIoU16": CLASS_SETS["syn16"], "mIoU13": CLASS_SETS["syn13"], "tail": TAIL}
     values: list[float | None] = []
     for name in table.scores:
-        members = [known for known in subsets.get(name, (name,)) if known in result["iou"]]
+        members = [known for known in SUBSETS.get(name, (name,)) if known in result["iou"]]
         values.append(result["miou"] if name == "mIoU" else subset_miou(result, members) if members else None)
     return values
 
@@ -581,15 +586,20 @@ def layout(table: Table, entries: Sequence[Mapping[str, Any]]) -> str:
     text = markdown(lines[0], lines[1:])
     if table.reference is None:
         return text
-    firsts = entries[::per_row]
-    (others,) = (entry["values"] for entry in firsts if tuple(entry["label"]) == table.reference)
+    of_first = {tuple(entry["label"]): _scored(entry) for entry in entries[::per_row]}
+    others = of_first.pop(table.reference)
     compared = [
-        f"- {' | '.join(entry['label'])}: {paired_difference(entry['values'], others)}"
-        for entry in firsts
-        if tuple(entry["label"]) != table.reference and len(entry["values"].keys() & others.keys()) > 1
+        f"- {' | '.join(label)}: {paired_difference(values, others)}"
+        for label, values in of_first.items()
+        if len(values.keys() & others.keys()) > 1
     ]
     said = f"{table.scores[0]} minus that of {' | '.join(table.reference)}, seed by seed:"
     return "\n".join([text, "", said, "", *compared]) if compared else text
+
+
+def _scored(entry: Mapping[str, Any]) -> dict[int, float]:
+    """The values of a row by seed, without those that are undefined."""
+    return {seed: value for seed, value in entry["values"].items() if value is not None}
 
 
 def estimate(table: Table, folder: Path) -> tuple[float, int]:

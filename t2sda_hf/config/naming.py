@@ -39,7 +39,7 @@ def domain_names(config: Mapping[str, Any]) -> dict[str, str]:
     every = {(role, place): domain for role, domains in listed.items() for place, domain in enumerate(domains)}
     paths = {of: str(domain.get("path") or "") for of, domain in every.items()}
     given = {of: str(domain.get("name") or "") for of, domain in every.items()}
-    names = {of: given[of] or _short(path, 0) for of, path in paths.items()}
+    names = {of: given[of] or _short(domain, 0) for of, domain in every.items()}
     for more in (1, 2):
         equal = {
             of
@@ -47,7 +47,7 @@ def domain_names(config: Mapping[str, Any]) -> dict[str, str]:
             for other, path in paths.items()
             if name and not given[of] and names[other] == name and path != paths[of]
         }
-        names |= {of: _short(paths[of], more) for of in equal}
+        names |= {of: _short(every[of], more) for of in equal}
     return {role: " + ".join(names[role, place] for place in range(len(of_role))) for role, of_role in listed.items()}
 
 
@@ -63,15 +63,21 @@ def role_of(title: str) -> str:
 
 
 def hub_id(domain: Mapping[str, Any]) -> str:
-    """The id of the domain's data set on the Hub; "" if it lies elsewhere."""
-    path = str(domain.get("path") or "")
-    elsewhere = domain.get("layout") or domain.get("label_path") or PurePath(path).suffix or Path(path).exists()
+    """The id of the domain's data set on the Hub; "" if it lies elsewhere.
+
+    "data/camvid" may be either. Who knows it, from the record of a run, says so under "on_hub". Otherwise it is a
+    folder if there is one of that name here.
+    """
+    path, known = str(domain.get("path") or ""), domain.get("on_hub")
+    elsewhere = domain.get("layout") or domain.get("label_path") or PurePath(path).suffix
+    elsewhere = elsewhere or (Path(path).exists() if known is None else not known)
     return path if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and path[0] not in ".~" and not elsewhere else ""
 
 
-def _short(path: str, more: int) -> str:
-    """The last part that says something; 1: with the one before it, 2: with the one behind it."""
-    if hub_id({"path": path}):
+def _short(domain: Mapping[str, Any], more: int) -> str:
+    """The last part of its path that says something; 1: with the one before it, 2: with the one behind it."""
+    path = str(domain.get("path") or "")
+    if hub_id(domain):
         return path
     parts = [part for part in PurePath(path).parts if part not in ("/", ".", "..", "~")]
     if parts:

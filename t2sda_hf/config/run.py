@@ -464,9 +464,10 @@ class BalanceConfig(Section):
     cap: Number = key(10.0, "largest weight, after the scaling", at_least=1)
     doubt: Number = key(
         0.0,
-        "a pseudo-label counts only if it is still the likeliest class when the teacher's probabilities are multiplied "
-        "by the weights of inverse_root to this power: where a rarer class is nearly as likely, nothing is learned, so "
-        "that large classes do not take its pixels; 0: all count (after arXiv 2007.07314)",
+        "the losses of target and masked_consistency learn a pseudo-label only if it is still the likeliest class when "
+        "the teacher's probabilities are multiplied by the weights of inverse_root (and cap) to this power: where a "
+        "rarer class is nearly as likely, nothing is learned, so that large classes do not take its pixels; 0: all are "
+        "learned (after arXiv 2007.07314)",
         at_least=0,
         at_most=2,
     )
@@ -1127,6 +1128,13 @@ class RunConfig(Section):
             "drw.apply_to",
             "pull or none when loss_weights.target is 0: there is no target loss to weigh. Or give that a weight",
             self.drw.apply_to,
+        )
+        require(
+            not self.balance.doubt or self.method == "t2sda" or self.supervised,
+            "balance.doubt",
+            f"0 with method {self.method}, which has no labelled source to know rare classes by, or learns no "
+            "pseudo-labels",
+            self.balance.doubt,
         )
         require(
             self.pull.start_step < self.train.max_steps or not weights.pull,

@@ -169,24 +169,26 @@ def write_data_record(
     sampling: Sequence[float] | None,
     derived: Sequence[str] = (),
     derived_values: Mapping[str, Any] | None = None,
+    on_hub: Mapping[str, bool] | None = None,
 ) -> None:
     """Write data.json: what a run read, and with which versions. run.json, beside it, has the command and the machine.
 
     Args:
         folder: of the run.
         seed: of the run.
-        domains: "source", "target", "test" -> name, num_images, on_hub (whether it is a data set of the Hub) and, where
-            known, fingerprint; of several domains also "parts", a list of their names, num_images and, where known,
-            pixels per class.
+        domains: "source", "target", "test" -> name, num_images and, where known, fingerprint; of several domains also
+            "parts", a list of their names, num_images and, where known, pixels per class.
         classes: names.
         source_pixels: pixels per class in the source's labels.
         sampling: probability with which a source image is drawn for each class; None if images are drawn evenly.
         derived: sentences about what was worked out for these data.
         derived_values: key -> value, of those that were null in the config.
+        on_hub: role -> whether its path is the id of a data set of the Hub, and no folder.
     """
     record = {
         "seed": seed,
         "domains": domains,
+        "on_hub": dict(on_hub or {}),
         "classes": list(classes),
         "source_pixels": [int(count) for count in source_pixels],
         "sampling": None if sampling is None else [float(share) for share in sampling],

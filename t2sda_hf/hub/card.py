@@ -209,7 +209,7 @@ def gather_facts(run_folder: Path, repo_id: str, given: Mapping[str, Any] | None
     """
     given = dict(given or {})
     folder = method_folder(run_folder)
-    cfg = config_of_run(folder)
+    cfg = load_config(_existing(folder / "resolved_config.yaml"), record=True)
     refuse_started(cfg)
     metrics = _read_json(folder / "metrics.json")
     push, slides = cfg.push_to_hub, cfg.evaluation.mode == "slide"
@@ -219,7 +219,8 @@ def gather_facts(run_folder: Path, repo_id: str, given: Mapping[str, Any] | None
     run = ask(lacks, _run_facts, folder, given)
     ask(lacks, check_start, cfg, start)
     license_id = ask(lacks, _license, cfg, str(given.get("license") or push.license))
-    domains = {role: ask(lacks, domain_facts, cfg, role, terms) for role in domains_of(cfg)}
+    on_hub = (read_json(folder.parent / DATA_RECORD) or {}).get("on_hub", {})
+    domains = {role: ask(lacks, domain_facts, cfg, role, terms, on_hub) for role in domains_of(cfg)}
     baseline = ask(lacks, _baseline, folder, cfg, metrics, str(given.get("source_only") or push.source_only))
     processor = ask(lacks, _read_json, folder / "student" / "preprocessor_config.json")
     parameters = ask(lacks, _count_parameters, folder / "student")
@@ -437,22 +438,6 @@ def _baseline(folder: Path, cfg: RunConfig, metrics: dict[str, Any], given: str)
     return other, baseline
 
 
-def config_of_run(folder: Path) -> RunConfig:
-    """The config of a method folder. What the run read from a disk has a path here that is no id of the Hub:
-    "data/camvid" may be either, and whoever asks may stand where it does not exist.
-    """
-    file = _existing(folder / "resolved_config.yaml")
-    cfg = load_config(file, record=True)
-    read = (read_json(folder.parent / DATA_RECORD) or {}).get("domains", {})
-    found = {role: getattr(cfg, role) for role, domain in read.items() if domain.get("on_hub") is False}
-    here = [
-        f"--{role}.path=./{domain.path}"
-        for role, domain in found.items()
-        if isinstance(domain, DomainConfig) and hub_id(asdict(domain))
-    ]
-    return load_config(file, here, record=True) if here else cfg
-
-
 def domains_of(cfg: RunConfig) -> dict[str, DomainConfig]:
     """Source, target, target_labelled and test, without those that the run does without."""
     what = "a model card takes one domain of each role"
@@ -488,8 +473,16 @@ def check_start(cfg: RunConfig, start: str) -> None:
         )
 
 
-def domain_facts(cfg: RunConfig, role: str, terms: Mapping[str, str]) -> dict[str, str]:
-    """Name, split, terms and perhaps the Hub's id of a domain; ValueError if the terms are not known."""
+def domain_facts(
+    cfg: RunConfig, role: str, terms: Mapping[str, str], on_hub: Mapping[str, bool] | None = None
+) -> dict[str, str]:
+    """Name, split, terms and perhaps the Hub's id of a domain; ValueError if the terms are not known.
+
+    Args:
+        cfg, role: of it.
+        terms: by role.
+        on_hub: by role, as data.json has it, for who may stand elsewhere than the run did.
+    """
     config = domains_of(cfg)[role]
     known = terms.get(role) or (DRAWN_TERMS if config.path in DRAWN else "")
     if not known:
@@ -498,6 +491,9 @@ def domain_facts(cfg: RunConfig, role: str, terms: Mapping[str, str]) -> dict[st
             f'--terms {role}="...", or push_to_hub.terms in the config.'
         )
     tree = asdict(cfg)
+    for role_of_path, found in (on_hub or {}).items():
+        if isinstance(tree[role_of_path], dict):
+            tree[role_of_path]["on_hub"] = found
     name, hub = domain_names(tree)[role], hub_id(tree[role])
     return {"name": name, "split": config.split, "terms": known, "id": hub}
 

@@ -7,7 +7,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from ..config import RunConfig, dump_config, hub_id
+from ..config import RunConfig, dump_config, load_config
 from ..errors import PushFailed, causes
 from ..evaluation.figures import save_curves
 from ..evaluation.run_folder import MethodFolder, read_method
@@ -28,7 +27,6 @@ from .card import (
     CardFacts,
     ask,
     check_start,
-    config_of_run,
     domain_facts,
     domains_of,
     gather_facts,
@@ -101,7 +99,7 @@ def stage_run(run_folder: Path, repo_id: str, folder: Path, given: Mapping[str, 
     lacks: list[str] = []
     facts = ask(lacks, gather_facts, source, repo_id, given)
     if (source / "resolved_config.yaml").is_file():
-        cfg = config_of_run(source)
+        cfg = load_config(source / "resolved_config.yaml", record=True)
         panel = source.parent / ("panel.png" if cfg.push_to_hub.picture == "images" else "predictions.png")
         if not panel.is_file():
             lacks.append(f"{panel} is missing: a card needs one picture of results.")
@@ -110,7 +108,7 @@ def stage_run(run_folder: Path, repo_id: str, folder: Path, given: Mapping[str, 
     shutil.copytree(source / "student", folder)
     share_weights(folder)
     shutil.copy(panel, folder / "panel.png")
-    config = _published_config(cfg, {role: domain["name"] for role, domain in facts.domains.items()})
+    config = _published_config(cfg, facts.domains)
     (folder / "resolved_config.yaml").write_text(config, encoding="utf-8")
     write_json(folder / "metrics.json", _published_metrics(source / "metrics.json", facts))
     _draw_curve(source, folder / "curve.png")
@@ -123,15 +121,14 @@ def stage_run(run_folder: Path, repo_id: str, folder: Path, given: Mapping[str, 
     refuse_secrets(folder)
 
 
-def _published_config(cfg: RunConfig, names: Mapping[str, str]) -> str:
-    """The config of a run without secrets, and with names where it has places."""
+def _published_config(cfg: RunConfig, domains: Mapping[str, Mapping[str, str]]) -> str:
+    """The config of a run without secrets, and with names where it has places; `domains` of the card's facts."""
     tree = placeless(yaml.safe_load(dump_config(cfg)))
     tree["output_dir"] = Path(cfg.output_dir).name
-    for role, name in names.items():
+    for role, facts in domains.items():
         domain = tree[role]
         domain |= {key: Path(domain[key]).name for key in ("label_path", "valid_mask")}
-        if not hub_id(asdict(getattr(cfg, role))):
-            domain["path"] = name
+        domain["path"] = facts["id"] or facts["name"]
     return mask_known(yaml.safe_dump(tree, sort_keys=True, allow_unicode=True))
 
 

@@ -21,7 +21,7 @@ class DrawnPaths(nn.Module):
         self.divisors: Iterator[Tensor] = iter(())  # (B,1,1) of each: infinity drops the branch of an image
 
     def draw(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook. On a CPU these are the numbers that transformers' modules would draw one by one."""
+        """A forward pre-hook. In float32 on a CPU these are the numbers that transformers' modules draw one by one."""
         if encoder.training:
             images: Tensor = args[0] if args else kwargs["pixel_values"]
             kept = (torch.rand(len(self.keep), len(images), device=images.device) + self.keep).floor()
@@ -53,7 +53,11 @@ class DropPath(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         if not self.training:
             return hidden_states
-        divisor = next(self._drawn[0].divisors)
+        divisor = next(self._drawn[0].divisors, None)
+        if divisor is None:
+            raise RuntimeError(
+                "more branches than were drawn for: activation checkpointing must be on before the networks are made."
+            )
         if hidden_states.dtype == divisor.dtype or torch.compiler.is_compiling():
             return hidden_states / divisor
         divided: Tensor = _Divided.apply(hidden_states, divisor)

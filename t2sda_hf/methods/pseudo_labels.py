@@ -81,7 +81,9 @@ def pseudo_labels_of(step: Step, logits: Tensor) -> PseudoLabels:
         weights = pseudo_label_weights(confidence, uda.pseudo_threshold, uda.weight_scope, *margins)
         weights = weights if valid is None else weights * valid
     if balance.doubt:
-        weights = weights * undoubted(probabilities, labels, step.memory.class_weights(balance.cap) ** balance.doubt)
+        rarity = step.memory.class_weights(balance.cap)
+        rarity = torch.where(step.memory.labelled_pixels > 0, rarity, rarity.min())  # what no label shows is not rare
+        weights = weights * undoubted(probabilities, labels, rarity**balance.doubt)
     importance = dynamic_weights(step, labels, confidence, inside)
     soft = probabilities if uda.pseudo_labels == "soft" else None
     return PseudoLabels(logits, labels, confidence, weights, inside, importance, soft)

@@ -488,11 +488,11 @@ def data_record(cfg: RunConfig, domains: Domains, described: Mapping[str, Mappin
         "seed": cfg.seed,
         "domains": {
             kind: {"name": domain.name, "num_images": len(domain), "fingerprint": part.fingerprint}
-            | {"on_hub": any(hub_id(asdict(one)) for one in several(getattr(cfg, kind)))}
             | _parts_record(domain, domains.facts.counts_of_each if kind == cfg.labels_from else ())
             for kind, domain in used.items()
             if domain is not None and (part := known[kind]) is not None
         },
+        "on_hub": {role: any(hub_id(asdict(one)) for one in several(getattr(cfg, role))) for role in known},
         "classes": cfg.classes,
         "source_pixels": domains.source_pixels.tolist() if domains.source.labelled else [],
         "sampling": sampling,

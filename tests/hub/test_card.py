@@ -95,19 +95,24 @@ def test_data_sets_of_the_hub_are_named_to_it(run: Path, tmp_path: Path) -> None
     assert "3 images of the split test" in str(entries[0].notes)
 
 
-def test_a_folder_that_looks_like_an_id_of_the_hub_is_none_wherever_one_stands(run: Path, tmp_path: Path) -> None:
-    """The run found data/game where it was trained; here there is none."""
+def test_what_is_of_the_hub_is_known_from_the_run_wherever_one_stands(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run found data/game on its disk, but it is not here, and they/city on the Hub, but here is such a folder."""
     config = run / "t2sda" / "resolved_config.yaml"
     words = ["--source.path=data/game", "--target.path=they/city", "--test.path=they/city", "--test.split=test"]
     config.write_text(dump_config(load_config(config, words)), encoding="utf-8")
-    domains = {"source": {"on_hub": False}, "target": {"on_hub": True}, "test": {"on_hub": True}}
-    (run / "data.json").write_text(json.dumps({"domains": domains}), encoding="utf-8")
+    on_hub = {"source": False, "target": True, "target_labelled": False, "test": True}
+    (run / "data.json").write_text(json.dumps({"on_hub": on_hub}), encoding="utf-8")
+    (tmp_path / "they" / "city").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     terms = {"terms": dict.fromkeys(("source", "target", "test"), "research use")}
     stage_run(run, "me/streets", tmp_path / "out", terms)
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.datasets == ["they/city"]
     assert "data/game" not in card.text
-    assert yaml.safe_load((tmp_path / "out" / "resolved_config.yaml").read_text())["source"]["path"] == "game"
+    paths = yaml.safe_load((tmp_path / "out" / "resolved_config.yaml").read_text())
+    assert [paths[role]["path"] for role in ("source", "target", "test")] == ["game", "they/city", "they/city"]
 
 
 def test_no_file_that_is_published_holds_a_place_on_this_machine(

@@ -96,8 +96,46 @@ def test_a_pseudo_label_in_doubt_is_not_learned(labelled):
             wanted[image, row, column] = 0
     assert torch.equal(seen["pseudo_labels"], sure["pseudo_labels"])
     assert torch.equal(seen["pixel_weights"], wanted)
-    assert (wanted == 0).any()
+    assert (wanted != sure["pixel_weights"]).any()
     assert (wanted > 0).any()
+
+
+@pytest.mark.parametrize("more", ["--uda={weight_scope: class, class_share: 1}", "--uda.pseudo_labels=soft"])
+def test_doubt_takes_weight_away_whatever_else_weighs(more):
+    cfg, plain = tiny_config(CALM, more, "--balance.doubt=1"), tiny_config(CALM, more)
+    batch = tiny_batch(cfg)
+    doubting, trusting = (together(tiny_graphs(own, batch=batch))[1]["pixel_weights"] for own in (cfg, plain))
+    kept = doubting > 0
+    assert torch.equal(doubting[kept], trusting[kept])
+    assert 0 < kept.sum() < (trusting > 0).sum()
+
+
+def test_a_class_that_no_label_shows_puts_nothing_in_doubt():
+    """Not of SYNTHIA's 19 classes those three that it does not have."""
+    cfg = tiny_config(CALM, "--balance.doubt=1")
+    batch = tiny_batch(cfg)
+    batch.source_labels[batch.source_labels == 1] = 255
+    memory = ClassMemory(len(CLASSES), cfg.projector.dim)
+    _, seen = together(tiny_graphs(cfg, batch=batch, memory=memory))
+    _, trusting = together(tiny_graphs(tiny_config(CALM), batch=batch))
+    assert memory.labelled_pixels[1] == 0
+    size = seen["pseudo_labels"].shape[-2:]
+    logits = torch.nn.functional.interpolate(seen["teacher_logits"], size=size, mode="bilinear", align_corners=False)
+    weights = memory.class_weights(10)
+    weights[1] = weights.min()
+    wanted = (logits.softmax(dim=1) * weights[:, None, None]).argmax(dim=1) == seen["pseudo_labels"]
+    assert torch.equal(seen["pixel_weights"], trusting["pixel_weights"] * wanted)
+
+
+@pytest.mark.parametrize("method", ["generalization", "source_free", "distil"])
+def test_a_doubt_that_would_do_nothing_is_refused(method):
+    needs = {
+        "generalization": ["--translate.engine=gaussian_blur", "--drw.apply_to=none"],
+        "source_free": ["--start_model=finished"],
+        "distil": ["--start_model=finished"],
+    }
+    with pytest.raises(ValueError, match=r"balance\.doubt must be 0 with method"):
+        tiny_config(f"--method={method}", "--balance.doubt=1", *needs[method])
 
 
 # ------------------------------------------------------------------------------------------------ soft pseudo-labels

@@ -71,8 +71,9 @@ def test_a_run_that_was_stopped_ends_where_another_ends(config, tmp_path, monkey
     assert [main(cut), main(cut), main(cut)] == [143, 143, 0]
     for method in ("source_only", "t2sda"):
         assert outcome(tmp_path / "cut", method) == outcome(tmp_path / "whole", method)
-    read = json.loads((tmp_path / "cut" / "data.json").read_text(encoding="utf-8"))["domains"]
-    assert {role: domain["num_images"] for role, domain in read.items()} == {
+    record = json.loads((tmp_path / "cut" / "data.json").read_text(encoding="utf-8"))
+    assert record["on_hub"] == dict.fromkeys(("source", "target", "target_labelled", "test"), False)
+    assert {role: domain["num_images"] for role, domain in record["domains"].items()} == {
         "source": 6,
         "target": 6,
         "target_labelled": 2,
