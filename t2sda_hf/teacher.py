@@ -176,6 +176,11 @@ def with_statistics_of(teacher: nn.Module, student: nn.Module) -> nn.Module:
     it needs running statistics, and the student's belong to nearly the same weights.
     """
     copied = copy.deepcopy(teacher, {id(parameter): parameter for parameter in teacher.parameters()})
-    for own, given in zip(copied.buffers(), student.buffers(), strict=True):
+    for own, given in zip(_norm_buffers(copied), _norm_buffers(student), strict=True):
         own.copy_(given)
     return copied.eval()
+
+
+def _norm_buffers(network: nn.Module) -> list[Tensor]:
+    norms = (module for module in network.modules() if isinstance(module, _BatchNorm))
+    return [buffer for norm in norms for buffer in norm.buffers()]
