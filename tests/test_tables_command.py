@@ -171,7 +171,7 @@ def test_rows_are_compared_with_one_of_them_seed_by_seed(tmp_path, monkeypatch, 
     assert "minus" not in capsys.readouterr().out  # one seed has no interval
     own.write_text(own.read_text(encoding="utf-8").replace("[plain]\nrows", "[plane]\nrows"), encoding="utf-8")
     assert call(str(own), tmp_path, "--seeds", "0") == 2
-    assert "must have one row, not quoted, with the label of its reference, ('plane',)" in capsys.readouterr().err
+    assert "must have one row, not quoted, with the label of its reference, ['plane']" in capsys.readouterr().err
     own.write_text(COMPARED.replace("bus]", "buss]") % (tmp_path / "run.yaml"), encoding="utf-8")
     assert call(str(own), tmp_path, "--seeds", "0") == 2
     assert "asks for scores that none of its rows has: buss" in capsys.readouterr().err
@@ -290,13 +290,75 @@ def test_scores_can_be_those_of_another_domain(table, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize(
+    ("line", "other", "place"),
+    [
+        ("scores: [mIoU, tail]", "scores: 5", "scores"),
+        ("base: {demo: %s}", "base: {demo: [5]}", "base.demo"),
+        ("set: {loss_weights.pull: 0}", "set: 5", "rows.1.set"),
+        ("set: {}, paper", "set: {}, set_at: [1], paper", "rows.2.set_at"),
+        ("[[68.3, 0.5], [62.0]]", "[5]", "rows.1.paper"),
+        ("[plain, ", '"plain", quoted: false, papr: [', "rows.1"),
+        ('label: [plain, "–"]', "label: plain", "rows.1.label"),
+        ("table: 99", 'evaluate: {demo: "--limit 2"}', "evaluate.demo"),
+        ("table: 99", "evaluate: [demo]", "evaluate"),
+    ],
+)
+def test_a_file_that_is_no_table_is_told_where(table, tmp_path, monkeypatch, capsys, line, other, place):
+    trainer = Trainer(monkeypatch)
+    text = Path(table).read_text(encoding="utf-8").replace(str(tmp_path / "run.yaml"), "%s")
+    assert line in text
+    Path(table).write_text(text.replace(line, other).replace("%s", str(tmp_path / "run.yaml")), encoding="utf-8")
+    assert call(table, tmp_path) == 2
+    said = capsys.readouterr().err
+    assert f"mine.yaml is no table: {place}" in said or (place == "rows.1" and "mine.yaml" in said)
+    assert trainer.commands == []
+
+
+@pytest.mark.parametrize("key", ["seed", "output_dir", "resume"])
+def test_no_row_sets_what_the_command_sets_for_each_cell(table, tmp_path, monkeypatch, capsys, key):
+    trainer = Trainer(monkeypatch)
+    text = Path(table).read_text(encoding="utf-8")
+    Path(table).write_text(text.replace("set: {}", f"set: {{{key}: 1}}"), encoding="utf-8")
+    assert call(table, tmp_path, "--dry-run") == 2
+    assert f"row 2 of {table} sets {key}, which the command sets for each cell." in capsys.readouterr().err
+    assert trainer.commands == []
+
+
+def test_a_table_is_not_called_like_a_file_of_its_cells(table, tmp_path, monkeypatch, capsys):
+    Trainer(monkeypatch)
+    other = Path(table).rename(Path(table).with_name("summary.yaml"))
+    assert call(str(other), tmp_path) == 2
+    assert "needs another name" in capsys.readouterr().err
+
+
+def test_scores_on_other_images_are_not_averaged(table, tmp_path, monkeypatch, capsys):
+    trainer = Trainer(monkeypatch)
+    train = trainer.call
+
+    def on(data):
+        def run(runner: object, command: list[str]) -> int:
+            code = train(runner, command)
+            summary = Path(value(command, "--output_dir")) / "summary.json"
+            summary.write_text(json.dumps(json.loads(summary.read_text()) | {"test_data": data}), encoding="utf-8")
+            return code
+
+        return run
+
+    trainer.call = on("first")  # type: ignore[method-assign]
+    assert call(table, tmp_path, "--seeds", "0") == 0
+    trainer.call = on("second")  # type: ignore[method-assign]
+    assert call(table, tmp_path, "--seeds", "0,1") == 2
+    assert "scored on different test images or label maps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["table99"], "'table99' does not exist"),
         (["table03", "--scale", "demo"], "table03 has no scale 'demo': it has paper"),
         (["table08", "--seeds", "0, a"], "a list like 0,3,7 of different seeds, got '0, a'"),
         (["table08", "--set", "pull.temprature=1"], "pull.temperature"),
-        (["table08", "--set", "pull.temperature=-1"], "must be positive"),
+        (["table08", "--set", "pull.temperature=-1"], "must be at least 0.001"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(arguments, message, monkeypatch, capsys):
@@ -424,6 +486,31 @@ def test_every_row_is_searched_alike_and_its_best_rate_gets_all_seeds(compare, t
     assert call("--seeds", "0..2") == 0  # nothing is trained again
     assert len(trainer.commands) == 12 + 8
     assert capsys.readouterr().out == printed
+
+
+def test_a_class_that_one_half_of_the_test_images_lacks_is_named(compare, capsys):
+    """By the trainer's pixels; the images themselves show all ten."""
+    call, trainer = compare
+    train = trainer.call
+
+    def run(runner: object, command: list[str]) -> int:
+        code = train(runner, command)
+        (file,) = Path(value(command, "--output_dir")).glob("*/metrics.json")
+        content = json.loads(file.read_text(encoding="utf-8"))
+        pixels = np.full((4, 2, 10), 100)
+        pixels[:, 0] = 50
+        pixels[[1, 3], :, 7] = 0  # of every other image
+        content["student"]["groups"] = pack(pixels)
+        file.write_text(json.dumps(content), encoding="utf-8")
+        return code
+
+    trainer.call = run
+    assert call("--seeds", "0,1") == 0
+    printed = capsys.readouterr().out
+    assert (
+        "No image of those that the figures are of shows class 7, so the mIoU there is over fewer classes." in printed
+    )
+    assert "of those that choose shows" not in printed
 
 
 def test_all_rows_have_the_crop_of_the_adaptation(compare):

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.gain import group_pixels
+from ..evaluation.gain import GROUPS, group_pixels
 from ..evaluation.table import Result, difference, kinds_of_test, markdown, number, spread
 from .statistics import paired_difference
 
@@ -13,6 +13,10 @@ from .statistics import paired_difference
 ROWS = {"source_only": "source-only", "self_training": "self-training", "t2sda": "T2S-DA", "target_only": "upper bound"}
 CHOOSING, SHOWN = 0, 1  # the halves of the test images: the blocks of groups with even and with odd numbers
 BLOCKS = 10  # of neighbouring groups: the frames of a drive are alike, and every other one would be in both halves
+DIFFERENT_TESTS = (
+    "runs of this table were scored on different test images or label maps, so their scores say nothing about each "
+    "other. `t2sda train` with --resume auto scores a finished run again; or pass another --output."
+)
 PAIRS = (("t2sda", "source_only"), ("t2sda", "self_training"), ("self_training", "source_only"))
 LOST = 1.0  # points of IoU below source-only from which a class is named
 
@@ -45,9 +49,15 @@ def halves(num_groups: int) -> np.ndarray:
     return np.arange(num_groups) * blocks // num_groups % 2
 
 
+def halves_of_images(num_images: int, num_groups: int | None = None) -> np.ndarray:
+    """(N,) of `CHOOSING` and `SHOWN`, by test image; None: as many groups as `evaluate_model` makes."""
+    groups = min(num_images, GROUPS) if num_groups is None else num_groups
+    return halves(groups)[np.arange(num_images) * groups // num_images]
+
+
 def images_of_halves(num_images: int, num_groups: int) -> tuple[int, int]:
     """How many test images choose, and of how many the figures are."""
-    of_half = np.bincount(halves(num_groups)[np.arange(num_images) * num_groups // num_images], minlength=2)
+    of_half = np.bincount(halves_of_images(num_images, num_groups), minlength=2)
     return int(of_half[CHOOSING]), int(of_half[SHOWN])
 
 
@@ -84,16 +94,14 @@ def row_figures(results: Results, search_seeds: Sequence[int], seeds: Sequence[i
         - classes: their names.
         - rows: by name, "rates" (rate -> score on the choosing half), "rate" (the chosen one), "miou" (by seed), their
           mean, sd, sd_population and n, "iou" (mean over seeds, of each class).
+        - absent: by half of the test images, classes that none of them shows, so that some result has no IoU for them.
 
     Raises:
         ValueError: if results are of different test images, or have fewer than two groups.
     """
     found = [result for of_row in results.values() for by_seed in of_row.values() for result in by_seed.values()]
     if len(set(kinds_of_test(found))) > 1:
-        raise ValueError(
-            "runs of this table were scored on different test images or label maps, so their scores say nothing about "
-            "each other. `t2sda train` with --resume auto scores a finished run again; or pass another --output."
-        )
+        raise ValueError(DIFFERENT_TESTS)
     images, classes = None, list[str]()
     if found:
         pixels, classes = group_pixels(found[0]), list(found[0]["iou"])
@@ -109,7 +117,11 @@ def row_figures(results: Results, search_seeds: Sequence[int], seeds: Sequence[i
         rows[name] = {"rates": {f"{rate:g}": score for rate, score in scores.items()}, "rate": rate, "miou": miou}
         rows[name] |= spread(list(miou.values()))
         rows[name]["iou"] = [mean(of_class) for of_class in zip(*iou.values(), strict=True)] or [None] * len(classes)
-    known = {"images": images, "classes": classes, "rows": rows}
+    absent = {}
+    for half, title in ((CHOOSING, "choosing"), (SHOWN, "shown")):
+        scores = [iou_of_half(result, half) for result in found]
+        absent[title] = [name for place, name in enumerate(classes) if any(one[place] is None for one in scores)]
+    known = {"images": images, "classes": classes, "rows": rows, "absent": absent}
     return known | {"search_seeds": list(search_seeds), "seeds": list(seeds)}
 
 
@@ -235,11 +247,17 @@ def _headline(content: Mapping[str, Any]) -> str:
 def _said_of_search(content: Mapping[str, Any]) -> str:
     images, num_rates = content["images"], max(len(row["rates"]) for row in content["rows"].values())
     few = ". A fair search has at least three" if num_rates < 3 else ""
+    lacks = {"that the figures are of": content["absent"]["shown"], "that choose": content["absent"]["choosing"]}
+    said = "".join(
+        f" No image of those {which} shows {', '.join(names)}, so the mIoU there is over fewer classes."
+        for which, names in lacks.items()
+        if names
+    )
     return (
         f"All figures are of {images['shown']} of the {sum(images.values())} test images, in %. The learning rate of "
         f"each row is the best of the same {num_rates} values{few}. It was chosen on the other {images['choosing']} "
         f"test images, every other block of neighbours, with {_seeds(content['search_seeds'])}, whose own figures may "
-        "be a little high for that."
+        f"be a little high for that.{said}"
     )
 
 

@@ -49,14 +49,27 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import Timeout
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from ..analysis.fair import ROWS, best, fair_text, figures, figures_over_labels, label_curve_text, tried
+from ..analysis.fair import (
+    CHOOSING,
+    DIFFERENT_TESTS,
+    ROWS,
+    SHOWN,
+    best,
+    fair_text,
+    figures,
+    figures_over_labels,
+    halves_of_images,
+    label_curve_text,
+    tried,
+)
 from ..analysis.plots import save_steps
 from ..analysis.statistics import paired_difference
 from ..config import RECIPES, RunConfig, changes, differences, find_recipe, load_config, only, read_yaml
@@ -76,6 +89,8 @@ from ..training.resume import locked
 SECONDS = {"demo": 120, "camvid": 3600, "paper": 16 * 3600 * 1.45}
 # The nine rarest classes of Cityscapes: their mean is the paper's "tail" (Table 9).
 TAIL = ("wall", "traffic light", "traffic sign", "rider", "truck", "bus", "train", "motorcycle", "bicycle")
+_CHECKED = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+_OF_A_RUN = ("summary", "data", "run")  # JSON files that every run has
 SUBSETS = {"mIoU16": CLASS_SETS["syn16"], "mIoU13": CLASS_SETS["syn13"], "tail": TAIL}
 # So many times the bound of `estimate` does an update take: two to three.
 ABOVE_BOUND = 2.5
@@ -213,6 +228,53 @@ class Cell:
         return "interrupted" if self.folder.exists() else "missing"
 
 
+@dataclass(frozen=True)
+class _RowFile:
+    """A row in the file of a table."""
+
+    __pydantic_config__ = _CHECKED
+
+    label: tuple[str, ...]
+    set: dict[str, Any] | None = None  # keys of a run
+    set_at: dict[str, dict[str, Any]] = field(default_factory=dict)  # scale -> more of them
+    base: dict[str, str] = field(default_factory=dict)  # scale -> config, in the place of the table's
+    quoted: bool = False
+    paper: tuple[tuple[float | None, ...], ...] = ()  # of each score: the mean, and perhaps the sd
+
+
+@dataclass(frozen=True)
+class _TableFile:
+    """The file of a table."""
+
+    __pydantic_config__ = _CHECKED
+
+    question: str
+    labels: tuple[str, ...]
+    scores: tuple[str, ...]
+    base: dict[str, str]  # scale -> config
+    rows: tuple[_RowFile, ...]
+    table: int | None = None  # its number in the paper
+    across: bool = False
+    evaluate: dict[str, tuple[str, ...]] = field(default_factory=dict)  # scale -> words of `t2sda evaluate`
+    reference: tuple[str, ...] | None = None
+
+
+def _written(path: Path, example: str) -> _TableFile:
+    """What the file of a table says.
+
+    Raises:
+        ValueError: naming the first key that is missing, or holds something else than it must.
+    """
+    if path.stem in _OF_A_RUN:
+        raise ValueError(f"a cell of a table keeps its scores under the table's name, so {path} needs another name.")
+    try:
+        return TypeAdapter(_TableFile).validate_python(read_yaml(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part + 1) if isinstance(part, int) else part for part in first["loc"])
+        raise ValueError(f"{path} is no table: {place}: {first['msg'].lower()}. {example} is one.") from error
+
+
 def read_table(name: str, scale: str, overrides: Sequence[str] = ()) -> Table:
     """A table at one scale, with every row's config checked.
 
@@ -221,32 +283,27 @@ def read_table(name: str, scale: str, overrides: Sequence[str] = ()) -> Table:
     """
     known = sorted(file.stem for file in (RECIPES / "ablations").glob("*.yaml"))
     path = find_recipe(name, "ablations", known)
-    content = read_yaml(path)
-    missing = [name for name in ("question", "labels", "scores", "base", "rows") if not content.get(name)]
-    if missing or not isinstance(content["base"], dict) or not isinstance(content["rows"], list):
-        raise ValueError(
-            f"{path} is no table: it needs {', '.join(missing) or 'base by scale, and a list of rows'}. "
-            f"{known[0]} is one."
-        )
-    if scale not in content["base"]:
-        raise ValueError(f"{path.stem} has no scale {scale!r}: it has {', '.join(content['base'])}.")
-    if "evaluate" in content and scale not in content["evaluate"]:
+    content = _written(path, known[0])
+    if scale not in content.base:
+        raise ValueError(f"{path.stem} has no scale {scale!r}: it has {', '.join(content.base)}.")
+    if content.evaluate and scale not in content.evaluate:
         raise ValueError(f"{path.stem} does not say what to evaluate at scale {scale!r}.")
     rows = []
-    entries = [entry if isinstance(entry, dict) else {} for entry in content["rows"]]
-    own = not any("paper" in entry for entry in entries)  # a table that is in no paper
-    for number, entry in enumerate(entries, 1):
-        paper = [[None]] * len(content["scores"]) if own else entry.get("paper")
-        if not isinstance(paper, list) or len(paper) != len(content["scores"]) or not all(map(bool, paper)):
-            raise ValueError(f"row {number} of {path} needs under paper one list for each of {content['scores']}.")
-        if not {"label", "set"} <= entry.keys() and not entry.get("quoted"):
-            raise ValueError(f"row {number} of {path} needs label and set, or quoted.")
+    own = not any(entry.paper for entry in content.rows)  # a table that is in no paper
+    for number, entry in enumerate(content.rows, 1):
+        paper = ((None,),) * len(content.scores) if own else entry.paper
+        if len(paper) != len(content.scores) or not all(paper):
+            raise ValueError(f"row {number} of {path} needs under paper one list for each of {list(content.scores)}.")
+        if entry.set is None and not entry.quoted:
+            raise ValueError(f"row {number} of {path} needs set, or quoted.")
         config: str | None = None
         cfg: RunConfig | None = None
         arguments: tuple[str, ...] = ()
-        if not entry.get("quoted"):
-            config = (content["base"] | entry.get("base", {}))[scale]
-            changed = entry["set"] | entry.get("set_at", {}).get(scale, {})
+        if not entry.quoted:
+            config = (content.base | entry.base)[scale]
+            changed = (entry.set or {}) | entry.set_at.get(scale, {})
+            if of_cell := sorted({"seed", "output_dir", "resume"} & changed.keys()):
+                raise ValueError(f"row {number} of {path} sets {of_cell[0]}, which the command sets for each cell.")
             texts = (f"--{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changed.items())
             arguments = (*texts, "--baseline=none", *overrides)
             cfg = load_config(config, arguments)
@@ -254,20 +311,20 @@ def read_table(name: str, scale: str, overrides: Sequence[str] = ()) -> Table:
             if named != load_config(config, overrides).translate.trained.architecture:
                 raise ValueError(f"row {number} of {path} names code to run, {named!r}, which no file may do.")
         cells = tuple((cell[0], cell[1] if len(cell) > 1 else None) for cell in paper)
-        rows.append(Row(tuple(entry["label"]), cells, config, arguments, cfg))
-    reference = tuple(content["reference"]) if "reference" in content else None
+        rows.append(Row(entry.label, cells, config, arguments, cfg))
+    reference = content.reference
     if reference is not None and [row.label for row in rows if row.cfg is not None].count(reference) != 1:
-        raise ValueError(f"{path} must have one row, not quoted, with the label of its reference, {reference}.")
+        raise ValueError(f"{path} must have one row, not quoted, with the label of its reference, {list(reference)}.")
     scores = {"mIoU", *SUBSETS, *(name for row in rows if row.cfg is not None for name in row.cfg.classes)}
-    if unknown := [name for name in content["scores"] if name not in scores]:
+    if unknown := [name for name in content.scores if name not in scores]:
         raise ValueError(f"{path} asks for scores that none of its rows has: {', '.join(map(str, unknown))}.")
     return Table(
         path.stem,
-        content["question"],
-        tuple(content["labels"]),
-        tuple(content["scores"]),
-        content.get("across", False),
-        tuple(str(word) for word in content.get("evaluate", {}).get(scale, ())),
+        content.question,
+        content.labels,
+        content.scores,
+        content.across,
+        content.evaluate.get(scale, ()),
         tuple(rows),
         reference=reference,
     )
@@ -373,7 +430,11 @@ def flat(rows: Mapping[str, Mapping[float, Row]]) -> tuple[Row, ...]:
 
 
 def images_to_halve(cfg: RunConfig, table: str) -> Domain:
-    """The test domain; ValueError if it has too few images to choose rates by a half of them."""
+    """The test domain, after a word about classes that only one half of its images shows.
+
+    Raises:
+        ValueError: if it has too few images to choose rates by a half of them.
+    """
     test = load_domain(only(cfg.test, f"the table {table} halves one test domain"), cfg.classes)
     images = min(len(test), cfg.evaluation.limit or sys.maxsize)
     if images < 2:
@@ -381,6 +442,16 @@ def images_to_halve(cfg: RunConfig, table: str) -> Domain:
             f"the test domain has {images} image to be scored, and the table {table} needs at least two: one half of "
             "them chooses the learning rates, the other one makes the figures."
         )
+    counts = read_domain(test, cfg.classes).counts[:images]
+    of_image = halves_of_images(images)
+    for half, title in ((SHOWN, "that the figures are of"), (CHOOSING, "that choose the learning rates")):
+        lacks = (counts[of_image == half].sum(axis=0) == 0) & (counts.sum(axis=0) > 0)
+        if names := [name for name, lack in zip(cfg.classes, lacks, strict=True) if lack]:
+            print(
+                f"warning: none of the {(of_image == half).sum()} test images {title} shows {', '.join(names)}, so no "
+                "IoU of it is known there. Test on more images that show it.",
+                file=sys.stderr,
+            )
     return test
 
 
@@ -545,18 +616,30 @@ def train_cell(cell: Cell, runner: Runner, launch_words: Sequence[str]) -> int:
 
 
 def summary_of(table: Table, seeds: Sequence[int], folder: Path) -> list[dict[str, Any]]:
-    """One entry per row and score: label, values by seed, mean, sd (sample), n, and the paper's mean and sd."""
+    """One entry per row and score: label, values by seed, mean, sd (sample), n, and the paper's mean and sd.
+
+    Raises:
+        ValueError: if cells that have the same test in their config were scored on different images or label maps.
+    """
     entries = []
+    scored_on: dict[str, set[str]] = {}
     for row in table.rows:
         scores = {}
-        if row.config is not None:
-            scores = {seed: score(cell_of(row, seed, folder), table) for seed in seeds}
+        if row.cfg is not None:
+            cells = [cell_of(row, seed, folder) for seed in seeds]
+            scores = {cell.seed: score(cell, table) for cell in cells}
+            summaries = (read_json(cell.folder / "summary.json") or {} for cell in cells)
+            scored_on.setdefault(repr(row.cfg.test), set()).update(
+                summary["test_data"] for summary in summaries if summary.get("test_data")
+            )
         for position, name in enumerate(table.scores):
             values = {seed: found[position] for seed, found in scores.items() if found is not None}
             mean, sd = row.paper[position]
             entry: dict[str, Any] = {"label": list(row.label), "score": name, "quoted": row.config is None}
             entry |= {"values": values} | spread(list(values.values())) | {"paper_mean": mean, "paper_sd": sd}
             entries.append(entry)
+    if not table.evaluate and any(len(found) > 1 for found in scored_on.values()):
+        raise ValueError(DIFFERENT_TESTS)
     return entries
 
 

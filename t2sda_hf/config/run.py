@@ -73,7 +73,9 @@ class DomainConfig(Section):
     )
     resize: Size | None = key(None, "(height, width) in pixels before cropping; null keeps the size", at_least=1)
     resize_mode: Literal["keep_ratio", "exact"] = key(
-        "keep_ratio", 'how resize is reached; keep_ratio makes of "1280x720" really 1280x704 for GTA5', "D"
+        "keep_ratio",
+        'how resize is reached; keep_ratio fits every image into it in its own shape: in "1280x720" GTA5 has 1280x704',
+        "D",
     )
     valid_mask: str = key(
         "",
@@ -631,7 +633,7 @@ class PullConfig(Section):
     prototypes: Literal["source", "both"] = key(
         "source", "labelled images whose pixels make prototypes: the source's, or those of target_labelled, too"
     )
-    temperature: Number = key(0.2, "τ of the softmax over similarities; small values sharpen", "P", above=0)
+    temperature: Number = key(0.2, "τ of the softmax over similarities; small values sharpen", "P", at_least=1e-3)
     num_queries: Whole = key(128, "n, queries per class on average", "P", at_least=1)
     num_negatives: Whole = key(1024, "m, negatives per query", "P", at_least=2)
     unreliable_ratio: Number = key(
@@ -648,7 +650,10 @@ class PullConfig(Section):
         "class", "one draw of negatives for all queries of a class, or one for each query", "O A19"
     )
     reduction: Literal["mean_w", "sum_paper", "mean_paper"] = key(
-        "mean_w", "mean over the queries of a class and weighted sum over classes, or as equation 5 is printed", "O A20"
+        "mean_w",
+        "mean over the queries of a class and weighted sum over classes; sum_paper is equation 5 as printed, a sum "
+        "over queries and a mean over classes; mean_paper a mean over both",
+        "O A20",
     )
     label_downscale: Literal["nearest", "ratio"] = key(
         "nearest", "how labels come to the features' size; ratio leaves out cells without a class of 75 %", "O A14"
@@ -861,6 +866,11 @@ class EvaluationConfig(Section):
             self.stride,
         )
 
+    @property
+    def windows(self) -> dict[str, Any]:
+        """The arguments mode, window and stride of `evaluation.inference.predict`."""
+        return {"mode": self.mode, "window": self.window, "stride": self.stride}
+
 
 @dataclass(frozen=True)
 class PushConfig(Section):
@@ -982,6 +992,7 @@ class RunConfig(Section):
         )
         odd = [name for name in self.classes if not name.strip() or not name.isprintable()]
         require(not odd, "classes", "names of printable letters, without line breaks", odd)
+        require("mIoU" not in self.classes, "classes", "other names than mIoU, which tables call the mean", "mIoU")
         self._check_lists()
         unknown = [name for name in self.pull.class_set if name not in self.classes]
         require(not unknown, "pull.class_set", f"names of classes {self.classes}", unknown)
