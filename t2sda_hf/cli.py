@@ -211,6 +211,18 @@ def rates_of(text: str) -> list[float]:
     raise argparse.ArgumentTypeError(f"takes different positive numbers like 1e-3,3e-3,1e-2, got {text!r}")
 
 
+def whole(least: int) -> Callable[[str], int]:
+    """What reads a whole number of at least that."""
+
+    def read(text: str) -> int:
+        with suppress(ValueError):
+            if (number := int(text)) >= least:
+                return number
+        raise argparse.ArgumentTypeError(f"takes a whole number of at least {least}, got {text!r}")
+
+    return read
+
+
 # ---------------------------------------------------------------------------------------------------- the commands
 
 
@@ -292,11 +304,11 @@ def _check(parser: Parser) -> None:
         "--only", nargs="+", choices=domains, default=list(domains), help="check only these domains; default: all"
     )
     parser.add_argument(
-        "--pictures", type=int, default=8, metavar="N", help="number of images on each sheet; default: 8"
+        "--pictures", type=whole(0), default=8, metavar="N", help="number of images on each sheet; default: 8"
     )
     parser.add_argument(
         "--processes",
-        type=int,
+        type=whole(1),
         default=os.cpu_count() or 1,
         metavar="N",
         help="number of processes that read files; default: one for each core",
@@ -333,7 +345,9 @@ def _prepare(parser: Parser) -> None:
         "--unlabelled", nargs="+", default=[], metavar="SPLIT", help="prepare these splits without their labels"
     )
     parser.add_argument("--incomplete", action="store_true", help="accept fewer images than the complete download has")
-    parser.add_argument("--processes", type=int, metavar="N", help="number of processes; default: one for each core")
+    parser.add_argument(
+        "--processes", type=whole(1), metavar="N", help="number of processes; default: one for each core"
+    )
 
 
 def _analyze(parser: Parser) -> None:
@@ -358,11 +372,11 @@ def _analyze(parser: Parser) -> None:
         help="which features of the model: of its head, its encoder or its projector; default: head",
     )
     parser.add_argument(
-        "--limit", type=int, default=500, metavar="N", help="use at most N images of each domain; default: 500"
+        "--limit", type=whole(1), default=500, metavar="N", help="use at most N images of each domain; default: 500"
     )
     parser.add_argument(
         "--per_class",
-        type=int,
+        type=whole(1),
         default=256,
         metavar="N",
         help="for t-SNE: use N pixels of each class and domain; default: 256",
@@ -370,7 +384,7 @@ def _analyze(parser: Parser) -> None:
     threshold = "with --no_labels: confidence from which a pixel counts in the coverage; default: that of the config"
     parser.takes_key("--threshold", "uda.pseudo_threshold", threshold)
     parser.add_argument(
-        "--num_pictures", type=int, default=4, metavar="N", help="number of images in pictures.png; default: 4"
+        "--num_pictures", type=whole(1), default=4, metavar="N", help="number of images in pictures.png; default: 4"
     )
     parser.add_argument(
         "--output",
@@ -425,18 +439,20 @@ def _tables(parser: Parser) -> None:
         "--rates",
         type=rates_of,
         metavar="RATE,RATE,...",
-        help="of fair: learning rates that every row is tried with; default: optim.lr of the config times 1/3, 1 and 3",
+        help="of fair and labels: learning rates that every row is tried with; default: optim.lr of the config times "
+        "1/3, 1 and 3",
     )
     parser.add_argument(
         "--search_seeds",
         type=seeds_of,
-        help="of fair: seeds that the rates are tried with; default: the first of SEEDS",
+        help="of fair and labels: seeds that the rates are tried with; default: the first of SEEDS",
     )
     parser.add_argument(
         "--rows",
         type=lambda text: text.split(","),
         metavar="ROW,ROW,...",
-        help="of fair: train only these of source_only,self_training,t2sda,target_only; all that is done is printed",
+        help="train only these; of fair: source_only,self_training,t2sda,target_only; of labels: source_only,t2sda; "
+        "all that is done is printed",
     )
     parser.add_argument(
         "--scale",
@@ -579,7 +595,7 @@ def _translator(parser: Parser) -> None:
         help="translation engines; apply takes one; default: that of the config",
     )
     show.add_argument(
-        "--count", type=int, default=4, metavar="N", help="number of source images in the picture; default: 4"
+        "--count", type=whole(1), default=4, metavar="N", help="number of source images in the picture; default: 4"
     )
     parser.add_argument(
         "--output",

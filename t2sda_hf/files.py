@@ -372,9 +372,8 @@ def _damaged(where: str, error: BaseException) -> ValueError:
 
 
 def _first_line(error: BaseException) -> str:
-    return (
-        (str(error).splitlines() or [type(error).__name__])[0].replace("<_io.BytesIO object", "<the file").rstrip(".")
-    )
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(" <_io.BytesIO object[^>]*>", "", line).rstrip(".")
 
 
 def _is_plain_bmp(picture: Image.Image, data: bytes) -> bool:

@@ -121,14 +121,17 @@ def _tell_about_folders(reason: str) -> None:
     logger.warning("fsync of a folder is not possible on this file system (%s): it is left out.", reason)
 
 
-def refuse_inside(path: Path, inputs: Iterable[str]) -> None:
-    """ValueError for an output that is one of the inputs, or in a folder of them: it would be read with the next."""
+def refuse_inside(path: Path, inputs: Iterable[str], flag: str = "--output") -> None:
+    """ValueError for an output that is one of the inputs, or in a folder of them: it would be read with the next.
+
+    `flag` gives another one.
+    """
     place = Path(os.path.realpath(path))
     for source in (Path(os.path.realpath(name)) for name in inputs if name and Path(name).exists()):
         if place == source:
-            raise ValueError(f"{path} is read as data: pass another --output.")
+            raise ValueError(f"{path} is read as data: pass another {flag}.")
         if source in place.parents:
-            raise ValueError(f"{path} lies in {source}, which is read as data: pass another --output.")
+            raise ValueError(f"{path} lies in {source}, which is read as data: pass another {flag}.")
 
 
 def refuse_foreign(command: str, paths: Iterable[Path], inputs: Iterable[str] = ()) -> None:

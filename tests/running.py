@@ -51,7 +51,7 @@ OWN = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROO
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the pictures and charts of a training only the files are written: matplotlib takes longer than the rest."""
     train = "t2sda_hf.commands.train"
-    monkeypatch.setattr(f"{train}.save_panel", lambda *_: None)
+    monkeypatch.setattr(f"{train}.save_panel", lambda *_, **__: None)
     monkeypatch.setattr(f"{train}.write_page", lambda folder: folder / "index.html")
     monkeypatch.setattr("t2sda_hf.evaluation.watch.save_grid", lambda path, *_: path.write_bytes(b"a picture"))
 

@@ -82,6 +82,14 @@ def test_two_configs_are_compared_seed_by_seed_and_nothing_runs_twice(runs, tmp_
     assert "holds a finished run of another config" in capsys.readouterr().err
 
 
+def test_recipes_of_one_name_in_two_folders_are_two_configs(runs, tmp_path: Path) -> None:
+    recipes, out = ["gta_cityscapes/daformer", "synthia_cityscapes/daformer"], tmp_path / "out"
+    runs.codes = [1, 1]
+    assert main(["repeat", *recipes, "--seeds", "0", "--output", str(out)]) == 1
+    folders = [command[-2] for command in runs.started]
+    assert folders == [f"--output_dir={out / recipe.replace('/', '_') / 'seed_0'}" for recipe in recipes]
+
+
 def test_a_failed_run_is_named_and_a_stopped_one_ends_it_all(runs, tmp_path: Path, capsys) -> None:
     command = ["repeat", str(tmp_path / "a.yaml"), "--seeds", "0..1", "--output", str(tmp_path / "out"), *SHORT]
     runs.codes = [1, 143]

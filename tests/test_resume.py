@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing import active_children
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -802,6 +803,24 @@ def test_the_log_is_cut_to_the_checkpoint(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     assert lines[:-1] == written[:3]
     assert (lines[-1]["step"], lines[-1]["source"]) == (6, 4.0)  # the term from the checkpoint counts in the mean
+
+
+def test_an_evaluation_between_two_lines_is_no_time_of_updates(tmp_path: Path, monkeypatch) -> None:
+    """Ten updates of 0.25 s, of which 0.125 s wait for data, with an evaluation of 64 s after the eighth."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(tracking.time, "perf_counter", lambda: clock.now)
+    with Tracker(Accelerator(cpu=True), tmp_path, 10, Progress(), "t", show=False) as tracker:
+        for step in range(10):
+            if step == 8:
+                with tracker.aside():
+                    clock.now += 64
+                    tracker.observed(8, {}, {"agreement": 0.5})
+            clock.now += 0.25
+            tracker.waited(0.125)
+            tracker.step_done()
+        tracker.flush(10, 0.1)
+    line = json.loads((tmp_path / "scalars.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert (line["seconds_per_step"], line["data_share"]) == (0.25, 0.5)
 
 
 def test_a_skipped_step_is_said_and_no_mean_shows_it(run, tmp_path: Path, monkeypatch) -> None:

@@ -243,6 +243,38 @@ def test_an_existing_folder_is_not_overwritten(good: list[str], capsys: pytest.C
     assert (out / "thesis.txt").read_text(encoding="utf-8") == "years of work"
 
 
+@pytest.mark.parametrize("name", ["data.json", "run.json", "t2sda/scalars.jsonl", "t2sda_hf/cli.py"])
+def test_a_folder_of_somebody_else_is_no_run_to_go_on_with(
+    good: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever its files are called: a folder called t2sda, too."""
+    file = Path(good[good.index("--output_dir") + 1]) / name
+    file.parent.mkdir(parents=True)
+    file.write_text('{"my": "work"}', encoding="utf-8")
+    assert "is not empty and holds no run of this config" in refused([*good, "--resume", "auto"], capsys)
+    assert file.read_text(encoding="utf-8") == '{"my": "work"}'
+
+
+def test_a_run_that_ended_before_it_trained_is_begun_again(good: list[str]) -> None:
+    out = Path(good[good.index("--output_dir") + 1])
+    (out / "t2sda").mkdir(parents=True)
+    (out / "run.json").write_text('{"command": "t2sda train', encoding="utf-8")
+    assert main(["train", *good, "--resume", "auto", "--train.max_steps=1"]) == 0
+
+
+def test_a_run_does_not_write_among_its_own_data(
+    tmp_path: Path, good: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(3):
+        (photos / f"{number}.png").write_bytes(png(noise(seed=number))["bytes"])
+    good[good.index("--target.path") + 1] = str(photos)
+    good[good.index("--output_dir") + 1] = str(photos / "out")
+    message = refused(good, capsys)
+    assert message.endswith(f"out lies in {photos}, which is read as data: pass another --output_dir.")
+
+
 def test_help_and_no_arguments_explain(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ([], ["--help"], ["train", "--help"]):
         assert main(words) == 0

@@ -6,12 +6,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..data.transforms import Size
+from ..data.transforms import InputSize
 from ..errors import NotFinite
 from ..evaluation.evaluator import LabelledDomain, where
 from ..evaluation.inference import to_pixel_values
 from ..labels import IGNORE_INDEX
 from ..models import T2SDAForSemanticSegmentation
+from ..models.backbone import STRIDES
 from ..models.heads import upsample
 from ..models.image_processing_t2sda import sample_nearest
 
@@ -34,18 +35,23 @@ def feature_map(model: T2SDAForSemanticSegmentation, pixel_values: Tensor, kind:
         (B,D,h,w) float32.
     """
     output = model(pixel_values, project=kind == "proj", segment=False, output_hidden_states=True)
-    if kind == "proj":
-        return output.embeddings.float()
     maps = output.hidden_states
-    if kind == "head":
-        return model.decode_head.penultimate(maps).float()
-    return torch.cat([upsample(level, maps[0].shape[-2:]) for level in maps], dim=1).float()
+    if kind == "proj":
+        features = output.embeddings
+    elif kind == "head":
+        features = model.decode_head.penultimate(maps)
+    else:
+        features = torch.cat([upsample(level, maps[0].shape[-2:]) for level in maps], dim=1)
+    # Without the cells that see only padding, to multiples of 32 or of HRDA's grid: labels are of the image alone.
+    pixels = STRIDES[0] * (2 if model.config.multi_resolution else 1)
+    height, width = (-(-side // pixels) for side in pixel_values.shape[-2:])
+    return features[..., :height, :width].float()
 
 
 def labelled_features(
     model: T2SDAForSemanticSegmentation,
     domain: LabelledDomain,
-    image_size: Size | None,
+    image_size: InputSize,
     kind: Kind = "head",
     limit: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -54,7 +60,7 @@ def labelled_features(
     Args:
         model, kind: see `feature_map`.
         domain: labels are sampled at the cells (nearest).
-        image_size: network input (height, width); None keeps the image's.
+        image_size: of the network's input.
         limit: only the first so many images.
 
     Yields:

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from itertools import combinations
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..data.transforms import Size
+from ..data.transforms import InputSize
 from ..evaluation.inference import naming, predict_logits, to_pixel_values
 from ..evaluation.watch import Watch
 from ..models import T2SDAForSemanticSegmentation
@@ -23,20 +23,22 @@ class Images(Protocol):
 
 
 def measure(
-    models: Mapping[str, tuple[T2SDAForSemanticSegmentation, Size | None]],
+    models: Mapping[str, tuple[T2SDAForSemanticSegmentation, InputSize]],
     images: Images,
     num_classes: int,
     threshold: float,
     limit: int | None = None,
+    **windows: Any,
 ) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray], list[str]]:
     """Predict all images with every model, without labels.
 
     Args:
-        models: title -> model in eval mode, and its input size (None keeps the image's).
+        models: title -> model in eval mode, and its input size.
         images: a domain.
         num_classes: K, of every model.
         threshold: confidence from which a pixel counts as covered.
         limit: only the first so many images.
+        windows: mode, window and stride of `predict_logits`; the whole image without them.
 
     Returns:
         title -> confidence and coverage (see `evaluation.watch`), and "agreement with <other>": share of pixels with
@@ -55,7 +57,8 @@ def measure(
         said = {}
         for title, (model, size) in models.items():
             with naming(f"{title}, image {index}"):
-                logits = predict_logits(model, to_pixel_values(image, size, next(model.parameters()).device))
+                pixel_values = to_pixel_values(image, size, next(model.parameters()).device)
+                logits = predict_logits(model, pixel_values, **windows)
             watches[title].look({"teacher_logits": logits.cpu()})
             said[title] = torch.nn.functional.interpolate(logits, image.shape[:2], mode="bilinear").argmax(1).cpu()
         pixels += image.shape[0] * image.shape[1]

@@ -48,7 +48,7 @@ from ..analysis.plots import save_bars, save_relation, save_scatter
 from ..analysis.unlabelled import measure
 from ..config import DomainConfig, only
 from ..data.domains import Domain, load_domain
-from ..data.transforms import Size
+from ..data.transforms import InputSize
 from ..evaluation.evaluator import Part, evaluate_model, evenly_spread
 from ..evaluation.inference import load_model, predict_labels, saved_image_size, to_pixel_values
 from ..evaluation.models import model_of, titled
@@ -59,7 +59,7 @@ from ..storage import outputs, refuse_foreign
 from .domains import open_labelled, readable, test_domain
 
 Models = dict[str, T2SDAForSemanticSegmentation]
-Sizes = dict[str, Size | None]
+Sizes = dict[str, InputSize]
 
 
 def run(args: Namespace) -> int:
@@ -118,9 +118,8 @@ def with_labels(args: Namespace, models: Models, sizes: Sizes, classes: tuple[st
             pdd[title] = pixel_discrimination_distance(stream(title, domain), of_target[title])
         if source and "similarity" in parts:
             similarity[title] = cross_domain_similarity(centres(stream(title, source), len(classes)), of_target[title])
-            how = args.cfg.evaluation
-            seen = {"mode": how.mode, "window": how.window, "stride": how.stride}
-            scores = evaluate_model(model, domain, image_size=sizes[title], classes=classes, **seen)["iou"]
+            windows = args.cfg.evaluation.windows
+            scores = evaluate_model(model, domain, image_size=sizes[title], classes=classes, **windows)["iou"]
             iou[title] = np.array([np.nan if scores[name] is None else scores[name] for name in classes])
         if source and "tsne" in parts:
             samples = [sample_pixels(stream(title, of), len(classes), args.per_class) for of in (source, domain)]
@@ -138,13 +137,22 @@ def with_labels(args: Namespace, models: Models, sizes: Sizes, classes: tuple[st
         same = set(sizes.values())
         if len(same) > 1:
             raise ValueError(f"pictures need models of one input size, got {sizes}. Leave out --parts pictures.")
-        save_panel(args.output / "pictures.png", domain, models, same.pop(), classes, args.num_pictures)
+        save_panel(
+            args.output / "pictures.png",
+            domain,
+            models,
+            same.pop(),
+            classes,
+            args.num_pictures,
+            **args.cfg.evaluation.windows,
+        )
     print(f"Figures and their CSV files in {args.output}")
 
 
 def without_labels(args: Namespace, models: Models, sizes: Sizes, classes: tuple[str, ...], domain: Domain) -> None:
     both = {title: (model, sizes[title]) for title, model in models.items()}
-    proxies, shares, unreadable = measure(both, domain, len(classes), args.cfg.uda.pseudo_threshold, args.limit)
+    windows, sure = args.cfg.evaluation.windows, args.cfg.uda.pseudo_threshold
+    proxies, shares, unreadable = measure(both, domain, len(classes), sure, args.limit, **windows)
     with (args.output / "proxies.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["model", "proxy", "value"])
@@ -158,7 +166,10 @@ def without_labels(args: Namespace, models: Models, sizes: Sizes, classes: tuple
     columns = [Column("image", images)]
     for title, (model, size) in both.items():
         inputs = [to_pixel_values(image, size, next(model.parameters()).device) for image in images]
-        said = [predict_labels(model, x, image.shape[:2])[0].numpy() for x, image in zip(inputs, images, strict=True)]
+        said = [
+            predict_labels(model, x, image.shape[:2], **windows)[0].numpy()
+            for x, image in zip(inputs, images, strict=True)
+        ]
         columns.append(Column(title, said, "classes"))
     save_grid(args.output / "pictures.png", columns, classes)
     if unreadable:
@@ -177,7 +188,7 @@ def _correlated(
         if known.sum() > 2:
             pair = values[known], iou[title][known]
             text = f"{title}: Pearson {pearsonr(*pair)[0]:.2f}, Spearman {spearmanr(*pair)[0]:.2f}"
-        print(text)
+        print(f"{text} (similarity to the source against IoU, over the classes)")
         found[text] = values, iou[title]
     return found
 

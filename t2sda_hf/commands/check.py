@@ -12,6 +12,7 @@ Exit codes:
     2   the input is wrong, or there is nothing to check
 """
 
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -77,7 +78,8 @@ def check(
         read_sizes = np.concatenate(of(cfg.labels_from, sizes))
         together = joint_shares_of_pixels(learned_from, shares_of(cfg.labelled)) if lengths[0] else None
         try:
-            derived = derive(cfg, Facts(np.concatenate(learned_from), read_sizes, of_target, None, *lengths))
+            known = Facts(np.concatenate(learned_from), read_sizes, of_target, None, *lengths)
+            derived = derive(cfg, known, cores=len(os.sched_getaffinity(0)))
         except ValueError as error:
             findings.append(Finding("the config", "values that do not fit", "fault", 1, str(error)))
         else:

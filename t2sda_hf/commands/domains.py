@@ -9,6 +9,7 @@ from pathlib import Path
 from ..config import DomainConfig, load_config
 from ..data.domains import Domain, load_domain
 from ..data.sources import DRAWN
+from ..data.transforms import sized
 from ..evaluation.evaluator import LabelledDomain, Part, readable_part
 from ..evaluation.models import titled
 
@@ -19,8 +20,8 @@ MEANING = ("label_space", "class_names", "label_ids", "label_colors")
 def test_domains(args: Namespace) -> list[DomainConfig]:
     """The test domains of the config and of the flags; one for each path of --domain.
 
-    Without a config and a path they are those of the run that the first model comes from. Then `args.cfg` gets the
-    evaluation and the precision of the run, too: with others the same images would have another score.
+    Without a config and a path they are those of the run that the first model comes from. Windows and precision are
+    those of the run wherever no config is named, see `look_as_in_run`.
 
     Args:
         args: of a parser that `takes_a_test_domain`.
@@ -29,16 +30,11 @@ def test_domains(args: Namespace) -> list[DomainConfig]:
         ValueError: if nothing says where the images are.
     """
     tests: tuple[DomainConfig, ...] = args.cfg.tests
-    models = args.models if "models" in args else [args.model]
-    run = None if args.config else _run_of([titled(given)[1] for given in models])
+    run = look_as_in_run(args)
     if run is not None and not args.domain and not tests[0].path:
         of_run = load_config(run, args.overrides, record=True)
         tests = of_run.tests
-        args.cfg = replace(
-            args.cfg,
-            evaluation=of_run.evaluation,
-            train=replace(args.cfg.train, precision=of_run.train.precision),
-        )
+        args.cfg = replace(args.cfg, evaluation=of_run.evaluation)
         run = None
     if not args.domain and not tests[0].path:
         raise ValueError("no labelled domain was named: give --config with a file or a recipe, or --domain PATH.")
@@ -53,6 +49,32 @@ def test_domains(args: Namespace) -> list[DomainConfig]:
     if explained != named:
         print(f"The ids of label maps are read as in the run, see {run}.", file=sys.stderr)
     return [_cut_as(of_run, one) for of_run, one in zip(as_in_run, explained, strict=True)]
+
+
+def look_as_in_run(args: Namespace) -> Path | None:
+    """Give `args.cfg` the windows and the precision of the run that the first model comes from (method 8.2).
+
+    With others the same images would have other labels. What a flag says stays, and a config that is named is followed.
+
+    Args:
+        args: of a parser that `takes_inference`.
+
+    Returns:
+        The config of the run; None if a config is named, or the model lies in no run.
+    """
+    models = args.models if "models" in args else [args.model]
+    run = None if args.config else _run_of([titled(given)[1] for given in models])
+    if run is None:
+        return None
+    flags = [word for word in args.overrides if word.startswith(("--evaluation", "--train.precision"))]
+    of_run, own = load_config(run, flags, record=True), args.cfg
+    seen = of_run.evaluation
+    evaluation = replace(own.evaluation, mode=seen.mode, window=seen.window, stride=seen.stride)
+    if seen.window is not None and seen.mode == "slide" and evaluation != own.evaluation:
+        print(f"Images are seen in windows of {sized(seen.window)}, as in the run, see {run}.", file=sys.stderr)
+    train = replace(own.train, precision=of_run.train.precision)
+    args.cfg = replace(own, evaluation=evaluation, train=train)
+    return run
 
 
 def _at(path: str, tests: Sequence[DomainConfig]) -> DomainConfig:

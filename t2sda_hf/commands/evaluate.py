@@ -6,8 +6,8 @@
     t2sda evaluate mine=outputs/run/t2sda/student --config mine.yaml --num_processes 2
 
 A model is a folder or the Hub id of a T2S-DA model or of a SegFormer. You can also give the folder of a run. Then all
-models that the run trained are scored, and the teacher of its newest checkpoint. If you name neither a config nor a
-domain, the test images and the windows of evaluation.* are those of the run.
+models that the run trained are scored, and the teacher of its newest checkpoint. If you name no config, images are seen
+in the windows of the run (evaluation.*). If you name no domain either, they are the test images of the run.
 
 TITLE=MODEL sets the title of a model's column in the table. Models with the same title count as seeds of one method.
 They are shown as mean ± sd (sample standard deviation). If a model has the 19 classes of Cityscapes, the table also
@@ -28,10 +28,11 @@ from torch import nn
 
 from ..config import SUPERVISED
 from ..data.domains import domain_contents
+from ..data.transforms import InputSize, KeepRatio
 from ..device import make_accelerator
 from ..evaluation.evaluator import LabelledDomain, Part, evaluate_model
 from ..evaluation.inference import load_model, saved_image_size
-from ..evaluation.models import titled
+from ..evaluation.models import students_of, titled
 from ..evaluation.run_folder import SELECTED
 from ..evaluation.table import class_sets_of, format_table, markdown, number, spread, summarise
 from ..storage import outputs, refuse_foreign, write_json
@@ -87,7 +88,7 @@ def run(args: Namespace) -> int:
             scored: LabelledDomain = domain
             if args.every > 1:
                 scored = Part(domain, range(0, len(domain), args.every), f"{domain.name}, one image of {args.every}")
-            image_size = tuple(args.image_size) if args.image_size else saved_image_size(name)
+            image_size: InputSize = tuple(args.image_size) if args.image_size else saved_image_size(name)
             result = evaluate_model(
                 # Not wrapped: this is the device, and autocast in forward where networks compute in bfloat16.
                 accelerator.prepare_model(model, evaluation_mode=True),
@@ -95,17 +96,17 @@ def run(args: Namespace) -> int:
                 image_size=image_size,
                 classes=classes,
                 accelerator=accelerator,
-                mode=how.mode,
-                window=how.window,
-                stride=how.stride,
                 limit=how.limit,
                 skip_unreadable=True,
                 workers=workers,
+                **how.windows,
             )
-            settings: dict[str, Any] = {"model": name, "image_size": image_size, "mode": how.mode, "every": args.every}
+            resize = "keep_ratio" if isinstance(image_size, KeepRatio) else "exact"
+            stated = image_size.size if isinstance(image_size, KeepRatio) else image_size
+            settings: dict[str, Any] = {"model": name, "image_size": stated, "resize": resize, "every": args.every}
             if args.output:  # by this a reader knows whether two files are about the same images and label maps
                 settings["inputs"] = {"data": domain_contents(domain).fingerprint}
-            columns.setdefault(title, []).append(settings | {"window": how.window, "stride": how.stride} | result)
+            columns.setdefault(title, []).append(settings | how.windows | result)
         if accelerator.is_main_process:
             show(called, columns, subsets)
             shown[called] = columns
@@ -119,12 +120,13 @@ def run(args: Namespace) -> int:
 
 
 def models_of(given: str) -> dict[str, tuple[str, Callable[[], Loaded]]]:
-    """Column title -> (folder or id, how to load it) of one argument; a run folder has several."""
+    """Column title -> (folder or id, how to load it) of one argument; a folder of a run or method has several."""
     title, name = titled(given)
-    if (Path(name) / "config.json").is_file() or not list(Path(name).glob("*/student/config.json")):
+    students = students_of(Path(name))
+    if (Path(name) / "config.json").is_file() or not students:
         return {title: (name, partial(load_model, name))}
     found: dict[str, tuple[str, Callable[[], Loaded]]] = {}
-    for student in sorted(Path(name).glob("*/student")):
+    for student in students:
         prefix = "" if title == name else f"{title} "
         found[f"{prefix}{student.parent.name}"] = str(student), partial(load_model, str(student))
         if (selected := student.parent / SELECTED).is_dir():

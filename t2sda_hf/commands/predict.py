@@ -5,7 +5,8 @@
     t2sda predict outputs/run --compare --config mine.yaml --output out     the test domain of a config
     t2sda predict outputs/run --compare --domain data/city --label_map "{human: person}" --output out
 
-Of the folder of a run, the command takes the student that was adapted, which is outputs/run/t2sda/student here.
+Of the folder of a run, the command takes the student that was adapted, which is outputs/run/t2sda/student here. It sees
+images in the windows that the run was scored with, unless --mode or a config says otherwise.
 Predictions have the size of the original images. For photo.jpg the command writes:
 
 photo_ids.png          the grey value of a pixel is its class id
@@ -38,7 +39,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data.domains import Domain
-from ..data.transforms import Size
+from ..data.transforms import InputSize, Size, sized
 from ..device import advised, make_accelerator
 from ..errors import OutOfMemory
 from ..evaluation.evaluator import Part
@@ -59,7 +60,7 @@ from ..labels import IGNORE_INDEX, palette
 from ..listing import IMAGE_SUFFIXES, VIDEO_SUFFIXES, account, list_files
 from ..models import T2SDAForSemanticSegmentation
 from ..storage import refuse_inside
-from .domains import open_labelled, readable, test_domain
+from .domains import look_as_in_run, open_labelled, readable, test_domain
 
 SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
 LEGEND = "legend.png"
@@ -83,7 +84,8 @@ def run(args: Namespace) -> int:
         word for word in args.overrides if word.startswith(about_labels) and not word.startswith("--test.max_pixels")
     ]
     if args.domain or unread:
-        flag = unread[0].partition("=")[0] if unread else "--domain"
+        key = unread[0].partition("=")[0] if unread else "--domain"
+        flag = f"--{key.rpartition('.')[2]}" if "." in key else key
         raise ValueError(f"{flag} is about labelled images, which only --compare reads.")
     return predict_files(args)
 
@@ -94,6 +96,7 @@ def predict_files(args: Namespace) -> int:
     images = find_images(args.images)
     files = files_for(images, args.output, args.confidence)
     refuse_existing(files, args.overwrite, images)
+    look_as_in_run(args)
     model, classes = load_model(args.model)
     legend = legend_for(args, classes, images)
     see, colors = seeing(model, args), palette(classes)
@@ -187,7 +190,7 @@ def seeing(model: T2SDAForSemanticSegmentation, args: Namespace) -> Predict:
     """What gives the class ids (H,W) of an image at its own size, and the confidence if it is asked for."""
     accelerator = make_accelerator(args.cfg.train.precision)
     device, model = accelerator.device, accelerator.prepare_model(model, evaluation_mode=True)
-    image_size = tuple(args.image_size) if args.image_size else saved_image_size(args.model)
+    image_size: InputSize = tuple(args.image_size) if args.image_size else saved_image_size(args.model)
     how = args.cfg.evaluation
 
     windows: list[tuple[Mode, Size | None, Size | None]] = [(how.mode, how.window, how.stride)]
@@ -211,17 +214,13 @@ def seeing(model: T2SDAForSemanticSegmentation, args: Namespace) -> Predict:
                 torch.cuda.empty_cache()
             windows.append(("slide", *less))
             tqdm.write(
-                f"The memory does not suffice for {_sized(window if mode == 'slide' and window else size)} pixels at "
-                f"once: from here on in windows of {_sized(less[0])}, as with --mode slide --window "
+                f"The memory does not suffice for {sized(window if mode == 'slide' and window else size)} pixels at "
+                f"once: from here on in windows of {sized(less[0])}, as with --mode slide --window "
                 f"{less[0][0]} {less[0][1]} --stride {less[1][0]} {less[1][1]}.",
                 file=sys.stderr,
             )
 
     return see
-
-
-def _sized(size: Size) -> str:
-    return f"{size[0]}x{size[1]}"
 
 
 def stem_of(domain: Domain, row: int) -> str:

@@ -54,7 +54,7 @@ from accelerate.utils.environment import parse_flag_from_env
 
 from ..config import RunConfig, dump_config
 from ..data.domains import read_domain
-from ..data.transforms import Size
+from ..data.transforms import InputSize
 from ..errors import DamagedCheckpoint, Ended, LostContact, LostFolder, RunFailed
 from ..evaluation.gain import gain_interval
 from ..evaluation.inference import to_pixel_values
@@ -357,10 +357,10 @@ def finish(cfg: RunConfig, domains: Domains, results: Results) -> None:
     folder = Path(cfg.output_dir)
     # Loaded from the folders just written: what the picture shows is what others will load.
     models = {name: T2SDAForSemanticSegmentation.from_pretrained(folder / name / "student").eval() for name in results}
-    picture = domains.test, models, domains.test.network_size, cfg.classes
-    save_panel(folder / "panel.png", *picture, 4, False, folder / NARROW_PANEL)
+    picture = domains.test, models, domains.test.input_size, cfg.classes
+    save_panel(folder / "panel.png", *picture, narrow=folder / NARROW_PANEL, **cfg.evaluation.windows)
     if cfg.push_to_hub.picture == "predictions":
-        save_panel(folder / "predictions.png", *picture, 4, True)
+        save_panel(folder / "predictions.png", *picture, predictions_only=True, **cfg.evaluation.windows)
     columns = {
         method if which == "student" else f"{method} ({which})": result
         for method, evaluated in results.items()
@@ -378,14 +378,14 @@ def finish(cfg: RunConfig, domains: Domains, results: Results) -> None:
     if cfg.method == "distil":
         image = domains.test.image(0)
         for title, model in (("student", models[cfg.method]), ("start", start_student(cfg).eval())):
-            print(f"{title}: {size_and_speed(model, image, domains.test.network_size())}")
+            print(f"{title}: {size_and_speed(model, image, domains.test.input_size())}")
     if "selected" in own:
         kept = own["selected"]
         print(f"Selected without target labels by {kept['proxy']}: the student after {kept['step']} updates.")
     print(f"Figures in {folder / 'summary.json'}, everything on one page: {write_page(folder)}")
 
 
-def size_and_speed(model: T2SDAForSemanticSegmentation, image: np.ndarray, size: Size | None) -> str:
+def size_and_speed(model: T2SDAForSemanticSegmentation, image: np.ndarray, size: InputSize) -> str:
     """Parameters that segment, and the time of the middle one of five forwards on the CPU, in words."""
     numbers = sum(parameter.numel() for name, parameter in model.named_parameters() if "projector" not in name)
     pixels, seconds = to_pixel_values(image, size, model.device), []
@@ -405,4 +405,6 @@ def _verdict(gain: float | None, judged: dict[str, Any]) -> str:
     range_ = f" (95 % over test images: {interval[0]:+.1f} to {interval[1]:+.1f})" if interval else ""
     if gain is None or judged["notes"]:
         return f" differs by {said} mIoU{range_} from"
-    return f" {'gains' if gain > 0 else 'loses'} {said} mIoU{range_} over"
+    if gain > 0:
+        return f" gains {said} mIoU{range_} over"
+    return f" loses {number(-gain, '.2f')} mIoU{range_} against"

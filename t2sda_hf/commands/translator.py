@@ -23,6 +23,7 @@ apply     writes the translation of every source image, at its size after source
 For train and apply, --output must be an empty folder or must not exist.
 """
 
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -67,8 +68,8 @@ def train(args: Namespace) -> None:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
     if min(args.crop) < 32:
         raise ValueError(f"--crop must be at least 32 32, got {args.crop}.")
-    if args.lr <= 0:
-        raise ValueError(f"--lr must be positive, got {args.lr}.")
+    if not 0 < args.lr < math.inf:
+        raise ValueError(f"--lr must be a positive number, got {args.lr}.")
     cfg: RunConfig = args.cfg
     folder = empty(args.output, cfg)
     both = (only(cfg.source, _ONE), only(cfg.target, _ONE))

@@ -137,7 +137,10 @@ def find_recipe(name: str | Path, folder: str = "", known: Sequence[str] | None 
             of_run = of_run or any(path.glob("*/resolved_config.yaml"))
     known = recipe_names() if known is None else known
     near = difflib.get_close_matches(str(name).removeprefix("configs/").removesuffix(".yaml"), known, 1, 0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    beside: list[str] = []
+    with suppress(OSError, ValueError):
+        beside = [str(path) for path in (Path(name).with_suffix(end) for end in (".yaml", ".yml")) if path.is_file()]
+    hint = f" Did you mean {(beside or near)[0]!r}?" if beside or near else ""
     if of_run:
         raise ValueError(
             f"{str(name)!r} is the folder of a run, and no config. Give METHOD/resolved_config.yaml in it to repeat "
@@ -290,6 +293,13 @@ def _number_as_it_looks(loader: _Loader, node: yaml.ScalarNode) -> Any:
 
 for _tag in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _number_as_it_looks)
+
+
+def _no_set(loader: _Loader, node: yaml.Node) -> Any:
+    raise _Refused("a !!set has no order, and the order of a list counts here. Write a list", node.start_mark)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:set", _no_set)
 # Dates stay texts: no key takes one, but a class or a folder may be called like one.
 _Loader.yaml_implicit_resolvers = {
     first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]

@@ -19,10 +19,11 @@ from ..config import role_of
 from ..files import read_header, read_image, read_labels
 from ..labels import IGNORE_INDEX
 from ..listing import spelled
-from .domains import NOT_NAMED, Domain
+from .domains import NOT_NAMED, Domain, may_hide_a_class
 from .rare_class_sampling import class_probabilities
 
 _MANY_CLASSES = 40  # a photograph in grey values below this would be black to the eye
+_NAMED = 5  # files of one kind of fault
 _CHUNK = 16  # images per message between processes
 
 
@@ -105,8 +106,8 @@ def inspect_domain(domain: Domain, classes: Sequence[str], num_processes: int = 
         [index for index, row in enumerate(rows) if not any(severity == "fault" for _, severity, _ in row["faults"])],
     )
     facts.findings.extend(_grouped(domain.name, rows))
-    unnamed = domain.rule is not None and not domain.rule.known[IGNORE_INDEX]
-    facts.findings.extend(_as_a_whole(facts, classes, f". {NOT_NAMED}" if unnamed else ""))
+    hides = facts.ignored > 0 and may_hide_a_class(domain)
+    facts.findings.extend(_as_a_whole(facts, classes, f". {NOT_NAMED}" if hides else ""))
     for reason, files in domain.ignored.items():
         text = f"{reason}: {', '.join(map(spelled, files[:5]))}{' ...' if len(files) > 5 else ''}"
         facts.findings.append(Finding(domain.name, "files not used", "note", len(files), text))
@@ -176,7 +177,10 @@ def _grouped(name: str, rows: Sequence[dict[str, Any]]) -> list[Finding]:
     for row in rows:
         for kind, severity, text in row["faults"]:
             kinds.setdefault((kind, severity), []).append(text)
-    found = [Finding(name, kind, severity, len(texts), texts[0]) for (kind, severity), texts in kinds.items()]
+    found = [
+        Finding(name, kind, severity, len(texts), "; ".join(texts[:_NAMED]) + (" ..." if len(texts) > _NAMED else ""))
+        for (kind, severity), texts in kinds.items()
+    ]
     return sorted(found, key=lambda finding: (finding.severity, -finding.count))
 
 

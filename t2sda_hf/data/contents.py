@@ -20,6 +20,7 @@ from ..storage import write_text
 
 logger = logging.getLogger(__name__)
 
+READING = 1  # to be raised when a file is read in another way: what is remembered of it counts no longer
 _SHORT = 8  # hexadecimal digits that a record keeps of each part: enough to name those that differ
 
 
@@ -126,7 +127,8 @@ def remembered(what: str, key: Any, stamps: Sequence[Any | None], read: Callable
     Raises:
         ValueError, OSError: of `read`.
     """
-    path = Path(datasets.config.HF_DATASETS_CACHE) / "t2sda_hf" / f"{_number([version('t2sda_hf'), key])}.json"
+    name = f"{_number([version('t2sda_hf'), READING, key])}.json"
+    path = Path(datasets.config.HF_DATASETS_CACHE) / "t2sda_hf" / name
     known = _read(path, what)
     found: list[Any] = []
     missing = sum(given is None or json.dumps(given) not in known for given in stamps)

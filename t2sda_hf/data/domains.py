@@ -25,7 +25,7 @@ from ..listing import account
 from .contents import Contents, digest, remembered, settings_of, stamp
 from .shards import COUNTS, DIGEST, SIZE, Shards, counts_file
 from .sources import LOOKED_AT, as_cell, at_home, load_rows, open_shards
-from .transforms import Size, resize_image, resize_labels, resized_size
+from .transforms import InputSize, KeepRatio, Size, resize_image, resize_labels, resized_size
 
 logger = logging.getLogger(__name__)
 
@@ -130,12 +130,10 @@ class Domain:
         """Size of an image of `size` after the domain's resize rule."""
         return size if self.config.resize is None else resized_size(size, self.config.resize, self.config.resize_mode)
 
-    def network_size(self, index: int = 0) -> Size | None:
-        """What every image is brought to for inference: the first one's size by the resize rule; None without one."""
-        if self.config.resize is None:
-            return None
-        image = self.image(0)
-        return self.working_size((image.shape[0], image.shape[1]))
+    def input_size(self, index: int = 0) -> InputSize:
+        """What images are brought to for inference, each by the resize rule of training."""
+        wanted = self.config.resize
+        return wanted if wanted is None or self.config.resize_mode == "exact" else KeepRatio(wanted)
 
     def resized_image(self, index: int) -> np.ndarray:
         image = self.image(index)
@@ -224,9 +222,9 @@ class JointDomain:
         part, own = self.at(index)
         return part.resized_image(own)
 
-    def network_size(self, index: int = 0) -> Size | None:
+    def input_size(self, index: int = 0) -> InputSize:
         """That of the domain that an image is of."""
-        return self.at(index)[0].network_size()
+        return self.at(index)[0].input_size()
 
 
 AnyDomain = Domain | JointDomain
@@ -304,10 +302,16 @@ class ImageStream:
         rng = self._random(1, visit)
         for _ in range(_TRIES):
             with shards.open(number) as opened:
+                names = opened.schema_arrow.names
+                if config.image_column not in names:  # the first file has it, or the run would not have begun
+                    raise ValueError(
+                        f"{self._domain.name}: its file number {number + 1} has no column {config.image_column!r}, but "
+                        f"{', '.join(names)}. All files of a stream need the same columns."
+                    )
                 rows = _rows_of_groups(opened)
                 group = int(self._random(2, number, turn // len(rows)).permutation(len(rows))[turn % len(rows)])
                 if rng.random() * self._weight < len(rows) * rows[group]:
-                    kept = [name for name in (config.image_column, "file_name") if name in opened.schema_arrow.names]
+                    kept = [name for name in (config.image_column, "file_name") if name in names]
                     found = opened.read_row_group(group, columns=kept)
                     orders = [rng.permutation(len(found)) for _ in range(math.ceil(self._usual / len(found)))]
                     return found, np.concatenate(orders)[: self._usual].tolist()
@@ -408,7 +412,13 @@ def label_names(config: DomainConfig, space: str) -> tuple[tuple[str, ...], dict
     """Names of the ids 0, 1, ... on disk ("" for an id that is not defined), and the ids of colours, if any."""
     if config.label_colors:
         names = tuple(dict.fromkeys(config.label_colors.values()))
-        return names, {_color(text): names.index(name) for text, name in config.label_colors.items()}
+        said: dict[Color, str] = {}
+        for text, name in config.label_colors.items():
+            if said.setdefault(_color(text), name) != name:
+                raise ValueError(
+                    f"label_colors calls one colour ({text}) both {said[_color(text)]} and {name}. Keep one."
+                )
+        return names, {color: names.index(name) for color, name in said.items()}
     if config.label_ids:
         return tuple(config.label_ids.get(label_id, "") for label_id in range(max(config.label_ids) + 1)), None
     if config.class_names:
@@ -437,25 +447,39 @@ def label_rule(config: DomainConfig, space: str, classes: Sequence[str]) -> Labe
     names, colors = label_names(config, space)
     ids = id_map(names, classes, config.label_map)
     if not space:
-        _tell_near_names(config, names, classes)
+        _tell_other_names(config, names, classes)
     known = np.zeros(256, dtype=bool)
     known[[label_id for label_id, name in enumerate(names) if name]] = True
     if config.ignore_id is not None and config.ignore_id >= 0:  # -1 is ignored in any case
+        if config.label_colors:
+            raise ValueError("ignore_id is for ids, and label_colors says what colours mean: leave ignore_id out.")
         known[config.ignore_id] = True
         ids[config.ignore_id] = IGNORE_INDEX
     return LabelRule(ids, known, colors, bool(config.label_colors), space == "synthia")
 
 
-def _tell_near_names(config: DomainConfig, names: Sequence[str], classes: Sequence[str]) -> None:
-    """Names of a user's own that are nearly those of classes which nothing else is called: they would be ignored."""
-    missing = {name.lower(): name for name in set(classes) - {config.label_map.get(name, name) for name in names}}
+def _tell_other_names(config: DomainConfig, names: Sequence[str], classes: Sequence[str]) -> None:
+    """Names of a user's own that are ignored, if there are classes which nothing is called."""
+    called = {config.label_map.get(name, name) for name in names}
+    missing = {name.lower(): name for name in classes if name not in called}
+    meant, others = set(), []
     for name in sorted({name for name in names if name and name not in classes and name not in config.label_map}):
         near = difflib.get_close_matches(name.lower(), missing, 1, 0.8)
         if near:
+            meant.add(near[0])
             logger.warning(
                 "%s: %r is no class of the run and is ignored. If it is %r, set label_map: {%s: %s}.",
                 *(config.path, name, missing[near[0]], name, missing[near[0]]),
             )
+        else:
+            others.append(name)
+    if others and (unnamed := [name for key, name in missing.items() if key not in meant]):
+        logger.warning(
+            "%s: %s %s no class of the run and ignored, and nothing is called %s. If two of these are the same, say so "
+            "in label_map, for example {%s: %s}.",
+            *(config.path, ", ".join(map(repr, others)), "is" if len(others) == 1 else "are"),
+            *(" or ".join(map(repr, unnamed)), others[0], unnamed[0]),
+        )
 
 
 def _color(text: str) -> Color:
@@ -596,10 +620,18 @@ def _refuse_few_classes(domain: Domain, counts: np.ndarray, ignored: bool, class
         )
     if domain.rule is not None and len(present) < len(classes):
         absent = ", ".join(name for name in classes if name not in present)
-        hint = f" {NOT_NAMED}" if ignored and not domain.rule.known[IGNORE_INDEX] else ""
+        hint = f" {NOT_NAMED}" if ignored and may_hide_a_class(domain) else ""
         logger.warning(
             "%s shows no pixel of %s: nothing is learned or scored of it there.%s", domain.name, absent, hint
         )
+
+
+def may_hide_a_class(domain: Domain) -> bool:
+    """Whether ignored pixels can only be those of 255, as all that has a name is a class and nothing is masked."""
+    rule = domain.rule
+    if rule is None or rule.colors is not None or domain.valid is not None:
+        return False
+    return not rule.known[IGNORE_INDEX] and bool((rule.ids[rule.known] != IGNORE_INDEX).all())
 
 
 def _read_part(domain: JointDomain, place: int, classes: Sequence[str]) -> Reading:

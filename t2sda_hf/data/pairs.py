@@ -144,7 +144,7 @@ class PairDataset(Dataset):
         flip = bool(data.flip and rng.random() < 0.5)
         size = (image.shape[0], image.shape[1])
         valid = target.validity(unpadded)
-        if valid is not None or uda.ignore_left or uda.ignore_right:
+        if valid is not None or uda.ignore_left or uda.ignore_right or unpadded != size:
             columns = np.arange(size[1])
             trusted = np.zeros(size, dtype=bool)  # padding is not
             trusted[: unpadded[0], : unpadded[1]] = True if valid is None else valid
@@ -218,8 +218,12 @@ class PositionSampler(Sampler[int]):
 
 
 def collate(samples: list[dict[str, Any]]) -> UdaBatch:
-    """Stack samples; images become (B,3,H,W) uint8."""
+    """Stack samples; images become (B,3,H,W) uint8. Where only some say what is trusted, the others are whole."""
     stacked: dict[str, Any] = {"redrawn": tuple(text for sample in samples for text in sample.pop("redrawn", ()))}
+    if any("target_valid" in sample for sample in samples):
+        samples = [
+            {"target_valid": np.ones(sample["target_images"].shape[:2], dtype=bool)} | sample for sample in samples
+        ]
     for name in samples[0]:
         array = torch.from_numpy(np.stack([sample[name] for sample in samples]))
         stacked[name] = array.permute(0, 3, 1, 2).contiguous() if array.ndim == 4 else array

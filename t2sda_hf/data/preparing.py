@@ -15,6 +15,7 @@ from threading import Thread
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, Features, Image, List, Value
@@ -25,7 +26,7 @@ from ..config import DomainConfig
 from ..errors import SIGNALS
 from ..files import file_bytes, read_header
 from ..labels import IGNORE_INDEX, LABEL_SPACES, VOID
-from ..storage import write_text
+from ..storage import read_json, refuse_inside, write_text
 from .domains import Domain, load_domain
 from .layouts import LAYOUTS
 from .shards import COUNTS, counts_file, counts_of_shard, write_counts
@@ -111,6 +112,7 @@ def prepare_domain(
     """
     if not re.fullmatch(r"\w+", config.split):
         raise ValueError(f"split must be a plain name, which files can begin with, got {config.split!r}.")
+    refuse_inside(output, [config.path, config.label_path])
     _refuse_other_card(output)
     domain = load_domain(config, classes, labelled)
     prepare(domain, output, config.split, len(classes), encoding, num_processes)
@@ -133,7 +135,7 @@ def prepare(
     """
     shards = -(-len(domain) // ROWS_PER_SHARD)
     paths = [output / f"{split}-{shard:05d}-of-{shards:05d}.parquet" for shard in range(shards)]
-    _claim(domain, output, split, encoding)
+    _claim(domain, output, split, encoding, [path.exists() for path in paths])
     todo = [shard for shard in range(shards) if not paths[shard].exists()]
     jobs = [(domain, shard, paths[shard], num_classes, encoding) for shard in todo]
     with tqdm(total=len(domain), initial=len(domain) - _rows(todo, len(domain)), unit="image", desc=split) as bar:
@@ -197,30 +199,54 @@ def _refuse_other_card(output: Path) -> None:
         raise ValueError(f"{card} exists, and `t2sda prepare` did not write it: choose another --output.")
 
 
-def _claim(domain: Domain, output: Path, split: str, encoding: Encoding) -> None:
-    """Remember in a hidden file what the shards are made of, and refuse to mix."""
+def _claim(domain: Domain, output: Path, split: str, encoding: Encoding, written: Sequence[bool]) -> None:
+    """Remember in a hidden file what the shards are made of, and refuse to mix; `written` says which shards exist."""
     digest = hashlib.sha256()
     for row in domain.table.select_columns([name for name in ("file_name",) if name in domain.table.column_names]):
         digest.update(row["file_name"].encode() + b"\0")
     rule = None if domain.rule is None else hashlib.sha256(domain.rule.ids.tobytes()).hexdigest()
-    settings = json.dumps(
-        {"config": asdict(domain.config), "encoding": encoding, "files": digest.hexdigest(), "ids": rule, "format": 1},
-        sort_keys=True,
-    )
+    settings = {"config": asdict(domain.config), "encoding": encoding, "files": digest.hexdigest(), "ids": rule}
+    contents = _stamps(domain)
+    text = json.dumps({**settings, "contents": contents, "format": 1}, sort_keys=True)
     memory = output / f".{split}.json"
     output.mkdir(parents=True, exist_ok=True)
-    shards = any(output.glob(f"{split}-*.parquet"))
     known = memory.read_text(encoding="utf-8", errors="replace") if memory.exists() else None
-    if known is not None and (shards or known.endswith("}")):  # else it was cut before there was anything
-        if known != settings:
+    if known is not None and (any(output.glob(f"{split}-*.parquet")) or known.endswith("}")):  # else it was cut
+        earlier = read_json(memory)
+        earlier = earlier if isinstance(earlier, dict) else {}
+        before = earlier.pop("contents", contents)  # an earlier release knows nothing of it
+        if earlier | {"contents": contents} != json.loads(text):
             raise ValueError(
                 f"{output} holds the split {split} of other files or settings (see {memory.name}). Choose another "
                 "--output, or remove the folder yourself."
             )
-    elif shards:
+        changed = [there and then != now for there, then, now in zip(written, before, contents, strict=True)]
+        if any(changed):
+            raise ValueError(
+                f"{output} holds the split {split} of files that are others now, {sum(changed)} of its {len(changed)} "
+                "parquet files. Choose another --output, or remove the folder yourself."
+            )
+    elif any(output.glob(f"{split}-*.parquet")):
         raise ValueError(f"{output} holds a split {split} that was not made here. Choose another --output.")
-    else:
-        write_text(memory, settings)
+    if known != text:
+        write_text(memory, text)
+
+
+def _stamps(domain: Domain) -> list[str]:
+    """By what images and label maps of each shard are known to be as they were: size and time of each file, or the
+    length of bytes."""
+    columns = domain.table.with_format("arrow")[:]
+    columns = columns.select([name for name in ("image", "label") if name in columns.column_names])
+    found = []
+    for first in range(0, len(columns), ROWS_PER_SHARD):
+        digest = hashlib.sha256()
+        for column in columns.slice(first, ROWS_PER_SHARD).combine_chunks().columns:
+            paths, cells = (pc.struct_field(column, name) for name in ("path", "bytes"))
+            for path, length in zip(paths.to_pylist(), pc.binary_length(cells).to_pylist(), strict=True):
+                file = Path(path).stat() if length is None and path and Path(path).exists() else None
+                digest.update(f"{(file.st_size, file.st_mtime_ns) if file else length}".encode())
+        found.append(digest.hexdigest()[:16])
+    return found
 
 
 def _write_shard(domain: Domain, shard: int, path: Path, num_classes: int, encoding: Encoding) -> int:

@@ -38,9 +38,10 @@ img { max-width: 100% }
 <a href="{{ d.file }}"><img alt="images, labels and overlays" src="data:image/jpeg;base64,{{ d.picture }}"></a>
 </figure>
 {% endfor %}</div>
-<h1>{{ faults }} kind{{ "" if faults == 1 else "s" }} of faults, {{ findings|length - faults }} of notes</h1>
+<h1>{{ faults }} kind{{ "" if faults == 1 else "s" }} of faults, {{ findings|length - faults }} of
+note{{ "" if findings|length - faults == 1 else "s" }}</h1>
 {% if findings %}<div class="scroll"><table>
-<tr><th></th><th>where</th><th>what</th><th>times</th><th>the first of them</th></tr>
+<tr><th></th><th>where</th><th>what</th><th>times</th><th>which</th></tr>
 {% for f in findings %}<tr><td class="{{ f.severity }}">{{ f.severity }}</td><td>{{ f.domain }}</td>
 <td class="long">{{ f.kind }}</td>
 <td class="number">{{ f.count }}</td><td class="long">{{ f.example }}</td></tr>
@@ -51,12 +52,12 @@ img { max-width: 100% }
 {% if d.classes %}{{ d.ignored }} of the pixels have no class.</p>
 </p><div class="scroll"><table>
 <tr><th>class</th><th>share of labelled pixels</th><th></th><th>images</th>
-<th>drawn by rare class sampling</th><th></th></tr>
+{% if d.draws %}<th>drawn by rare class sampling</th><th></th>{% endif %}</tr>
 {% for c in d.classes %}<tr><td><span class="swatch" style="background: rgb({{ c.color }})"></span>
 {{ c.name }}</td>
 <td class="number">{{ c.share }}</td><td><span class="bar" style="width: {{ c.share_width }}px"></span></td>
-<td class="number">{{ c.images }}</td><td class="number">{{ c.drawn }}</td>
-<td><span class="bar rcs" style="width: {{ c.drawn_width }}px"></span></td></tr>
+<td class="number">{{ c.images }}</td>{% if d.draws %}<td class="number">{{ c.drawn }}</td>
+<td><span class="bar rcs" style="width: {{ c.drawn_width }}px"></span></td>{% endif %}</tr>
 {% endfor %}</table></div>{% else %}No labels were read.</p>{% endif %}
 {% endfor %}</body></html>
 """
@@ -128,6 +129,7 @@ def write_report(
         file_name = f"{role.replace(' ', '_')}.png"
         entry = {
             "role": role,
+            "draws": role_of(role) != "test",
             "file": file_name,
             "name": facts.name,
             "num_images": facts.num_images,

@@ -100,12 +100,23 @@ def _rows(config: DomainConfig, labelled: bool) -> tuple[Dataset, str, Ignored]:
         return _video(path, config), config.label_space, {}
     if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
         return _table(_listed(path, labelled), path.parent, config), config.label_space, {}
-    if path.is_dir():
-        found = list_files(path, IMAGE_SUFFIXES)
-        if config.label_path or _holds_images_only(found):
-            pairs, ignored = _matched(path, found, config, labelled)
-            return _table(pairs, path, config), config.label_space, ignored
-    return _loaded(config), config.label_space, {}
+    found = list_files(path, IMAGE_SUFFIXES) if path.is_dir() else Listing([], {})
+    if path.is_dir() and (config.label_path or _holds_images_only(found)):
+        pairs, ignored = _matched(path, found, config, labelled)
+        return _table(pairs, path, config), config.label_space, ignored
+    rows = _loaded(config)
+    if config.streaming or not found.files:
+        return rows, config.label_space, {}
+    used = _files_of(rows)
+    unlisted = [file for file in found.files if _place(file) not in used]
+    return rows, config.label_space, {f"in no row of the split {config.split}": unlisted} if unlisted else {}
+
+
+def _files_of(rows: Dataset) -> set[str]:
+    """The files that cells of a table point to."""
+    columns = (rows.with_format("arrow")[name] for name, kind in rows.features.items() if isinstance(kind, Image))
+    paths = (pc.struct_field(chunk, "path").to_pylist() for column in columns for chunk in column.chunks)
+    return {os.path.abspath(path) for of_chunk in paths for path in of_chunk if path}
 
 
 @contextmanager
@@ -363,13 +374,17 @@ def _few_colors(file: Path, other: Path) -> bool:
 
 
 def _listed(path: Path, labelled: bool) -> list[Pair]:
-    """Lines "image label" or, for an unlabelled domain, "image": comma in .csv, tab in .tsv, tab or blanks in .txt."""
+    """Lines "image label" or, for an unlabelled domain, "image": comma in .csv, or semicolon if its first line has one
+    and no comma; tab in .tsv, tab or blanks in .txt."""
     text = _text_of(path)
     if path.suffix.lower() == ".txt":
         lines = enumerate(text.splitlines(), 1)
         numbered = [(number, line.split("\t") if "\t" in line else line.split()) for number, line in lines]
     else:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter="," if path.suffix.lower() == ".csv" else "\t")
+        first = text.partition("\n")[0]
+        comma = ";" if ";" in first and "," not in first else ","  # spreadsheets write it where a comma is in numbers
+        delimiter = comma if path.suffix.lower() == ".csv" else "\t"
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
         numbered = [(reader.line_num, fields) for fields in reader]
     numbered = [(number, fields) for number, fields in numbered if any(field.strip() for field in fields)]
     if numbered and [field.strip().lower() for field in numbered[0][1]] in (["image", "label"], ["image"]):

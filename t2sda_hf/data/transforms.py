@@ -8,22 +8,30 @@ import torch
 import torch.nn.functional as F
 
 from ..labels import IGNORE_INDEX
-from ..models.image_processing_t2sda import sample_nearest
+from ..models.image_processing_t2sda import keep_ratio_size, sample_nearest
 
 Size = tuple[int, int]  # (height, width)
+
+
+@dataclass(frozen=True)
+class KeepRatio:
+    """What images of every shape are fitted into, see `keep_ratio_size`."""
+
+    size: Size
+
+
+InputSize = Size | KeepRatio | None  # of a network: one for all images, one for the shape of each, or the image's own
 PADDING_COLOR = (124, 116, 104)  # ImageNet's mean, which normalises to about 0
 
 
-def resized_size(size: Size, wanted: Size, mode: Literal["keep_ratio", "exact"]) -> Size:
-    """Size after resizing, mmcv's rule for "keep_ratio".
+def sized(size: Size | np.ndarray) -> str:
+    """How messages write a size."""
+    return f"{size[0]}x{size[1]}"
 
-    The factor is min(max(wanted)/max(size), min(wanted)/min(size)) and sides are rounded half up: GTA5's 1914x1052
-    asked for 1280x720 becomes 1280x704.
-    """
-    if mode == "exact":
-        return wanted
-    factor = min(max(wanted) / max(size), min(wanted) / min(size))
-    return int(size[0] * factor + 0.5), int(size[1] * factor + 0.5)
+
+def resized_size(size: Size, wanted: Size, mode: Literal["keep_ratio", "exact"]) -> Size:
+    """Size after resizing; see `keep_ratio_size`, by which GTA5's 1914x1052 asked for 1280x720 becomes 1280x704."""
+    return wanted if mode == "exact" else keep_ratio_size(size, wanted)
 
 
 def resize_image(image: np.ndarray, size: Size) -> np.ndarray:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..data.domains import Domain
-from ..data.transforms import Size
+from ..data.transforms import InputSize, Size
 from ..device import advised, sent
 from ..errors import Ended, NotFinite, OutOfMemory, leave_signals_to_parent
 from .confusion import confusion_matrix, counts_of_pairs, scores
@@ -159,7 +159,7 @@ def evaluate_models(
     models: Mapping[str, nn.Module],
     domain: LabelledDomain,
     *,
-    image_size: Size | None,
+    image_size: InputSize,
     classes: Sequence[str],
     accelerator: Accelerator | None = None,
     mode: Mode = "whole",
@@ -182,7 +182,7 @@ def evaluate_models(
     Args:
         models: by name, on the device they shall run on; `model(pixel_values).logits` is (1, len(classes), h, w).
         domain: labels must be of the size of their image.
-        image_size: (height, width) of the network's input, or None for the image's own.
+        image_size: of the network's input.
         classes: class names, position = class id.
         accelerator: None for a single process.
         mode, window, stride: see `predict_logits`.
@@ -377,7 +377,7 @@ class _Reading(Dataset):
 
     domain: LabelledDomain
     indices: Sequence[int]
-    image_size: Size | None
+    image_size: InputSize
 
     def __len__(self) -> int:
         return len(self.indices)

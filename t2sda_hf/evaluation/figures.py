@@ -72,7 +72,8 @@ def save_losses(path: Path, losses: Mapping[str, Mapping[str, Series]]) -> None:
         for place, (method, of_method) in enumerate(losses.items()):
             if term in of_method:
                 steps, values = zip(*of_method[term], strict=True)
-                axis.plot(steps, values, color=f"C{place}", label=method)
+                marker = "o" if len(steps) < 3 else ""  # a single point has no line
+                axis.plot(steps, values, marker=marker, color=f"C{place}", label=method)
         axis.set_title(term, fontsize=10)
         axis.set_xlabel("updates", fontsize=8)
         axis.grid(alpha=0.3)

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import ImageProcessingMixin, PreTrainedConfig
 from transformers.utils import cached_file, logging
 
-from ..data.transforms import Size
+from ..data.transforms import InputSize, KeepRatio, Size
 from ..errors import NotFinite, causes
 from ..labels import IGNORE_INDEX
 from ..listing import refuse_pointers
@@ -102,11 +102,11 @@ def load_model(name_or_path: str) -> tuple[T2SDAForSemanticSegmentation, tuple[s
     return model.eval(), tuple(model.config.id2label[class_id] for class_id in range(model.config.num_labels))
 
 
-def saved_image_size(name_or_path: str) -> Size | None:
+def saved_image_size(name_or_path: str) -> InputSize:
     """Input size that the image processor beside a model states; None if it says that images keep theirs.
 
     Raises:
-        ValueError: if there is no image processor, or if it makes other sizes of other images.
+        ValueError: if there is no image processor, or it states no height and width.
     """
     advice = "Give the network's input size instead: --image_size HEIGHT WIDTH."
     cached = _from_where(name_or_path)
@@ -117,26 +117,34 @@ def saved_image_size(name_or_path: str) -> Size | None:
     size = processor.get("size")
     if size is None or not processor.get("do_resize", True):
         return None
-    if not isinstance(size, dict) or set(size) != {"height", "width"} or processor.get("resize") == "keep_ratio":
+    if not isinstance(size, dict) or set(size) != {"height", "width"}:
         raise ValueError(f"the image processor of {name_or_path!r} does not state one height and width. {advice}")
-    return size["height"], size["width"]
+    stated = size["height"], size["width"]
+    return KeepRatio(stated) if processor.get("resize") == "keep_ratio" else stated
 
 
-def to_pixel_values(image: np.ndarray, size: Size | None, device: torch.device) -> Tensor:
+def to_pixel_values(image: np.ndarray, size: InputSize, device: torch.device) -> Tensor:
     """Prepare one image for the network.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        size: (height, width) of the network's input, reached bilinearly without antialias; None keeps the image's.
+        size: of the network's input, reached bilinearly without antialias; None keeps the image's.
         device: where the network is.
 
     Returns:
-        (1, 3, *size) float32 on `device`, normalised.
+        (1, 3, height, width) float32 on `device`, normalised.
     """
     # The image processor itself, so that the pixels are those that others get from the saved one. Channels first: an
     # image of three rows would be taken for one. Copied, because decoded files are read-only arrays.
     channels_first = torch.from_numpy(image.transpose(2, 0, 1).copy())
-    return T2SDAImageProcessor(size=size)(channels_first, return_tensors="pt")["pixel_values"].to(device)
+    return processor_for(size)(channels_first, return_tensors="pt")["pixel_values"].to(device)
+
+
+def processor_for(size: InputSize) -> T2SDAImageProcessor:
+    """The image processor that brings images to this size."""
+    if isinstance(size, KeepRatio):
+        return T2SDAImageProcessor(size=size.size, resize="keep_ratio")
+    return T2SDAImageProcessor(size=size)
 
 
 @torch.no_grad()

@@ -15,18 +15,29 @@ def titled(given: str) -> tuple[str, str]:
 
 
 def model_of(name: str) -> str:
-    """Folder or Hub id of one model. Of the folder of a run it is the student that was adapted, which is said."""
+    """Folder or Hub id of one model. Of the folder of a run, or of one of its methods, it is the student that was
+    adapted, which is said; not one of a checkpoint."""
     folder = Path(name)
     if (folder / "config.json").is_file():
         return name
-    students = [path.parent for path in (*folder.glob("student/config.json"), *folder.glob("*/student/config.json"))]
-    if not students:
+    if not (students := students_of(folder)):
         return name
     chosen = min(students, key=lambda student: (student.parent.name == BASELINE, student))
     selected = chosen.with_name(SELECTED)
     other = f" The weights that were selected are {selected}." if selected.is_dir() else ""
     print(f"{name} is the folder of a run: its student {chosen} is taken.{other}", file=sys.stderr)
     return str(chosen)
+
+
+def students_of(folder: Path) -> list[Path]:
+    """Folders of the students in the folder of a run, or the one in that of a method: of a method that has not ended
+    it is the student of its newest checkpoint."""
+    if (folder / "student" / "config.json").is_file():
+        return [folder / "student"]
+    found = [path.parent for path in folder.glob("*/student/config.json")]
+    whole = [student for student in found if not student.parent.name.startswith("checkpoint-")]
+    saved = sorted(set(found) - set(whole), key=lambda student: (len(student.parent.name), student.parent.name))
+    return sorted(whole) or saved[-1:]
 
 
 def called(name: str) -> str:

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from ..data.transforms import Size
+from ..data.transforms import InputSize
 from .evaluator import LabelledDomain
 from .inference import predict_labels, to_pixel_values
 from .pictures import Column, errors, save_grid
@@ -16,11 +17,12 @@ def save_panel(
     path: Path,
     domain: LabelledDomain,
     models: Mapping[str, nn.Module],
-    image_size: Size | Callable[[int], Size | None] | None,
+    image_size: InputSize | Callable[[int], InputSize],
     classes: Sequence[str],
     num_images: int = 4,
     predictions_only: bool = False,
     narrow: Path | None = None,
+    **windows: Any,
 ) -> None:
     """One row for each of some test images, evenly spread: image, truth, predictions, errors of the last model.
 
@@ -28,11 +30,12 @@ def save_panel(
         path: PNG to write.
         domain: labelled.
         models: column title -> model in eval mode.
-        image_size: network input (height, width), or what gives that of an image; None keeps the image's.
+        image_size: of the network's input, or what gives that of an image.
         classes: names, for colours and legend.
         num_images: rows.
         predictions_only: leave out what is the data set's own, or shows it: images, truth and errors.
         narrow: another PNG, for a phone: two of the images, each as two pictures above two.
+        windows: mode, window and stride of `predict_labels`; the whole image without them.
     """
     rows = np.linspace(0, len(domain) - 1, num=min(num_images, len(domain)), dtype=int).tolist()
     images, labels = [domain.image(row) for row in rows], [domain.labels(row) for row in rows]
@@ -44,7 +47,7 @@ def save_panel(
             Column(
                 title,
                 [
-                    predict_labels(model, to_pixel_values(image, size, device), truth.shape)[0].cpu().numpy()
+                    predict_labels(model, to_pixel_values(image, size, device), truth.shape, **windows)[0].cpu().numpy()
                     for image, truth, size in zip(images, labels, sizes, strict=True)
                 ],
                 "classes",

@@ -31,7 +31,6 @@ from .confusion import scores
 from .pictures import Column, save_grid
 from .run_folder import SELECTED
 
-PROXIES = ("confidence", "coverage", "agreement", "stability", "prior", "source", "combined")
 MIN_PANELS = 4
 SELECTED_FILE = "selected.json"
 

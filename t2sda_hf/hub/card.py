@@ -80,6 +80,7 @@ class CardFacts:
             bound.
         license: Hub id, of the weights.
         image_size: (height, width) that every image is brought to, or None for the image's own.
+        keep_ratio: images are fitted into `image_size` instead, in their own shape.
         window, stride: of the sliding window, None for the whole image at once.
         num_images: how many test images were scored.
         student, teacher, source_only: {"miou", "pixel_accuracy", "mean_accuracy", "iou": {class: score}}. No teacher
@@ -105,6 +106,7 @@ class CardFacts:
     num_processes: int
     crop_size: tuple[int, int]
     image_size: tuple[int, int] | None
+    keep_ratio: bool
     window: tuple[int, int] | None
     stride: tuple[int, int] | None
     num_images: int
@@ -241,6 +243,7 @@ def gather_facts(run_folder: Path, repo_id: str, given: Mapping[str, Any] | None
         num_processes=int(summary.get("num_processes", 1)),
         crop_size=cfg.data.crop_size,
         image_size=(size["height"], size["width"]) if size else None,
+        keep_ratio=bool(size) and processor.get("resize") == "keep_ratio",
         window=cfg.evaluation.window if slides else None,
         stride=cfg.evaluation.stride if slides else None,
         num_images=metrics["student"]["num_images"],

@@ -97,6 +97,7 @@ def stage_run(run_folder: Path, repo_id: str, folder: Path, given: Mapping[str, 
     """
     source = method_folder(run_folder)
     lacks: list[str] = []
+    ask(lacks, _check_repo_id, repo_id)
     facts = ask(lacks, gather_facts, source, repo_id, given)
     if (source / "resolved_config.yaml").is_file():
         cfg = load_config(source / "resolved_config.yaml", record=True)

@@ -150,14 +150,21 @@ def masked_graph(step: Step, images: Tensor, labels: Tensor, pixel_weights: Tens
 
 
 def pseudo_target(step: Step) -> Tensor:
-    """x_st (B,3,H,W): source crops cut out of translated outer windows. HRDA: of half their size (method 5.9)."""
+    """x_st (B,3,H,W): source crops cut out of translated outer windows. HRDA: of half their size (method 5.9).
+
+    Labelled crops of the target stay as they are, whatever the engine.
+    """
     batch, translate = step.batch, step.networks.translate
     if batch.outer_source is None or batch.style_reference is None:
         raise ValueError("translating needs outer_source and style_reference, and the batch has none of them.")
     outer, style = batch.outer_source, batch.style_reference
-    if translates_context(step.cfg):
-        return batch.crop_inner(translate(context_images(outer), context_images(style), step.generator), shrunk=2)
-    return batch.crop_inner(translate(outer, style, step.generator))
+    shrunk = 2 if translates_context(step.cfg) else 1
+    if shrunk == 2:
+        outer, style = context_images(outer), context_images(style)
+    translated = translate(outer, style, step.generator)
+    if batch.from_target is not None:
+        translated = torch.where(batch.from_target[:, None, None, None], outer, translated)
+    return batch.crop_inner(translated, shrunk)
 
 
 def draw_box(cfg: RunConfig, labels: Tensor, generator: Generator) -> Box | None:

@@ -14,7 +14,6 @@ from ..config import RunConfig
 from ..models import T2SDAForSemanticSegmentation
 
 ADAPTER = "lora_"  # how peft begins the names of what it adds
-_SEEN = 5  # names of modules in a message
 
 
 def limit_training(student: T2SDAForSemanticSegmentation, cfg: RunConfig) -> None:

@@ -33,7 +33,7 @@ from ..data.rare_class_sampling import RareClasses, joint_shares_of_pixels, rare
 from ..data.translated import TranslatedFolder, open_translated
 from ..device import choose_algorithms, make_accelerator
 from ..errors import leave_signals_to_parent
-from ..evaluation.inference import load_model, to_pixel_values
+from ..evaluation.inference import load_model, processor_for, to_pixel_values
 from ..evaluation.run_folder import SELECTED
 from ..evaluation.watch import Watch, read_selected
 from ..listing import IMAGE_SUFFIXES, list_files, refuse_pointers
@@ -41,7 +41,6 @@ from ..methods import METHODS
 from ..models import (
     T2SDAConfig,
     T2SDAForSemanticSegmentation,
-    T2SDAImageProcessor,
     encoder_fields,
     load_pretrained_encoder,
 )
@@ -137,7 +136,7 @@ def open_domains(cfg: RunConfig, accelerator: Accelerator) -> Domains:
         if cfg.labelled_target is not None:
             few, of_few = open_labelled_target(cfg, cfg.labelled_target)
             contents["target_labelled_data"] = of_few.contents
-    if len({part.network_size() for part in test.parts}) > 1:
+    if len({part.input_size() for part in test.parts}) > 1:
         logger.warning(
             "the test domains are brought to different sizes: the model is saved with the input size of the first, %s.",
             test.parts[0].name,
@@ -403,8 +402,9 @@ def compile_networks(networks: Sequence[nn.Module], backend: str | Callable[...,
         encoder: nn.Module = network.encoder  # type: ignore[assignment]
         if network.config.encoder != "resnet":  # type: ignore[union-attr]
             # transformers takes a lock when its encoder runs for the first time, and a lock cannot be captured.
+            size = getattr(encoder, "only_size", None) or (64, 64)
             with torch.no_grad():
-                network(torch.zeros(1, 3, 64, 64, device=next(encoder.parameters()).device), segment=False)
+                network(torch.zeros(1, 3, *size, device=next(encoder.parameters()).device), segment=False)
         for part in (encoder, network.decode_head, getattr(network, "scale_attention", None), network.projector):
             if isinstance(part, nn.Module):
                 part.compile(**how, dynamic=False)
@@ -548,7 +548,7 @@ def run_method(
         return start.results
     parts, like = build_parts(cfg, initial, domains, accelerator)
     evaluation = Evaluation(cfg, accelerator, domains.source, domains.test, like, stop, domains.adapted_to(cfg))
-    processor = T2SDAImageProcessor(size=domains.test.network_size(), resize="exact")
+    processor = processor_for(domains.test.input_size())
     store = Store(folder, cfg, accelerator, processor, like, record, owned)
     store.open()
     progress = load_run(start.checkpoint, parts, accelerator)

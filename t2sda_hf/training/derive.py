@@ -15,7 +15,7 @@ import numpy as np
 from ..config import DomainConfig, DomainConfigs, RunConfig, role_of, several, shares_of
 from ..data.domains import ImageStream
 from ..data.rare_class_sampling import RareClasses, joint_rare_classes, joint_shares_of_pixels, shares_of_pixels
-from ..data.transforms import Size, resized_size
+from ..data.transforms import Size, resized_size, sized
 from ..translate.fda import beta_for
 from .optim import peak_factor
 
@@ -147,7 +147,7 @@ def derive(
     put("rcs.min_pixels", _floors(facts.counts, round(_SHARE_OF_IMAGE * pixels)))
     put("rcs.min_crop_ratio", float(f"{0.5 * min(np.median(source.prod(axis=1)) / pixels, 1):.3g}"))
     put("rcs.temperature", _temperature(facts.counts_of_each, shares_of(cfg.labelled), cfg.rcs.min_pixels))
-    said, warnings = [_said_of_crops(cfg, domains), _said_of_schedule(cfg)], _warnings(cfg, domains, kept)
+    said, warnings = [_said_of_crops(cfg, domains), _said_of_schedule(cfg)], _warnings(cfg, domains, kept, values)
     if cfg.data.num_workers is None:
         workers = loading_processes(cores)
         if cfg.targets[0].streamed:  # a number that divides its lanes: no two of them open the same row group
@@ -323,19 +323,16 @@ def worth_of_even_draws(lengths: Sequence[int], shares: Sequence[float]) -> floa
     return lengths[0] if len(lengths) == 1 else 1 / float((even_draws(lengths, shares) ** 2).sum())
 
 
-def _sized(size: Any) -> str:
-    return f"{size[0]}x{size[1]}"
-
-
 def _said_of_crops(cfg: RunConfig, domains: Mapping[str, np.ndarray]) -> str:
     """The crop, what it is cut out of, and which rows of it are not trusted."""
-    images = [f"{role} images of {_sized(np.median(sizes, axis=0).astype(int))}" for role, sizes in domains.items()]
-    window = f" in windows of {_sized(cfg.data.outer_crop_size)}" if cfg.uses_outer_crop else ""
+    images = [f"{role} images of {sized(np.median(sizes, axis=0).astype(int))}" for role, sizes in domains.items()]
+    window = f" in windows of {sized(cfg.data.outer_crop_size)}" if cfg.uses_outer_crop else ""
     rows = [f"{side} {n}" for side in ("top", "bottom") if (n := getattr(cfg.uda, f"ignore_{side}"))]
     untrusted = f"the {' and '.join(rows)} rows of a target crop are ignored" if rows else "no rows ignored"
-    said = f"crops of {_sized(cfg.data.crop_size)}{window}, from {' and '.join(images)} (height x width); {untrusted}"
+    said = f"crops of {sized(cfg.data.crop_size)}{window}, from {' and '.join(images)} (height x width); {untrusted}"
     if cfg.translates and cfg.translate.engine == "fda":
-        said += f"; FDA swaps {_frequencies(cfg)} frequencies (translate.fda.beta {cfg.translate.fda.beta:g})"
+        frequencies = "1 frequency" if _frequencies(cfg) == 1 else f"{_frequencies(cfg)} frequencies"
+        said += f"; FDA swaps {frequencies} (translate.fda.beta {cfg.translate.fda.beta:g})"
     return said
 
 
@@ -356,12 +353,14 @@ def loading_processes(cores: int) -> int:
     return 0 if cores <= 2 else min(cores - 1, _MOST_WORKERS)
 
 
-def _warnings(cfg: RunConfig, domains: Mapping[str, np.ndarray], kept: Mapping[str, Any]) -> list[str]:
-    """What given values do to these images.
+def _warnings(
+    cfg: RunConfig, domains: Mapping[str, np.ndarray], kept: Mapping[str, Any], derived: Mapping[str, Any]
+) -> list[str]:
+    """What given and `derived` values do to these images.
 
     Raises:
         ValueError: if a crop is more than twice as large as the images, unless the run that goes on has `kept` it
-            since its start, or if its masking hides all of it.
+            since its start; if its masking hides all of it; or if nothing of any target image is trusted.
     """
     found = []
     for role, sizes in domains.items():
@@ -373,18 +372,28 @@ def _warnings(cfg: RunConfig, domains: Mapping[str, np.ndarray], kept: Mapping[s
             continue
         usual = np.median(sizes[small], axis=0).astype(int)
         empty = 1 - np.minimum(usual, crop).prod() / crop.prod()
-        text = f"{small.sum():,} of {len(sizes):,} {role} images, most of {_sized(usual)}, are smaller than {key}"
+        middle = f"in the middle {sized(usual)}" if small.sum() > 1 else sized(usual)
+        text = f"{small.sum():,} of {len(sizes):,} {role} images ({middle}) are smaller than {key}"
         resize = f"{role}.resize" if role == role_of(role) else f"resize of {role}"
         goes_on = kept.get(key) is not None and tuple(kept[key]) == tuple(crop)
         if (2 * np.median(sizes, axis=0) < crop).any() and min(crop) > 32 and not goes_on:
             raise ValueError(
-                f"{text} {_sized(crop)} (height x width): {empty:.0%} of a crop would be padding. Set {key}: null, and "
+                f"{text} {sized(crop)} (height x width): {empty:.0%} of a crop would be padding. Set {key}: null, and "
                 f"it is made to fit, or set {resize} to enlarge the images."
             )
+        advice = "" if key in derived else f". With {key}: null it is made to fit"
         found.append(
-            f"{text} {_sized(crop)} (height x width): {empty:.0%} of such a crop is padding, from which nothing is "
-            f"learned. With {key}: null it is made to fit"
+            f"{text} {sized(crop)} (height x width): {empty:.0%} of such a crop is padding, from which nothing is "
+            f"learned{advice}"
         )
+    columns = cfg.uda.ignore_left + cfg.uda.ignore_right
+    hidden = {role: (sizes[:, 1] <= columns).mean() for role, sizes in domains.items() if role_of(role) == "target"}
+    for role, share in hidden.items() if cfg.self_trains and columns else ():
+        text = f"uda.ignore_left and uda.ignore_right leave out {columns} columns, which is all of {share:.0%} of the "
+        if share == 1:
+            raise ValueError(f"{text}{role} images: nothing would be learned from them. Lower them.")
+        if share:
+            found.append(f"{text}{role} images: nothing is learned from these")
     if (text := rate_is_too_low(cfg)) != "":
         found.append(text)
     rows, height = cfg.uda.ignore_top + cfg.uda.ignore_bottom, cfg.data.crop_size[0]
@@ -403,7 +412,7 @@ def _warnings(cfg: RunConfig, domains: Mapping[str, np.ndarray], kept: Mapping[s
         squares = math.prod(max(round(side / cfg.patch_mask.block_size), 1) for side in cfg.data.crop_size)
         if squares < 2:
             raise ValueError(
-                f"patch_mask.block_size must be at most half of data.crop_size {_sized(cfg.data.crop_size)}, or the "
+                f"patch_mask.block_size must be at most half of data.crop_size {sized(cfg.data.crop_size)}, or the "
                 f"whole crop is hidden, got {cfg.patch_mask.block_size}. Set it to null for a sixteenth of the crop."
             )
     return found

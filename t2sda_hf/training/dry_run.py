@@ -125,14 +125,12 @@ def _seconds_per_image(student: Path, cfg: RunConfig, domains: Domains, accelera
     evaluate_model(
         accelerator.prepare_model(model, evaluation_mode=True),
         domains.test.parts[0],
-        image_size=domains.test.network_size(),
+        image_size=domains.test.input_size(),
         classes=cfg.classes,
         accelerator=accelerator,
-        mode=cfg.evaluation.mode,
-        window=cfg.evaluation.window,
-        stride=cfg.evaluation.stride,
         progress=False,
         limit=1,
+        **cfg.evaluation.windows,
     )
     return time.perf_counter() - began
 

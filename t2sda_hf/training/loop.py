@@ -78,11 +78,12 @@ def train(
         for step in range(start.step, limit.max_steps):
             # At the start of the next step, so that a checkpoint is never younger than the evaluation of its weights.
             if step and step % limit.evaluate_every == 0:
-                evaluation.take_statistics(networks.student)
-                results = evaluation.results(networks)
-                at.watched = Buffers([] if run.parts.watch is None else [run.parts.watch])
-                at.watched.keep()
-                observe(run, step, tracker, store, results)
+                with tracker.aside():
+                    evaluation.take_statistics(networks.student)
+                    results = evaluation.results(networks)
+                    at.watched = Buffers([] if run.parts.watch is None else [run.parts.watch])
+                    at.watched.keep()
+                    observe(run, step, tracker, store, results)
                 if ended := fallen(run, store):
                     tracker.say(f"After {step} updates: {ended}")
                     if at.done > at.saved:

@@ -22,14 +22,14 @@ from accelerate.utils import gather_object
 from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
 from safetensors import SafetensorError, safe_open
 
-from ..config import RunConfig, changes, differences, dump_config, flatten, read_yaml, without_place
+from ..config import RunConfig, changes, differences, dump_config, flatten, read_yaml, several, without_place
 from ..data.contents import Contents, difference, digest
 from ..data.domains import AnyDomain, JointDomain
 from ..errors import LostFolder
 from ..evaluation.run_folder import DATA_RECORD, RUN_RECORD
 from ..masking import mask_known
 from ..models import T2SDAForSemanticSegmentation
-from ..storage import read_json
+from ..storage import foreign_json, read_json, refuse_inside
 from .checkpoint import (
     Content,
     DamagedCheckpoint,
@@ -162,8 +162,10 @@ def lock_run(cfg: RunConfig) -> Claim:
 
 
 def check_folder(cfg: RunConfig) -> None:
-    """Raise ValueError if `output_dir` holds something that is not to be resumed."""
+    """Raise ValueError if `output_dir` holds something that is not to be resumed, or is read as data."""
     folder = Path(cfg.output_dir)
+    domains = (*cfg.sources, *cfg.targets, *cfg.tests, *several(cfg.target_labelled))
+    refuse_inside(folder, [path for one in domains for path in (one.path, one.label_path)], "--output_dir")
     if not folder.is_dir() or all(path.name in (LOCK, LEASE) for path in folder.iterdir()):
         return
     if cfg.resume is None:
@@ -171,15 +173,26 @@ def check_folder(cfg: RunConfig) -> None:
             f"output_dir {cfg.output_dir!r} exists and is not empty. Nothing is overwritten: "
             "pass another --output_dir, remove the folder yourself, or go on with the run in it with --resume auto."
         )
-    if not any((folder / method).is_dir() for method in methods_of(cfg)) and not _only_begun(folder):
+    if not any(_is_method(folder / method) for method in methods_of(cfg)) and not _only_begun(folder, cfg):
         raise ValueError(
             f"output_dir {cfg.output_dir!r} is not empty and holds no run of this config. Pass another one."
         )
 
 
-def _only_begun(folder: Path) -> bool:
+def _is_method(folder: Path) -> bool:
+    """Whether a folder is that of a method, by what a run writes there first."""
+    return (folder / "resolved_config.yaml").is_file() or bool(checkpoints(folder))
+
+
+def _only_begun(folder: Path, cfg: RunConfig) -> bool:
     """Whether all in a folder is what a run of ours has written that ended before it trained: on a full disk, say."""
-    return all(any(fnmatch(path.name, pattern) for pattern in _AT_THE_START) for path in folder.iterdir())
+    if foreign_json(folder / RUN_RECORD, {"command"}) or foreign_json(folder / DATA_RECORD, {"domains"}):
+        return False
+    return all(
+        any(fnmatch(path.name, pattern) for pattern in _AT_THE_START)
+        or (path.name in methods_of(cfg) and path.is_dir() and not any(path.iterdir()))
+        for path in folder.iterdir()
+    )
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -181,7 +181,14 @@ class Evaluation:
         panels = {name: folder / f"{name}.png" for name in ("predictions", "confusion")}
         folder.mkdir(exist_ok=True)
         with self._as_written():
-            save_panel(panels["predictions"], self.test, {method: student.eval()}, self.test.network_size, classes)
+            save_panel(
+                panels["predictions"],
+                self.test,
+                {method: student.eval()},
+                self.test.input_size,
+                classes,
+                **self.cfg.evaluation.windows,
+            )
         save_confusion(panels["confusion"], {method: np.array(results["student"]["confusion"])}, classes)
         return panels
 
@@ -195,14 +202,12 @@ class Evaluation:
                 evaluate_models(
                     models,
                     images,
-                    image_size=domain.network_size(),
+                    image_size=domain.input_size(),
                     classes=self.cfg.classes,
                     accelerator=self.accelerator,
-                    mode=how.mode,
-                    window=how.window,
-                    stride=how.stride,
                     limit=how.limit,
                     workers=self.cfg.data.num_workers or 0,
+                    **how.windows,
                     **more,
                 )
                 for images, domain in shown

@@ -3,6 +3,8 @@
 import json
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -68,6 +70,13 @@ class Tracker:
             tracker.finish()
         self._accelerator.trackers.clear()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What happens inside is not counted as the time of updates."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
     def waited(self, seconds: float) -> None:
         """Account for time spent waiting for a batch."""
         self._waited += seconds
@@ -89,7 +98,7 @@ class Tracker:
     def step_skipped(self, step: int, reason: str) -> None:
         """Count an update that was left out, and say why."""
         self.skipped += 1
-        self._bar.write(f"step {step + 1} skipped: {reason}")
+        self.say(f"step {step + 1} skipped: {reason}")
         self._write_line({"step": step + 1, "skipped": reason})
         self.step_done()
 
@@ -144,9 +153,8 @@ class Tracker:
             scores |= {f"{name}/iou/{key}": iou for key, iou in result["iou"].items()}
             each = ", ".join(number(one["miou"]) for one in result.get("domains", ()))
             text = f"{number(result['miou'])} ({each})" if each else number(result["miou"])
-            self._bar.write(f"step {done}: {name} mIoU {text} on {result['domain']}")
+            self.say(f"step {done}: {name} mIoU {text} on {result['domain']}")
         self._write(done, {key: value for key, value in scores.items() if value is not None})
-        self._since = time.perf_counter()  # evaluation does not count as training time
 
     def picture(self, done: int, name: str, path: Path) -> None:
         """Show a picture in those trackers that show pictures."""

@@ -3,12 +3,14 @@ import csv
 import numpy as np
 import pytest
 import torch
+from encoders import automatic, write_encoder
 from tiny import CLASSES, tiny_config, tiny_model
 
 from t2sda_hf.analysis.embedding import Sample, embed, sample_pixels
 from t2sda_hf.analysis.features import KINDS, feature_map, labelled_features
 from t2sda_hf.analysis.plots import save_bars, save_relation, save_scatter
 from t2sda_hf.analysis.unlabelled import measure
+from t2sda_hf.training.build import build_student
 
 
 class Blocks:
@@ -35,7 +37,6 @@ def model():
 
 @pytest.mark.parametrize(("kind", "width"), [("head", 16), ("encoder_concat", 8 + 16 + 24 + 32), ("proj", 16)])
 def test_maps_have_the_size_of_the_finest_level(model, kind: str, width: int) -> None:
-    assert kind in KINDS
     features = feature_map(model, torch.randn(2, 3, 32, 64), kind)
     assert features.shape == (2, width, 8, 16)
     assert not features.requires_grad
@@ -56,6 +57,13 @@ def test_a_model_of_two_resolutions_shows_its_context() -> None:
         )
     ).eval()
     assert feature_map(hrda, torch.randn(1, 3, 64, 128), "head").shape[-2:] == (8, 16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_backbone_shows_no_padding(kind: str, tmp_path) -> None:
+    """36x48 pixels are padded to 64x64 for it, and are 9x12 cells."""
+    backbone = build_student(automatic(write_encoder("convnext", tmp_path))).eval()
+    assert feature_map(backbone, torch.randn(1, 3, 36, 48), kind).shape[-2:] == (9, 12)
 
 
 def test_labels_are_taken_at_the_cells_and_ignored_ones_left_out(model) -> None:

@@ -432,11 +432,52 @@ def test_every_form_of_a_map_gives_its_ids(form, tmp_path):
 def test_a_name_that_is_nearly_a_class_is_said(tmp_path, caplog):
     labelled(tmp_path, png(IDS), class_names=("Road", "sky", "bus"))
     assert "'Road' is no class of the run and is ignored. If it is 'road', set label_map: {Road: road}." in caplog.text
-    assert "bus" not in caplog.text
+    assert "'bus' is no class of the run and ignored, and nothing is called 'car'." in caplog.text
     caplog.clear()
-    labelled(tmp_path, png(IDS), class_names=("Road", "sky", "bus"), label_map={"Road": "road"})
+    labelled(tmp_path, png(IDS), class_names=("Road", "sky", "bus"), label_map={"Road": "road", "bus": "car"})
     labelled(tmp_path, png(IDS), class_names=CLASSES)
     assert caplog.text == ""
+
+
+def test_names_of_a_data_set_that_are_no_class_are_said_where_a_class_has_no_name(tmp_path, caplog):
+    labelled(tmp_path, png(IDS), class_names=("street", "sky", "human"))
+    assert (
+        "'human', 'street' are no class of the run and ignored, and nothing is called 'road' or 'car'. If two of these "
+        "are the same, say so in label_map, for example {human: road}."
+    ) in caplog.text
+    caplog.clear()
+    labelled(tmp_path, png(IDS), ("sky", "street"), class_names=("street", "sky", "human"))  # human is left out
+    assert caplog.text == ""
+
+
+def test_no_hint_at_255_where_something_else_explains_ignored_pixels(tmp_path, caplog):
+    check_domain(labelled(tmp_path, png(IDS), class_names=("street", "sky", "car")), CLASSES)
+    colours = np.array([[0, 0, 0], [200, 0, 0], [0, 0, 200]], np.uint8)[IDS.clip(0, 2)]
+    named = {"black": "nothing", "200,0,0": "sky", "0,0,200": "car"}
+    check_domain(labelled(tmp_path, png(colours), label_colors=named), CLASSES)
+    assert "shows no pixel of road" in caplog.text
+    assert "Pixels of 255" not in caplog.text
+
+
+def test_one_colour_has_one_name_and_colours_are_no_ids(tmp_path):
+    with pytest.raises(ValueError, match=r"label_colors calls one colour \(#000000\) both road and sky"):
+        labelled(tmp_path, png(IDS), label_colors={"0,0,0": "road", "#000000": "sky"})
+    with pytest.raises(ValueError, match="ignore_id is for ids, and label_colors says what colours mean"):
+        labelled(tmp_path, png(IDS), label_colors={"black": "road", "white": "sky"}, ignore_id=0)
+
+
+def test_images_that_a_metadata_file_does_not_list_are_said(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for number in range(5):
+        Image.fromarray(arrays(number)[0]).save(tmp_path / f"{number}.png")
+    listed = ["1.png", "3.png"]
+    lines = "\n".join(json.dumps({"file_name": name}) for name in listed)
+    (tmp_path / "metadata.jsonl").write_text(lines, encoding="utf-8")
+    domain = load_domain(DomainConfig(path=str(tmp_path)), CLASSES, labelled=False)
+    assert len(domain) == 2
+    ((reason, files),) = domain.ignored.items()
+    assert (reason, [file.name for file in files]) == ("in no row of the split train", ["0.png", "2.png", "4.png"])
+    assert "2 of 5 files used; ignored: 3 in no row of the split train" in caplog.text
 
 
 def test_255_is_a_class_where_it_is_named(tmp_path, caplog):

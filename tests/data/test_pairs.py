@@ -9,7 +9,7 @@ from tiny import CLASSES, tiny_config
 
 from t2sda_hf.config import DomainConfig
 from t2sda_hf.data.domains import check_domain, load_domain
-from t2sda_hf.data.pairs import PairDataset, PositionSampler, batches
+from t2sda_hf.data.pairs import PairDataset, PositionSampler, batches, collate
 from t2sda_hf.data.rare_class_sampling import rare_classes
 from t2sda_hf.data.transforms import PADDING_COLOR
 
@@ -188,6 +188,22 @@ def test_small_images_are_padded_and_ignored():
     assert (sample["source_labels"][:, 192:] == 255).all()
     assert (sample["source_images"][96:] == PADDING_COLOR).all()
     assert (sample["target_images"][:, 192:] == PADDING_COLOR).all()
+    trusted = np.zeros((128, 256), dtype=bool)
+    trusted[:96, :192] = True
+    assert np.array_equal(sample["target_valid"], trusted)
+
+
+def test_a_batch_of_padded_and_whole_target_crops_trusts_the_whole_ones_everywhere():
+    whole_crops = "--data={crop_size: [96, 192], outer_crop_size: [96, 192]}"
+    small = replace(TARGET, config=replace(TARGET.config, resize=(48, 96)))
+    half, whole = pairs(whole_crops, target=small)[0], pairs(whole_crops)[0]
+    assert half["target_valid"].sum() == 48 * 96
+    assert "target_valid" not in whole
+    for order in ([half, whole], [whole, half]):
+        batch = collate([dict(sample) for sample in order])
+        assert batch.target_valid.sum(dim=(1, 2)).tolist() == [
+            48 * 96 if sample is half else 96 * 192 for sample in order
+        ]
 
 
 def test_a_validity_mask_goes_with_the_target_crop():

@@ -1,6 +1,7 @@
 """Small files as the public data sets have them, byte for byte in format, through `t2sda prepare`."""
 
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -420,6 +421,34 @@ def test_the_domains_of_a_config_are_prepared_as_a_run_sees_them(tmp_path, monke
     target = load_domain(str(tmp_path / "target"), classes, labelled=False)
     assert np.array_equal(target.image(2), expected[2][1])
     assert not (tmp_path / "target" / "class_counts-train.parquet").exists()
+
+
+def test_other_contents_of_the_same_names_are_noticed(tmp_path, capsys):
+    photos = tmp_path / "photos"
+    for number in range(3):
+        save(photos / f"{number}.png", picture(number))
+    words = ["prepare", "target", "--target.path", str(photos), "--output", str(tmp_path / "out"), "--processes", "1"]
+    assert main(words) == 0
+    made = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert main(words) == 0
+    save(photos / "1.png", picture(7))
+    assert main(words) == 2
+    assert "holds the split train of files that are others now, 1 of its 1 parquet files" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in (tmp_path / "out").iterdir()} == made
+    save(photos / "1.png", picture(1))
+    memory = tmp_path / "out" / ".train.json"
+    kept = {key: value for key, value in json.loads(memory.read_text()).items() if key != "contents"}
+    memory.write_text(json.dumps(kept, sort_keys=True))  # of an earlier release
+    assert main(words) == 0
+
+
+def test_nothing_is_prepared_into_the_folder_of_its_own_images(tmp_path, capsys):
+    save(tmp_path / "photos" / "0.png", picture(0))
+    words = ["prepare", "target", "--target.path", str(tmp_path / "photos"), "--output"]
+    for output in (tmp_path / "photos", tmp_path / "photos" / "made"):
+        assert main([*words, str(output)]) == 2
+        assert "is read as data: pass another --output." in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "photos").iterdir()] == ["0.png"]
 
 
 def test_what_is_of_a_download_and_what_of_a_config_are_not_mixed(tmp_path, capsys):

@@ -116,6 +116,14 @@ def test_images_of_short_files_and_row_groups_are_drawn_as_often_as_others(tmp_p
     assert np.abs((times - expected) / sd).max() < 4
 
 
+def test_a_later_file_without_the_column_is_named_in_one_sentence(tmp_path):
+    config = write(tmp_path / "stream")
+    file = tmp_path / "stream" / "train-00003-of-00004.parquet"  # the first 16 rows are checked
+    pq.write_table(pq.read_table(file).rename_columns(["picture"]), file)
+    with pytest.raises(ValueError, match=r"its file number 4 has no column 'image', but picture\. All files"):
+        seen(config, TOTAL)
+
+
 def test_what_cannot_be_read_is_left_out_and_told(tmp_path, caplog):
     damaged = {19, 20}  # not among the first 16, which are checked
     order = seen(write(tmp_path / "stream", damaged), TOTAL)

@@ -25,6 +25,7 @@ from t2sda_hf.data.transforms import (
         ((1024, 2048), (512, 1024), (512, 1024)),  # Cityscapes
         ((760, 1280), (760, 1280), (760, 1280)),  # SYNTHIA
         ((1280, 704), (720, 1280), (1280, 704)),  # long sides meet long sides, whatever the orientation
+        ((10, 3000), (64, 128), (1, 128)),  # a side is never lost
     ],
 )
 def test_keep_ratio_is_mmcvs_rule(size, wanted, expected):

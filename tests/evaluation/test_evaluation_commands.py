@@ -16,9 +16,11 @@ from running import fork
 from safetensors.torch import load_file, save_file
 
 from t2sda_hf.cli import main
+from t2sda_hf.commands.evaluate import models_of
 from t2sda_hf.commands.predict import find_images
 from t2sda_hf.config import DomainConfig, dump_config, load_config
 from t2sda_hf.data.domains import domain_contents, load_domain
+from t2sda_hf.data.transforms import KeepRatio
 from t2sda_hf.evaluation.evaluator import evaluate_model
 from t2sda_hf.evaluation.inference import (
     load_model,
@@ -248,8 +250,34 @@ def test_input_size_is_read_from_the_processor_beside_the_model(model_folder, tm
     assert saved_image_size(str(tmp_path)) is None
 
     T2SDAImageProcessor(size=(32, 64), resize="keep_ratio").save_pretrained(tmp_path)
+    assert saved_image_size(str(tmp_path)) == KeepRatio((32, 64))
+
+    (tmp_path / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 64}}')
     with pytest.raises(ValueError, match=r"does not state one height and width.*--image_size"):
         saved_image_size(str(tmp_path))
+
+
+def test_images_keep_their_shape_where_the_processor_says_so(model_folder, photos, tmp_path, capsys):
+    """A portrait photo is not stretched to the landscape of the test images, in `predict` as in the processor."""
+    folder = tmp_path / "fitted"
+    shutil.copytree(model_folder, folder)
+    processor = T2SDAImageProcessor(size=(64, 128), resize="keep_ratio")
+    processor.save_pretrained(folder)
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for name, (height, width) in (("wide", (50, 90)), ("upright", (90, 60))):
+        noise = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(mixed / f"{name}.png")
+    assert predict(folder, mixed, tmp_path / "out") == 0
+    model, _ = load_model(str(folder))
+    for name in ("wide", "upright"):
+        image = np.array(open_image(mixed / f"{name}.png"))
+        with torch.no_grad():
+            outputs = model(**processor(image, return_tensors="pt"))
+        expected = processor.post_process_semantic_segmentation(outputs, [image.shape[:2]])[0]
+        np.testing.assert_array_equal(np.array(open_image(tmp_path / "out" / f"{name}_ids.png")), expected)
+    upright = to_pixel_values(image, KeepRatio((64, 128)), torch.device("cpu"))
+    assert upright.shape == (1, 3, 96, 64)  # of 90 x 60
 
 
 def test_model_without_a_processor_needs_a_given_size(model_folder, photos, tmp_path, capsys):
@@ -494,6 +522,18 @@ def test_of_a_run_the_adapted_student_is_taken(model_folder, photos, tmp_path, c
     assert called(str(student)) == "run, t2sda"
 
 
+def test_of_a_method_its_student_is_taken_and_before_its_end_that_of_the_newest_checkpoint(model_folder, tmp_path):
+    method = tmp_path / "run" / "t2sda"
+    for step in ("000020", "000100", "1000000"):
+        shutil.copytree(model_folder, method / f"checkpoint-{step}" / "student")
+    newest = method / "checkpoint-1000000" / "student"
+    assert model_of(str(method)) == str(newest)
+    assert [folder for folder, _ in models_of(str(method)).values()] == [str(newest)]
+    shutil.copytree(model_folder, method / "student")
+    assert model_of(str(method)) == str(method / "student")
+    assert {folder for folder, _ in models_of(str(method)).values()} == {str(method / "student")}
+
+
 @pytest.mark.parametrize("path", ["photos/notes.txt", "nowhere", "empty"])
 def test_path_without_images_is_named(model_folder, photos, tmp_path, capsys, path):
     (tmp_path / "empty").mkdir()
@@ -714,14 +754,35 @@ def test_flags_are_stronger_than_the_run_that_explains_ids(model_folder, mapped,
     capsys.readouterr()
     drawn = scored("--domain", "streets-target", "--limit", "1")
     assert "read as in the run" not in capsys.readouterr().err
-    assert drawn["mode"] == "whole"
+    assert (drawn["mode"], drawn["window"], drawn["stride"]) == ("slide", [32, 32], [16, 16])  # as the run sees images
     alone = ["evaluate", str(model_folder), "--domain", "streets-target", "--limit", "1"]
-    assert main([*alone, "--output", str(tmp_path / "alone.json")]) == 0
+    windows = ["--mode", "slide", "--window", "32", "32", "--stride", "16", "16"]
+    assert main([*alone, *windows, "--output", str(tmp_path / "alone.json")]) == 0
     assert drawn["confusion"] == json.loads((tmp_path / "alone.json").read_text())["confusion"]
 
     of_run = scored()  # its images, its windows
     assert (of_run["mode"], of_run["window"], of_run["stride"]) == ("slide", [32, 32], [16, 16])
     assert scored("--mode", "whole")["mode"] == "whole"
+
+
+def test_predict_sees_images_in_the_windows_of_the_run(model_folder, photos, tmp_path, capsys):
+    student = tmp_path / "run" / "t2sda" / "student"
+    shutil.copytree(model_folder, student)
+    slide = ["--evaluation.mode=slide", "--evaluation.window=[64, 64]", "--evaluation.stride=[48, 48]"]
+    resolved = dump_config(load_config("demo", [*slide, "--evaluation.limit=1"]))
+    (student.parent / "resolved_config.yaml").write_text(resolved, encoding="utf-8")
+    words = [photos, "--image_size", "128", "192"]
+    of_words = [str(word) for word in words[1:]]
+    windows = ["--mode", "slide", "--window", "64", "64", "--stride", "48", "48"]
+    assert predict(student, photos, tmp_path / "as_run", *of_words) == 0
+    said = capsys.readouterr().err
+    assert f"Images are seen in windows of 64x64, as in the run, see {student.parent / 'resolved_config.yaml'}." in said
+    assert predict(student, photos, tmp_path / "windows", *of_words, *windows) == 0
+    assert predict(student, photos, tmp_path / "whole", *of_words, "--mode", "whole") == 0
+    assert "as in the run" not in capsys.readouterr().err
+    seen = [np.array(open_image(tmp_path / name / "wide_ids.png")) for name in ("as_run", "windows", "whole")]
+    assert np.array_equal(seen[0], seen[1])
+    assert not np.array_equal(seen[0], seen[2])
 
 
 def test_models_of_one_title_are_seeds_of_one_method(model_folder, tmp_path, capsys):

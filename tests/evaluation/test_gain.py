@@ -74,7 +74,7 @@ def test_a_clear_gain_is_called_one(tmp_path: Path):
     assert found["notes"] == []
     assert 0 < found["gain_interval"][0] < found["gain_interval"][1]
     assert _verdict(20.0, found).startswith(" gains +20.00 mIoU (95 % over test images: +")
-    assert _verdict(-20.0, found).startswith(" loses -20.00")
+    assert _verdict(-20.0, found).startswith(" loses 20.00 mIoU")
 
 
 def test_a_gain_within_the_noise_is_not_celebrated(tmp_path: Path):

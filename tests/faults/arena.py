@@ -74,7 +74,7 @@ class Arena:
         student.save_pretrained(folder / "warm")
         type(student).from_pretrained(folder / "warm")
         # Pictures and charts take matplotlib longer than the training; of a panel the file is written, not the picture.
-        command.save_panel = lambda *_: None
+        command.save_panel = lambda *_, **__: None
         command.write_page = lambda folder: folder / "index.html"
         watch.save_grid = lambda path, *_: path.write_bytes(b"a picture")
 

@@ -186,6 +186,27 @@ def test_the_command_writes_instead_of_sending(
     assert "nothing is overwritten" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", CARD_FILES)
+def test_a_card_replaces_nothing_but_a_card(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Not the run's own record either, which has files of the same names."""
+    card = tmp_path / "card"
+    card.mkdir()
+    (card / name).write_text("{}", encoding="utf-8")
+    assert main(["push", str(finished_run), "me/streets", "--card", str(card)]) == 2
+    assert f"{card / name} exists, and {card} is no card of a run" in capsys.readouterr().err
+    assert content(card) == {name: b"{}"}
+
+
+def test_a_name_that_the_hub_does_not_take_is_said_before_a_card_is_made(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["push", str(finished_run), "me/my streets", "--output", str(tmp_path / "all")]) == 2
+    assert "'me/my streets' is not a name of the Hub" in capsys.readouterr().err
+    assert not (tmp_path / "all").exists()
+
+
 def test_a_failed_push_does_not_fail_the_training(
     hub: Hub, finished_run: Path, monkeypatch: pytest.MonkeyPatch, waits: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:

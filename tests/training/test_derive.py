@@ -177,6 +177,28 @@ def test_a_crop_beyond_the_images_is_told_with_numbers_and_one_far_beyond_is_ref
     assert len(derive(large, pictures(), kept=kept).warnings) == 2  # a run of an earlier release goes on
 
 
+def test_advice_is_not_to_set_what_is_set():
+    facts = pictures()
+    facts.source_sizes[0] = 16, 20
+    (text,) = (text for text in derive(config("--rcs.enabled=false"), facts).warnings if "source images" in text)
+    assert text.startswith("1 of 120 source images (16x20) are smaller than data.")
+    assert text.endswith("padding, from which nothing is learned")
+    given = config("--rcs.enabled=false", "--data.crop_size=[256, 448]", "--data.outer_crop_size=[256, 448]")
+    (text,) = (text for text in derive(given, facts).warnings if "source images" in text)
+    assert text.startswith("120 of 120 source images (in the middle 240x320) are smaller than data.")
+    assert text.endswith(": null it is made to fit")
+
+
+def test_columns_that_are_all_of_an_image_are_refused_and_of_some_told():
+    facts = pictures(target=(240, 320))
+    with pytest.raises(ValueError, match=r"leave out 320 columns, which is all of 100% of the target images"):
+        derive(config("--uda.ignore_left=160", "--uda.ignore_right=160"), facts)
+    assert facts.target_sizes is not None
+    facts.target_sizes[:60, 1] = 250
+    warnings = derive(config("--uda.ignore_left=260"), facts).warnings
+    assert any("leave out 260 columns, which is all of 50% of the target images" in text for text in warnings)
+
+
 def test_rows_that_a_recipe_ignores_are_told_and_never_fill_the_crop():
     (text, _) = derive(config("--uda.ignore_top=15", "--uda.ignore_bottom=120"), pictures()).warnings
     assert "135 of the 224 rows" in text

@@ -171,10 +171,6 @@ def test_a_folder_in_use_is_no_reason_not_to_rehearse(arguments, tmp_path, capsy
     assert "but the run itself would be refused now: output_dir 'outputs/run' exists" in capsys.readouterr().out
 
 
-def test_as_many_late_faults_as_promised():
-    assert len(FAULTS) >= 12
-
-
 @pytest.mark.two_processes
 def test_two_processes(tmp_path):
     config = tmp_path / "run.yaml"

@@ -119,9 +119,10 @@ def test_two_updates_of_other_objectives(family, what, tmp_path):
 
 # dynamo looks at .grad of whatever it captures.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize(("family", "backend"), [("dinov2", "aot_eager"), ("convnext", "eager")])
+@pytest.mark.parametrize(("family", "backend"), [("dinov2", "aot_eager"), ("convnext", "eager"), ("hiera", "eager")])
 def test_compiled_encoders_learn_the_same(family, backend, tmp_path):
-    cfg = automatic(write_encoder(family, tmp_path / "encoder"))
+    size = ["--data={crop_size: [64, 64], outer_crop_size: [64, 96]}"] if family in ONE_SIZE else []
+    cfg = automatic(write_encoder(family, tmp_path / "encoder"), *size)
     plain, compiled = started(cfg), started(cfg)
     torch.compiler.reset()
     compile_networks([compiled.parts.networks.student, compiled.parts.networks.teacher], backend)

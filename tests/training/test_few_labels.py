@@ -3,17 +3,21 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from faults.arena import RUN, outcome
 from running import stopped_before, undrawn
+from tiny import tiny_step
 
 from t2sda_hf.cli import main
 from t2sda_hf.config import load_config
+from t2sda_hf.methods.t2sda import pseudo_target
 from t2sda_hf.training.build import open_domains, read_batches, settle
 from t2sda_hf.training.derive import joint_frequencies
+from t2sda_hf.translate import build_engine
 
 FEW = ("--target_labels", "2")
 OF_TARGET = "--target_labelled.path=streets-target"
@@ -45,6 +49,17 @@ def test_batches_have_their_share_of_target_labels(config):
     assert [batch.from_target.tolist() for batch in found] == [[False, True]] * 4
     quarter = batches(config, *FEW, "--data.target_labelled_share", "0.25")
     assert sum(int(batch.from_target.sum()) for batch in quarter) == 2
+
+
+@pytest.mark.parametrize("engine", ["fda", "color_jitter", "gaussian_blur"])
+def test_a_labelled_target_image_stands_in_its_own_style(config, engine):
+    """Whatever the engine does to the source beside it; the order is that of the test above."""
+    batch = batches(config, *FEW, f"--translate.engine={engine}")[0].on(torch.device("cpu"))
+    cfg = load_config(config, [f"--translate.engine={engine}"])
+    step = tiny_step(cfg, SimpleNamespace(translate=build_engine(cfg.translate)), batch)
+    made = pseudo_target(step)
+    assert torch.equal(made[1], batch.source_images[1])
+    assert not torch.allclose(made[0], batch.source_images[0], atol=0.01)
 
 
 def test_a_domain_of_its_own_is_read_like_any_other(config):

@@ -313,7 +313,8 @@ def test_a_trained_translator_gives_the_source_the_tint_of_the_target(tmp_path):
     [
         (["--steps", "0"], "--steps must be at least 1"),
         (["--crop", "8", "64"], "--crop must be at least 32 32"),
-        (["--lr", "0"], "--lr must be positive"),
+        (["--lr", "0"], "--lr must be a positive number"),
+        (["--lr", "inf"], "--lr must be a positive number"),
         (["--source", "nowhere.parquet"], "nowhere.parquet"),
         (["--target", "."], "out lies in "),
     ],
