@@ -151,7 +151,7 @@ def refuse_foreign(command: str, paths: Iterable[Path], inputs: Iterable[str] = 
             name = file.relative_to(path if path.is_dir() else path.parent).as_posix()
             if name not in made:
                 raise ValueError(f"{file} exists, and `t2sda {command}` did not write it: pass another --output.")
-            if made[name] != _sha256(file):
+            if made[name] != sha256_of(file):
                 raise ValueError(f"{file} was changed since `t2sda {command}` wrote it: pass another --output.")
 
 
@@ -166,7 +166,7 @@ def outputs(command: str, *paths: Path, inputs: Iterable[str] = ()) -> Iterator[
     finally:  # however it ends, its files are its own
         for path in paths:
             folder = path if path.is_dir() else path.parent
-            made = {file.relative_to(folder).as_posix(): _sha256(file) for file in _files_of(path)}
+            made = {file.relative_to(folder).as_posix(): sha256_of(file) for file in _files_of(path)}
             if made:
                 content = read_json(folder / MADE_FILE)
                 known = content if isinstance(content, dict) else {}
@@ -188,6 +188,7 @@ def _made_in(folder: Path, command: str) -> dict[str, str]:
     return made if isinstance(made, dict) else {}
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
+    """sha256 of what is in a file, in hexadecimal digits."""
     with file.open("rb") as opened:
         return file_digest(opened, "sha256").hexdigest()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..analysis.statistics import paired_difference
-from ..config import RunConfig, changes, differences, flatten, load_config
+from ..config import RunConfig, changes, differences, flatten, load_config, plain_name
 from ..evaluation.table import markdown, number, spread
 from ..launching import Runner, refuse_keys, words_of
 from ..storage import foreign_json, read_json, write_json
@@ -67,7 +67,7 @@ def plan(args: Namespace) -> list[Planned]:
         raise ValueError(f"{figures} exists, and `t2sda repeat` did not write it: pass another --output.")
     if len(args.configs) > 2:
         raise ValueError(f"two configs are compared at most, got {len(args.configs)}.")
-    names = [Path(config).stem if Path(config).suffix else config.replace("/", "_") for config in args.configs]
+    names = [plain_name(config) for config in args.configs]
     if len(set(names)) < len(names):
         raise ValueError(f"two configs are called {names[0]}: their runs would share a folder. Rename one.")
     planned = []

@@ -72,7 +72,7 @@ from ..analysis.fair import (
 )
 from ..analysis.plots import save_steps
 from ..analysis.statistics import paired_difference
-from ..config import RECIPES, RunConfig, changes, differences, find_recipe, load_config, only, read_yaml
+from ..config import RECIPES, RunConfig, changes, differences, find_recipe, load_config, only, plain_name, read_yaml
 from ..data.domains import Domain, load_domain, load_domains, read_domain
 from ..data.streets import SCENES
 from ..evaluation.table import CLASS_SETS, markdown, spread, subset_miou
@@ -133,12 +133,10 @@ def run(args: Namespace) -> int:
     refuse_keys(args.overrides, seed="use --seeds", output_dir="use --output", resume="a cell always goes on")
     if args.tables == ["fair"]:
         tables, seeds = [fair_table(args)], args.seeds or [0, 1, 2, 3, 4]
-        file = Path(args.config)
-        folder = (args.output or Path("outputs/fair")) / (file.stem if file.suffix else args.config.replace("/", "_"))
+        folder = (args.output or Path("outputs/fair")) / plain_name(args.config)
     elif args.tables == ["labels"]:
         tables, seeds = [labels_table(args)], args.seeds or [0, 1, 2]
-        file = Path(args.config)
-        folder = (args.output or Path("outputs/labels")) / (file.stem if file.suffix else args.config.replace("/", "_"))
+        folder = (args.output or Path("outputs/labels")) / plain_name(args.config)
     elif {"fair", "labels"} & {*args.tables} or any(
         (args.config, args.rates, args.search_seeds, args.rows, args.labels)
     ):

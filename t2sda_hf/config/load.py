@@ -151,6 +151,11 @@ def find_recipe(name: str | Path, folder: str = "", known: Sequence[str] | None 
     )
 
 
+def plain_name(config: str) -> str:
+    """What a folder for runs of a config is called: like the file, or like the recipe with _ for /."""
+    return Path(config).stem if Path(config).suffix else config.replace("/", "_")
+
+
 @cache
 def _adapter() -> TypeAdapter[RunConfig]:
     return TypeAdapter(RunConfig)

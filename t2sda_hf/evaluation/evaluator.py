@@ -22,6 +22,7 @@ from ..errors import Ended, NotFinite, OutOfMemory, leave_signals_to_parent
 from .confusion import confusion_matrix, counts_of_pairs, scores
 from .gain import GroupCounts, pack
 from .inference import Mode, needing_less, predict_labels, to_pixel_values
+from .table import mean_of_known
 
 BYTES_PER_PIXEL = 4096  # of the input, that a forward of MiT-B5 with DAFormer's head may need
 
@@ -305,21 +306,19 @@ def joint_result(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     if len(results) == 1:
         return results[0]
-    mean = {name: _mean([result[name] for result in results]) for name in ("miou", "pixel_accuracy", "mean_accuracy")}
+    mean = {
+        name: mean_of_known([result[name] for result in results])
+        for name in ("miou", "pixel_accuracy", "mean_accuracy")
+    }
     return {
         "domain": " + ".join(result["domain"] for result in results),
         "num_images": sum(result["num_images"] for result in results),
         "unreadable": [text for result in results for text in result["unreadable"]],
         **mean,
-        "iou": {name: _mean([result["iou"][name] for result in results]) for name in results[0]["iou"]},
+        "iou": {name: mean_of_known([result["iou"][name] for result in results]) for name in results[0]["iou"]},
         "confusion": np.sum([result["confusion"] for result in results], axis=0).tolist(),
         "domains": list(results),
     }
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _result(matrix: np.ndarray, groups: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from typing import Any, Literal, Protocol
 import httpx2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import get_session
@@ -26,6 +25,7 @@ from ..errors import NotFinite, causes
 from ..labels import IGNORE_INDEX
 from ..listing import refuse_pointers
 from ..models import T2SDAConfig, T2SDAForSemanticSegmentation, T2SDAImageProcessor
+from ..models.heads import upsample
 from ..models.modeling_t2sda import name_some
 from ..models.pretrained import MEANINGLESS
 
@@ -237,7 +237,7 @@ def _decide(logits: Tensor, through: Size, size: Size, confidence: bool) -> Pred
     best: Tensor | None = None
     total: Tensor | None = None  # Σ exp(score - best) over the classes so far
     for class_id in range(logits.shape[1]):
-        score = _upsample(_upsample(logits[:, class_id : class_id + 1], through), size)[:, 0]
+        score = upsample(upsample(logits[:, class_id : class_id + 1], through), size)[:, 0]
         if best is None:
             best = score
             total = torch.ones_like(score) if confidence else None
@@ -256,11 +256,11 @@ def _strips(
     """The rows of `predict_logits` from top to bottom, (B,K,rows,W) each, as soon as no window will add to them."""
     size = _size(pixel_values)
     if mode == "whole":
-        yield _upsample(_raw_logits(model, pixel_values), size)
+        yield upsample(_raw_logits(model, pixel_values), size)
         return
     window, stride = _checked_windows(mode, window, stride)
     if size[0] <= window[0] and size[1] <= window[1]:
-        yield _upsample(_raw_logits(model, pixel_values), size)
+        yield upsample(_raw_logits(model, pixel_values), size)
         return
     tops, lefts = (_starts(*axis) for axis in zip(size, window, stride, strict=True))
     height = min(window[0], size[0])
@@ -270,7 +270,7 @@ def _strips(
         for left in lefts:
             columns = slice(left, left + window[1])
             crop = pixel_values[..., top : top + window[0], columns]
-            logits = _upsample(_raw_logits(model, crop), _size(crop))
+            logits = upsample(_raw_logits(model, crop), _size(crop))
             if total is None:
                 total = logits.new_zeros(*logits.shape[:2], height, size[1])
             total[..., columns] += logits
@@ -285,7 +285,7 @@ def _strips(
 def _raw_logits(model: SegmentationModel, pixel_values: Tensor) -> Tensor:
     height, width = _size(pixel_values)
     if min(height, width) < MIN_SIDE:
-        pixel_values = _upsample(pixel_values, (max(height, MIN_SIDE), max(width, MIN_SIDE)))
+        pixel_values = upsample(pixel_values, (max(height, MIN_SIDE), max(width, MIN_SIDE)))
     logits = model(pixel_values).logits.float()
     if not torch.isfinite(logits).all():
         raise NotFinite(
@@ -321,12 +321,6 @@ def naming(image: str) -> Iterator[None]:
         yield
     except NotFinite as error:
         raise NotFinite(f"{image}: {error}") from error
-
-
-def _upsample(maps: Tensor, size: Size) -> Tensor:
-    if _size(maps) == size:
-        return maps
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 def _size(maps: Tensor) -> Size:

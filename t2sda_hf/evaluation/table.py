@@ -34,7 +34,7 @@ def subset_miou(result: Result, names: Sequence[str]) -> float | None:
             f"a mean over {', '.join(names) or 'no class'} needs classes that the model has; it has "
             f"{', '.join(result['iou'])}."
         )
-    return _mean([result["iou"][name] for name in names])
+    return mean_of_known([result["iou"][name] for name in names])
 
 
 def class_sets_of(classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -173,6 +173,7 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]) + " |"
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean_of_known(values: Sequence[float | None]) -> float | None:
+    """The mean of those that exist; None of none."""
     numbers = [value for value in values if value is not None]
     return sum(numbers) / len(numbers) if numbers else None

@@ -13,7 +13,6 @@ comes back from the newest folder whose manifest verifies. Only safetensors and 
       manifest.json           sha256 and size of every other file
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -31,7 +30,7 @@ from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, DamagedCheckpoint
 from ..evaluation.run_folder import BASELINE
-from ..storage import share_weights, sync
+from ..storage import sha256_of, share_weights, sync
 from .adapters import frozen_names, without
 
 logger = logging.getLogger(__name__)
@@ -221,7 +220,7 @@ def verify(folder: Path) -> dict[str, Any]:
         if leaves or path.resolve() != folder.resolve() / name:  # also if a part is a link
             raise DamagedCheckpoint(f"{folder / MANIFEST} lists {name!r}, which lies outside the checkpoint")
         try:
-            if path.stat().st_size != size or _sha256(path) != digest:
+            if path.stat().st_size != size or sha256_of(path) != digest:
                 raise DamagedCheckpoint(f"{path} is not what {MANIFEST} says")
         except OSError as error:
             raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror})") from error
@@ -350,13 +349,8 @@ def _read_network(folder: Path, network: type[PreTrainedModel]) -> dict[str, Ten
 def _describe(folder: Path) -> dict[str, dict[str, Any]]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

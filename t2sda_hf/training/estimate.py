@@ -39,7 +39,7 @@ from ..teacher import update_teacher
 from ..translate import TranslationEngine, build_engine
 from .build import build_student
 from .checkpoint import Progress, allocate_state
-from .loop import Run, backward, update
+from .loop import Run, alone, backward, update
 from .optim import make_optimizer
 from .parts import half_weights, make_parts
 from .seeding import seed_step
@@ -241,7 +241,7 @@ def count_update(cfg: RunConfig) -> Cost:
         for micro in range(cfg.train.micro_batches):
             generators = seed_step(cfg.seed, cfg.full_from, micro, torch.device("cpu"))
             batch = random_batch(cfg).on(torch.device("cpu"))
-            step = Step(batch, stand_ins, cfg, memory, *generators, _unchanged, cfg.full_from)
+            step = Step(batch, stand_ins, cfg, memory, *generators, alone, cfg.full_from)
             for graph in METHODS[cfg.method](step):
                 backward(graph.losses, cfg.loss_weights, networks.student.parameters())
                 if halves is not None:
@@ -497,7 +497,3 @@ def stand_in_engine(cfg: RunConfig) -> TranslationEngine:
 
 def _as_they_are(source_images: Tensor, style_images: Tensor | None, generator: Generator) -> Tensor:
     return source_images
-
-
-def _unchanged(statistics: Tensor) -> Tensor:
-    return statistics

@@ -239,7 +239,7 @@ def next_step(run: Run, index: int, micro: int, batch: UdaBatch) -> Step:
     generators = seed_step(cfg.seed, index, slot, accelerator.device)
     batch = batch.on(accelerator.device)
     shared = cfg.pull.sync_stats and accelerator.num_processes > 1
-    sum_over_processes = accelerator.reduce if shared else _unchanged
+    sum_over_processes = accelerator.reduce if shared else alone
     return Step(batch, parts.networks, cfg, parts.memory, *generators, sum_over_processes, index)
 
 
@@ -380,5 +380,6 @@ def _due(done: int, every: int, last: int) -> bool:
     return done % every == 0 or done == last
 
 
-def _unchanged(statistics: Tensor) -> Tensor:
+def alone(statistics: Tensor) -> Tensor:
+    """The sum over processes of a run that has one, or whose processes keep their own."""
     return statistics
