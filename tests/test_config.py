@@ -779,6 +779,16 @@ NOTHING = "--loss_weights={source: 0, feature_distance: 0, target: 0, pull: 0}"
     [
         ([NOTHING], r"loss_weights\.source or .* or loss_weights\.masked_consistency must be positive .* nothing is"),
         (["--method=source_only", "--loss_weights.source=0"], r"loss_weights\.source must be positive with method so"),
+        (
+            ["--balance.doubt=1", "--loss_weights.target=0"],
+            r"balance\.doubt must be 0 when .* no pseudo-labels",
+        ),
+        (
+            ["--uda.pseudo_labels=soft", "--loss_weights.target=0"],
+            r"uda\.pseudo_labels must be hard when .* no pseudo-",
+        ),
+        (["--train.max_steps=9999999999"], r"train\.max_steps must be in \[1, 1000000000\]"),
+        (["--classes=[road, mIoU]"], r"classes must be other names than mIoU"),
         (["--drw.apply_to=target", "--loss_weights.target=0"], r"drw\.apply_to must be pull or none when .* Or give"),
         (["--pull.start_step=9", "--train.max_steps=9"], r"pull\.start_step must be below train\.max_steps 9\. For a"),
         (["--uda.source_phase=0.5", "--loss_weights.source=0"], r"uda\.source_phase must be 0 when loss_weights\.sour"),

@@ -778,7 +778,7 @@ class TrainConfig(Section):
     """The loop: how long, how large, how precise, and what is kept on the way."""
 
     section = "train"
-    max_steps: Whole = key(40_000, "updates", "P", at_least=1)
+    max_steps: Whole = key(40_000, "updates", "P", at_least=1, at_most=10**9)
     encoder: Literal["full", "frozen", "lora"] = key(
         "full",
         "what of the pretrained encoder learns: all of it, nothing, or low-rank adapters beside its layers, see lora",
@@ -1147,6 +1147,11 @@ class RunConfig(Section):
             "pseudo-labels",
             self.balance.doubt,
         )
+        learned = weights.target > 0 or weights.masked_consistency > 0 or self.supervised
+        unused = "when loss_weights.target and loss_weights.masked_consistency are 0: no pseudo-labels are learned"
+        require(not self.balance.doubt or learned, "balance.doubt", f"0 {unused}", self.balance.doubt)
+        hard = self.uda.pseudo_labels == "hard"
+        require(hard or learned, "uda.pseudo_labels", f"hard {unused}", self.uda.pseudo_labels)
         require(
             self.pull.start_step < self.train.max_steps or not weights.pull,
             "pull.start_step",
