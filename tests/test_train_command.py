@@ -293,7 +293,7 @@ def test_help_and_no_arguments_explain(capsys: pytest.CaptureFixture[str]) -> No
         (["--optim.lr", "fast"], ["lr", "fast"]),
         (["--method", "t2sd"], ["method", "t2sd"]),
         (["--loss_weights.feature_distance", "0.005"], ["loss_weights.feature_distance", "model.pretrained"]),
-        (["--train.max_steps", "0"], ["train.max_steps", "at least 1"]),
+        (["--train.max_steps", "0"], ["train.max_steps", "in [1, "]),
         (["--source.path", "nowhere.parquet"], ["nowhere.parquet"]),
         (["--source.path", "streets-sorce"], ["streets-source"]),
         (["--target.image_column", "photo"], ["target.parquet", "photo", "image_column"]),

@@ -94,7 +94,6 @@ def row_figures(results: Results, search_seeds: Sequence[int], seeds: Sequence[i
         - classes: their names.
         - rows: by name, "rates" (rate -> score on the choosing half), "rate" (the chosen one), "miou" (by seed), their
           mean, sd, sd_population and n, "iou" (mean over seeds, of each class).
-        - absent: by half of the test images, classes that none of them shows, so that some result has no IoU for them.
 
     Raises:
         ValueError: if results are of different test images, or have fewer than two groups.
@@ -117,11 +116,7 @@ def row_figures(results: Results, search_seeds: Sequence[int], seeds: Sequence[i
         rows[name] = {"rates": {f"{rate:g}": score for rate, score in scores.items()}, "rate": rate, "miou": miou}
         rows[name] |= spread(list(miou.values()))
         rows[name]["iou"] = [mean(of_class) for of_class in zip(*iou.values(), strict=True)] or [None] * len(classes)
-    absent = {}
-    for half, title in ((CHOOSING, "choosing"), (SHOWN, "shown")):
-        scores = [iou_of_half(result, half) for result in found]
-        absent[title] = [name for place, name in enumerate(classes) if any(one[place] is None for one in scores)]
-    known = {"images": images, "classes": classes, "rows": rows, "absent": absent}
+    known = {"images": images, "classes": classes, "rows": rows}
     return known | {"search_seeds": list(search_seeds), "seeds": list(seeds)}
 
 
@@ -247,17 +242,22 @@ def _headline(content: Mapping[str, Any]) -> str:
 def _said_of_search(content: Mapping[str, Any]) -> str:
     images, num_rates = content["images"], max(len(row["rates"]) for row in content["rows"].values())
     few = ". A fair search has at least three" if num_rates < 3 else ""
-    lacks = {"that the figures are of": content["absent"]["shown"], "that choose": content["absent"]["choosing"]}
-    said = "".join(
-        f" No image of those {which} shows {', '.join(names)}, so the mIoU there is over fewer classes."
-        for which, names in lacks.items()
-        if names
-    )
+    said = said_of_absent(content.get("absent", ((), ())))
     return (
         f"All figures are of {images['shown']} of the {sum(images.values())} test images, in %. The learning rate of "
         f"each row is the best of the same {num_rates} values{few}. It was chosen on the other {images['choosing']} "
         f"test images, every other block of neighbours, with {_seeds(content['search_seeds'])}, whose own figures may "
         f"be a little high for that.{said}"
+    )
+
+
+def said_of_absent(absent: Sequence[Sequence[str]]) -> str:
+    """Sentences about classes that none of the test images shows that choose, and none of those of the figures."""
+    return "".join(
+        f" None of the test images {which} shows {', '.join(names)}: the IoU is 0 there if it is predicted anywhere, "
+        "and otherwise left out of the mean."
+        for which, names in zip(("that choose", "of the figures"), absent, strict=True)
+        if names
     )
 
 

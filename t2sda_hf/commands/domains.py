@@ -57,7 +57,7 @@ def look_as_in_run(args: Namespace) -> Path | None:
     With others the same images would have other labels. What a flag says stays, and a config that is named is followed.
 
     Args:
-        args: of a parser that `takes_inference`.
+        args: of a command that predicts.
 
     Returns:
         The config of the run; None if a config is named, or the model lies in no run.
@@ -106,7 +106,8 @@ def _cut_as(of_run: DomainConfig, test: DomainConfig) -> DomainConfig:
 def _run_of(models: Sequence[str]) -> Path | None:
     """The config of the run that the first of some models comes from, if it lies there."""
     for folder in map(Path, models):
-        for file in (folder.parent / CONFIG_FILE, folder / CONFIG_FILE, *sorted(folder.glob(f"*/{CONFIG_FILE}"))):
+        of_checkpoint = folder.parent.parent if folder.parent.name.startswith("checkpoint-") else folder.parent
+        for file in (of_checkpoint / CONFIG_FILE, folder / CONFIG_FILE, *sorted(folder.glob(f"*/{CONFIG_FILE}"))):
             if file.is_file():
                 return file
     return None

@@ -67,7 +67,9 @@ def plan(args: Namespace) -> list[Planned]:
         raise ValueError(f"{figures} exists, and `t2sda repeat` did not write it: pass another --output.")
     if len(args.configs) > 2:
         raise ValueError(f"two configs are compared at most, got {len(args.configs)}.")
-    names = [plain_name(config) for config in args.configs]
+    names = [Path(config).stem for config in args.configs]
+    if len(set(names)) < len(names):  # recipes of two folders
+        names = [plain_name(config) for config in args.configs]
     if len(set(names)) < len(names):
         raise ValueError(f"two configs are called {names[0]}: their runs would share a folder. Rename one.")
     planned = []

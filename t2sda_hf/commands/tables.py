@@ -68,6 +68,7 @@ from ..analysis.fair import (
     figures_over_labels,
     halves_of_images,
     label_curve_text,
+    said_of_absent,
     tried,
 )
 from ..analysis.plots import save_steps
@@ -90,6 +91,14 @@ SECONDS = {"demo": 120, "camvid": 3600, "paper": 16 * 3600 * 1.45}
 # The nine rarest classes of Cityscapes: their mean is the paper's "tail" (Table 9).
 TAIL = ("wall", "traffic light", "traffic sign", "rider", "truck", "bus", "train", "motorcycle", "bicycle")
 _CHECKED = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+_RULES = {
+    "missing": "is missing",
+    "unexpected_keyword_argument": "is no key that it may have",
+    "tuple_type": "must be a list",
+    "dict_type": "must map keys to values",
+    "dataclass_type": "must map keys to values",
+    "string_type": "must be a text",
+}
 _OF_A_RUN = ("summary", "data", "run")  # JSON files that every run has
 SUBSETS = {"mIoU16": CLASS_SETS["syn16"], "mIoU13": CLASS_SETS["syn13"], "tail": TAIL}
 # So many times the bound of `estimate` does an update take: two to three.
@@ -156,6 +165,10 @@ def run(args: Namespace) -> int:
     with Runner() as runner:
         for table in tables:
             cells = cells_of(table, seeds, folder)
+            if table.search is None:
+                summary_of(table, seeds, folder)  # what is there must fit together before more is made
+            elif any(table.search.absent):
+                print(f"warning:{said_of_absent(table.search.absent)}", file=sys.stderr)
             if args.dry_run:
                 planned = list(cells)
                 print(plan_text(table, planned, later(table, seeds, folder), *estimate(table, folder)))
@@ -191,11 +204,13 @@ class Search:
         rows: name -> rate -> the row at this rate.
         trained: names of those that this call trains.
         seeds: with which the rates are compared.
+        absent: classes that none of the test images shows that choose the rates, and none of those of the figures.
     """
 
     rows: Mapping[str, Mapping[float, Row]]
     trained: tuple[str, ...]
     seeds: tuple[int, ...]
+    absent: tuple[list[str], list[str]]
 
 
 @dataclass(frozen=True)
@@ -270,7 +285,9 @@ def _written(path: Path, example: str) -> _TableFile:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part + 1) if isinstance(part, int) else part for part in first["loc"])
-        raise ValueError(f"{path} is no table: {place}: {first['msg'].lower()}. {example} is one.") from error
+        rule = _RULES.get(first["type"], first["msg"].lower())
+        given = "" if first["type"] in ("missing", "unexpected_keyword_argument") else f", got {first['input']!r}"
+        raise ValueError(f"{path} is no table: {place} {rule}{given}. {example} is one.") from error
 
 
 def read_table(name: str, scale: str, overrides: Sequence[str] = ()) -> Table:
@@ -354,7 +371,7 @@ def fair_table(args: Namespace) -> Table:
             arguments = (*args.overrides, *own, f"--optim.lr={rate!r}", *always)
             label = ROWS[name], f"rate {rate:g}"
             rows[name][rate] = Row(label, (), args.config, arguments, load_config(args.config, arguments))
-    test = images_to_halve(cfg, "fair")
+    test, absent = images_to_halve(cfg, "fair")
     if "target_only" in trained:
         bound = next(iter(rows["target_only"].values())).cfg
         assert bound is not None
@@ -374,7 +391,7 @@ def fair_table(args: Namespace) -> Table:
     question = f"How much of the gap between source-only and upper bound does T2S-DA close with {args.config}?"
     if not cfg.loss_weights.pull:
         question += " (Its loss_weights.pull is 0, so it is the self-training itself.)"
-    return Table("fair", question, (), (), False, (), flat(rows), Search(rows, trained, search_seeds(args)))
+    return Table("fair", question, (), (), False, (), flat(rows), Search(rows, trained, search_seeds(args), absent))
 
 
 def labels_table(args: Namespace) -> Table:
@@ -397,7 +414,7 @@ def labels_table(args: Namespace) -> Table:
     trained = tuple(args.rows or LABELLED_ROWS)
     if unknown := [name for name in trained if name not in LABELLED_ROWS]:
         raise ValueError(f"--rows must be some of {','.join(LABELLED_ROWS)}, got {', '.join(unknown)}.")
-    images_to_halve(cfg, "labels")
+    _, absent = images_to_halve(cfg, "labels")
     always = ("--baseline=none", '--push_to_hub.repo_id=""', *crops_of(cfg))
     rows: dict[str, dict[float, Row]] = {}
     for number in args.labels or ["0", "8", "16", "32", "all"]:
@@ -412,7 +429,7 @@ def labels_table(args: Namespace) -> Table:
                 open_labelled_target(own_cfg, own_cfg.labelled_target)
     question = f"What do labels of a few target images add to {args.config}?"
     wanted = tuple(name for name in rows if name.split()[0] in trained)
-    return Table("labels", question, (), (), False, (), flat(rows), Search(rows, wanted, search_seeds(args)))
+    return Table("labels", question, (), (), False, (), flat(rows), Search(rows, wanted, search_seeds(args), absent))
 
 
 def rates_of(args: Namespace, cfg: RunConfig) -> list[float]:
@@ -427,8 +444,8 @@ def flat(rows: Mapping[str, Mapping[float, Row]]) -> tuple[Row, ...]:
     return tuple(row for of_name in rows.values() for row in of_name.values())
 
 
-def images_to_halve(cfg: RunConfig, table: str) -> Domain:
-    """The test domain, after a word about classes that only one half of its images shows.
+def images_to_halve(cfg: RunConfig, table: str) -> tuple[Domain, tuple[list[str], list[str]]]:
+    """The test domain, and the classes that one half of its images alone shows: see `Search.absent`.
 
     Raises:
         ValueError: if it has too few images to choose rates by a half of them.
@@ -440,17 +457,13 @@ def images_to_halve(cfg: RunConfig, table: str) -> Domain:
             f"the test domain has {images} image to be scored, and the table {table} needs at least two: one half of "
             "them chooses the learning rates, the other one makes the figures."
         )
-    counts = read_domain(test, cfg.classes).counts[:images]
-    of_image = halves_of_images(images)
-    for half, title in ((SHOWN, "that the figures are of"), (CHOOSING, "that choose the learning rates")):
-        lacks = (counts[of_image == half].sum(axis=0) == 0) & (counts.sum(axis=0) > 0)
-        if names := [name for name, lack in zip(cfg.classes, lacks, strict=True) if lack]:
-            print(
-                f"warning: none of the {(of_image == half).sum()} test images {title} shows {', '.join(names)}, so no "
-                "IoU of it is known there. Test on more images that show it.",
-                file=sys.stderr,
-            )
-    return test
+    counts, of_image = read_domain(test, cfg.classes).counts[:images], halves_of_images(images)
+    shown = [counts[of_image == half].sum(axis=0) > 0 for half in (CHOOSING, SHOWN)]
+    lacks = [
+        [name for name, own, other in zip(cfg.classes, *pair, strict=True) if other and not own]
+        for pair in ((shown[0], shown[1]), (shown[1], shown[0]))
+    ]
+    return test, (lacks[0], lacks[1])
 
 
 def crops_of(cfg: RunConfig) -> tuple[str, ...]:
@@ -620,15 +633,14 @@ def summary_of(table: Table, seeds: Sequence[int], folder: Path) -> list[dict[st
         ValueError: if cells that have the same test in their config were scored on different images or label maps.
     """
     entries = []
-    scored_on: dict[str, set[str]] = {}
+    scored_on: dict[str, set[str | None]] = {}
     for row in table.rows:
         scores = {}
         if row.cfg is not None:
             cells = [cell_of(row, seed, folder) for seed in seeds]
             scores = {cell.seed: score(cell, table) for cell in cells}
-            summaries = (read_json(cell.folder / "summary.json") or {} for cell in cells)
-            scored_on.setdefault(repr(row.cfg.test), set()).update(
-                summary["test_data"] for summary in summaries if summary.get("test_data")
+            scored_on.setdefault(repr((row.cfg.test, row.cfg.classes)), set()).update(
+                _scored_on(cell, table) for cell in cells
             )
         for position, name in enumerate(table.scores):
             values = {seed: found[position] for seed, found in scores.items() if found is not None}
@@ -636,9 +648,16 @@ def summary_of(table: Table, seeds: Sequence[int], folder: Path) -> list[dict[st
             entry: dict[str, Any] = {"label": list(row.label), "score": name, "quoted": row.config is None}
             entry |= {"values": values} | spread(list(values.values())) | {"paper_mean": mean, "paper_sd": sd}
             entries.append(entry)
-    if not table.evaluate and any(len(found) > 1 for found in scored_on.values()):
+    if any(len(found - {None}) > 1 for found in scored_on.values()):
         raise ValueError(DIFFERENT_TESTS)
     return entries
+
+
+def _scored_on(cell: Cell, table: Table) -> str | None:
+    """The test images and label maps of a cell's scores; None if nothing says which."""
+    if table.evaluate:
+        return ((read_json(cell.folder / f"{table.name}.json") or {}).get("inputs") or {}).get("data")
+    return (read_json(cell.folder / "summary.json") or {}).get("test_data")
 
 
 def layout(table: Table, entries: Sequence[Mapping[str, Any]]) -> str:
@@ -723,6 +742,7 @@ def write(table: Table, seeds: Sequence[int], folder: Path) -> str:
         text = layout(table, content["rows"])
     else:
         search, wanted = table.search, sorted({*seeds, *table.search.seeds})
+        content["absent"] = search.absent
         results = {name: results_of(search, name, wanted, folder) for name in search.rows}
         if table.name == "fair":
             content |= figures(results, search.seeds, seeds)

@@ -405,6 +405,6 @@ def _verdict(gain: float | None, judged: dict[str, Any]) -> str:
     range_ = f" (95 % over test images: {interval[0]:+.1f} to {interval[1]:+.1f})" if interval else ""
     if gain is None or judged["notes"]:
         return f" differs by {said} mIoU{range_} from"
-    if gain > 0:
-        return f" gains {said} mIoU{range_} over"
-    return f" loses {number(-gain, '.2f')} mIoU{range_} against"
+    if gain < 0:
+        return f" loses {number(-gain, '.2f')} mIoU{range_} against"
+    return f" gains {said} mIoU{range_} over"

@@ -30,6 +30,7 @@ from ..storage import read_json, refuse_inside, write_text
 from .domains import Domain, load_domain
 from .layouts import LAYOUTS
 from .shards import COUNTS, counts_file, counts_of_shard, write_counts
+from .sources import DRAWN
 from .transforms import resize_labels
 
 Encoding = Literal["png", "jpeg", "raw"]
@@ -112,7 +113,8 @@ def prepare_domain(
     """
     if not re.fullmatch(r"\w+", config.split):
         raise ValueError(f"split must be a plain name, which files can begin with, got {config.split!r}.")
-    refuse_inside(output, [config.path, config.label_path])
+    if config.path not in DRAWN:
+        refuse_inside(output, [config.path, config.label_path])
     _refuse_other_card(output)
     domain = load_domain(config, classes, labelled)
     prepare(domain, output, config.split, len(classes), encoding, num_processes)
@@ -215,7 +217,7 @@ def _claim(domain: Domain, output: Path, split: str, encoding: Encoding, written
         earlier = read_json(memory)
         earlier = earlier if isinstance(earlier, dict) else {}
         before = earlier.pop("contents", contents)  # an earlier release knows nothing of it
-        if earlier | {"contents": contents} != json.loads(text):
+        if earlier | {"contents": contents} != json.loads(text) or len(before) != len(contents):
             raise ValueError(
                 f"{output} holds the split {split} of other files or settings (see {memory.name}). Choose another "
                 "--output, or remove the folder yourself."

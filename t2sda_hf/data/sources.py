@@ -107,16 +107,18 @@ def _rows(config: DomainConfig, labelled: bool) -> tuple[Dataset, str, Ignored]:
     rows = _loaded(config)
     if config.streaming or not found.files:
         return rows, config.label_space, {}
+    if len(rows.info.splits or ()) > 1:  # other images are those of other splits
+        return rows, config.label_space, {}
     used = _files_of(rows)
-    unlisted = [file for file in found.files if _place(file) not in used]
+    unlisted = [file for file in found.files if os.path.realpath(file) not in used]
     return rows, config.label_space, {f"in no row of the split {config.split}": unlisted} if unlisted else {}
 
 
 def _files_of(rows: Dataset) -> set[str]:
-    """The files that cells of a table point to."""
+    """The files that cells of a table point to, without links."""
     columns = (rows.with_format("arrow")[name] for name, kind in rows.features.items() if isinstance(kind, Image))
     paths = (pc.struct_field(chunk, "path").to_pylist() for column in columns for chunk in column.chunks)
-    return {os.path.abspath(path) for of_chunk in paths for path in of_chunk if path}
+    return {os.path.realpath(path) for of_chunk in paths for path in of_chunk if path}
 
 
 @contextmanager

@@ -34,10 +34,11 @@ def students_of(folder: Path) -> list[Path]:
     it is the student of its newest checkpoint."""
     if (folder / "student" / "config.json").is_file():
         return [folder / "student"]
-    found = [path.parent for path in folder.glob("*/student/config.json")]
+    found = [path.parent for path in folder.glob("[!.]*/student/config.json")]  # hidden ones are being written
     whole = [student for student in found if not student.parent.name.startswith("checkpoint-")]
-    saved = sorted(set(found) - set(whole), key=lambda student: (len(student.parent.name), student.parent.name))
-    return sorted(whole) or saved[-1:]
+    # Of an encoder that is frozen or adapted a checkpoint has only what is trained.
+    saved = [student for student in found if student not in whole and any(student.glob("model*.safetensors*"))]
+    return sorted(whole) or sorted(saved, key=lambda one: (len(one.parent.name), one.parent.name))[-1:]
 
 
 def called(name: str) -> str:

@@ -283,7 +283,7 @@ def load_facts(path: Path) -> CardFacts:
     Raises:
         ValueError: if one is missing or unknown.
     """
-    values = _read_json(path)
+    values = {"keep_ratio": False} | _read_json(path)  # cards of earlier releases do not say it
     names = {field.name for field in fields(CardFacts)}
     if names != values.keys():
         raise ValueError(

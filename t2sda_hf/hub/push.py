@@ -76,7 +76,6 @@ def push_run(
     """
     again = push_command(run_folder, repo_id, private, create_pr, given)
     lacks: list[str] = []  # all are told at once
-    ask(lacks, _check_repo_id, repo_id)
     ask(lacks, _check_token, api)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "repository"

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from ..config import RunConfig, changes, differences, dump_config, flatten, read_yaml, several, without_place
 from ..data.contents import Contents, difference, digest
 from ..data.domains import AnyDomain, JointDomain
+from ..data.sources import DRAWN
 from ..errors import LostFolder
 from ..evaluation.run_folder import DATA_RECORD, RUN_RECORD
 from ..masking import mask_known
@@ -162,10 +163,12 @@ def lock_run(cfg: RunConfig) -> Claim:
 
 
 def check_folder(cfg: RunConfig) -> None:
-    """Raise ValueError if `output_dir` holds something that is not to be resumed, or is read as data."""
+    """Raise ValueError if `output_dir` holds something that is not to be resumed, or would be read as data."""
     folder = Path(cfg.output_dir)
-    domains = (*cfg.sources, *cfg.targets, *cfg.tests, *several(cfg.target_labelled))
-    refuse_inside(folder, [path for one in domains for path in (one.path, one.label_path)], "--output_dir")
+    if not folder.exists():  # a run of an earlier release may go on where it is
+        domains = (*cfg.sources, *cfg.targets, *cfg.tests, *several(cfg.target_labelled))
+        read = [path for one in domains for path in (one.path, one.label_path) if path not in DRAWN]
+        refuse_inside(folder, read, "--output_dir")
     if not folder.is_dir() or all(path.name in (LOCK, LEASE) for path in folder.iterdir()):
         return
     if cfg.resume is None:
@@ -190,9 +193,14 @@ def _only_begun(folder: Path, cfg: RunConfig) -> bool:
         return False
     return all(
         any(fnmatch(path.name, pattern) for pattern in _AT_THE_START)
-        or (path.name in methods_of(cfg) and path.is_dir() and not any(path.iterdir()))
+        or (path.name in methods_of(cfg) and path.is_dir() and all(map(_is_partial, path.iterdir())))
         for path in folder.iterdir()
     )
+
+
+def _is_partial(path: Path) -> bool:
+    """Whether a file is of a write that was cut, the first one of a method."""
+    return fnmatch(path.name, ".resolved_config.yaml*.partial")
 
 
 def _identity(path: Path) -> tuple[int, int]:

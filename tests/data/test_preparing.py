@@ -10,7 +10,8 @@ import cv2
 import numpy as np
 import psutil
 import pytest
-from datasets import load_dataset
+from datasets import Dataset, Features, load_dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 
 from t2sda_hf.cli import main
@@ -440,6 +441,23 @@ def test_other_contents_of_the_same_names_are_noticed(tmp_path, capsys):
     kept = {key: value for key, value in json.loads(memory.read_text()).items() if key != "contents"}
     memory.write_text(json.dumps(kept, sort_keys=True))  # of an earlier release
     assert main(words) == 0
+
+
+def test_rows_without_names_that_became_more_are_noticed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(preparing, "ROWS_PER_SHARD", 2)
+    path, words = (
+        tmp_path / "rows.parquet",
+        ["prepare", "target", "--processes", "1", "--output", str(tmp_path / "out")],
+    )
+    for count, code in ((2, 0), (2, 0), (3, 2)):
+        cells = []
+        for number in range(count):
+            file = io.BytesIO()
+            Image.fromarray(picture(number)).save(file, format="PNG")
+            cells.append({"bytes": file.getvalue(), "path": None})
+        Dataset.from_dict({"image": cells}, Features({"image": ImageFeature()})).to_parquet(str(path))
+        assert main([*words, "--target.path", str(path)]) == code
+    assert "holds the split train of other files or settings" in capsys.readouterr().err
 
 
 def test_nothing_is_prepared_into_the_folder_of_its_own_images(tmp_path, capsys):

@@ -526,6 +526,10 @@ def test_of_a_method_its_student_is_taken_and_before_its_end_that_of_the_newest_
     method = tmp_path / "run" / "t2sda"
     for step in ("000020", "000100", "1000000"):
         shutil.copytree(model_folder, method / f"checkpoint-{step}" / "student")
+    for debris in (".checkpoint-2000000.partial", ".checkpoint-000010.deleted"):
+        shutil.copytree(model_folder, method / debris / "student")
+    shutil.copytree(model_folder, method / "checkpoint-3000000" / "student")
+    (method / "checkpoint-3000000" / "student" / "model.safetensors").unlink()  # as with a frozen encoder
     newest = method / "checkpoint-1000000" / "student"
     assert model_of(str(method)) == str(newest)
     assert [folder for folder, _ in models_of(str(method)).values()] == [str(newest)]
