@@ -271,8 +271,10 @@ def test_a_run_does_not_write_among_its_own_data(
         (photos / f"{number}.png").write_bytes(png(noise(seed=number))["bytes"])
     good[good.index("--target.path") + 1] = str(photos)
     good[good.index("--output_dir") + 1] = str(photos / "out")
-    message = refused(good, capsys)
-    assert message.endswith(f"out lies in {photos}, which is read as data: pass another --output_dir.")
+    said = f"out lies in {photos}, which is read as data: pass another --output_dir."
+    assert refused(good, capsys).endswith(said)
+    (photos / "out").mkdir()  # of somebody else, or still empty
+    assert refused(good, capsys).endswith(said)
 
 
 def test_help_and_no_arguments_explain(capsys: pytest.CaptureFixture[str]) -> None:

@@ -242,23 +242,22 @@ def _headline(content: Mapping[str, Any]) -> str:
 def _said_of_search(content: Mapping[str, Any]) -> str:
     images, num_rates = content["images"], max(len(row["rates"]) for row in content["rows"].values())
     few = ". A fair search has at least three" if num_rates < 3 else ""
-    said = said_of_absent(content.get("absent", ((), ())))
     return (
         f"All figures are of {images['shown']} of the {sum(images.values())} test images, in %. The learning rate of "
         f"each row is the best of the same {num_rates} values{few}. It was chosen on the other {images['choosing']} "
         f"test images, every other block of neighbours, with {_seeds(content['search_seeds'])}, whose own figures may "
-        f"be a little high for that.{said}"
+        "be a little high for that."
     )
 
 
-def said_of_absent(absent: Sequence[Sequence[str]]) -> str:
+def said_of_absent(absent: Sequence[Sequence[str]]) -> list[str]:
     """Sentences about classes that none of the test images shows that choose, and none of those of the figures."""
-    return "".join(
-        f" None of the test images {which} shows {', '.join(names)}: the IoU is 0 there if it is predicted anywhere, "
+    return [
+        f"None of the test images {which} shows {', '.join(names)}: the IoU is 0 there if it is predicted anywhere, "
         "and otherwise left out of the mean."
         for which, names in zip(("that choose", "of the figures"), absent, strict=True)
         if names
-    )
+    ]
 
 
 def _pairs(rows: Mapping[str, Any], new: str, old: str) -> dict[str, Any] | None:

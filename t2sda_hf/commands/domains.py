@@ -106,8 +106,9 @@ def _cut_as(of_run: DomainConfig, test: DomainConfig) -> DomainConfig:
 def _run_of(models: Sequence[str]) -> Path | None:
     """The config of the run that the first of some models comes from, if it lies there."""
     for folder in map(Path, models):
-        of_checkpoint = folder.parent.parent if folder.parent.name.startswith("checkpoint-") else folder.parent
-        for file in (of_checkpoint / CONFIG_FILE, folder / CONFIG_FILE, *sorted(folder.glob(f"*/{CONFIG_FILE}"))):
+        of_checkpoint = folder.parent.parent  # of whose student the folder may be
+        places = (folder.parent, of_checkpoint, folder)
+        for file in (*(place / CONFIG_FILE for place in places), *sorted(folder.glob(f"*/{CONFIG_FILE}"))):
             if file.is_file():
                 return file
     return None

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 
 from ..hub.card import OTHER_FACTS, RUN_FACTS
 from ..hub.push import push_run, stage_run
-from ..storage import read_json
+from ..storage import foreign_json
 
 FACTS = (*RUN_FACTS, *OTHER_FACTS)
 CARD_FILES = ("README.md", "facts.json", "panel.png", "curve.png", "metrics.json", "resolved_config.yaml")
@@ -46,8 +46,8 @@ def publish(args: Namespace) -> str:
             (Path(temporary) / "all").rename(args.output)
         return f"Written, not sent: {args.output}"
     if args.card is not None:
-        known = read_json(args.card / "facts.json")
-        is_card = isinstance(known, dict) and {"repo_id", "student"} <= known.keys()
+        facts = args.card / "facts.json"
+        is_card = facts.exists() and not foreign_json(facts, {"repo_id", "student"})
         if in_the_way := [args.card / name for name in CARD_FILES if (args.card / name).exists() and not is_card]:
             raise ValueError(f"{in_the_way[0]} exists, and {args.card} is no card of a run: choose another --card.")
         with TemporaryDirectory() as temporary:

@@ -53,6 +53,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import Timeout
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -167,8 +168,9 @@ def run(args: Namespace) -> int:
             cells = cells_of(table, seeds, folder)
             if table.search is None:
                 summary_of(table, seeds, folder)  # what is there must fit together before more is made
-            elif any(table.search.absent):
-                print(f"warning:{said_of_absent(table.search.absent)}", file=sys.stderr)
+            else:
+                for sentence in said_of_absent(table.search.absent):
+                    print(f"warning: {sentence}", file=sys.stderr)
             if args.dry_run:
                 planned = list(cells)
                 print(plan_text(table, planned, later(table, seeds, folder), *estimate(table, folder)))
@@ -458,12 +460,9 @@ def images_to_halve(cfg: RunConfig, table: str) -> tuple[Domain, tuple[list[str]
             "them chooses the learning rates, the other one makes the figures."
         )
     counts, of_image = read_domain(test, cfg.classes).counts[:images], halves_of_images(images)
-    shown = [counts[of_image == half].sum(axis=0) > 0 for half in (CHOOSING, SHOWN)]
-    lacks = [
-        [name for name, own, other in zip(cfg.classes, *pair, strict=True) if other and not own]
-        for pair in ((shown[0], shown[1]), (shown[1], shown[0]))
-    ]
-    return test, (lacks[0], lacks[1])
+    choosing, shown = (counts[of_image == half].any(axis=0) for half in (CHOOSING, SHOWN))
+    names = np.array(cfg.classes)
+    return test, (names[shown & ~choosing].tolist(), names[choosing & ~shown].tolist())
 
 
 def crops_of(cfg: RunConfig) -> tuple[str, ...]:
@@ -755,6 +754,7 @@ def write(table: Table, seeds: Sequence[int], folder: Path) -> str:
                 for name, title in LABELLED_ROWS.items()
             }
             save_steps(folder / "labels.png", curve, "labelled images of the target", "mIoU in %")
+        text = "\n\n".join([text, *said_of_absent(search.absent)])
     write_json(folder / f"{table.name}.json", content)  # first: by it the other is known as ours
     write_text(folder / f"{table.name}.md", f"{table.question}\n\n{text}\n")
     return text

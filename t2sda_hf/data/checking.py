@@ -106,8 +106,7 @@ def inspect_domain(domain: Domain, classes: Sequence[str], num_processes: int = 
         [index for index, row in enumerate(rows) if not any(severity == "fault" for _, severity, _ in row["faults"])],
     )
     facts.findings.extend(_grouped(domain.name, rows))
-    hides = facts.ignored > 0 and may_hide_a_class(domain)
-    facts.findings.extend(_as_a_whole(facts, classes, f". {NOT_NAMED}" if hides else ""))
+    facts.findings.extend(_as_a_whole(facts, classes, f". {NOT_NAMED}" if may_hide_a_class(domain) else ""))
     for reason, files in domain.ignored.items():
         text = f"{reason}: {', '.join(map(spelled, files[:5]))}{' ...' if len(files) > 5 else ''}"
         facts.findings.append(Finding(domain.name, "files not used", "note", len(files), text))

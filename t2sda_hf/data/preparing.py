@@ -236,7 +236,8 @@ def _claim(domain: Domain, output: Path, split: str, encoding: Encoding, written
 
 def _stamps(domain: Domain) -> list[str]:
     """By what images and label maps of each shard are known to be as they were: size and time of each file, or the
-    length of bytes."""
+    length of bytes. A copy that keeps its times counts as the same, which the inodes of `contents.stamp` would refuse.
+    """
     columns = domain.table.with_format("arrow")[:]
     columns = columns.select([name for name in ("image", "label") if name in columns.column_names])
     found = []

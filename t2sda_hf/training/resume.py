@@ -165,7 +165,8 @@ def lock_run(cfg: RunConfig) -> Claim:
 def check_folder(cfg: RunConfig) -> None:
     """Raise ValueError if `output_dir` holds something that is not to be resumed, or would be read as data."""
     folder = Path(cfg.output_dir)
-    if not folder.exists():  # a run of an earlier release may go on where it is
+    holds_a_run = any(_is_method(folder / method) for method in methods_of(cfg))
+    if not holds_a_run and not (folder / LOCK).exists():  # a run that is there already may go on where it is
         domains = (*cfg.sources, *cfg.targets, *cfg.tests, *several(cfg.target_labelled))
         read = [path for one in domains for path in (one.path, one.label_path) if path not in DRAWN]
         refuse_inside(folder, read, "--output_dir")
@@ -176,7 +177,7 @@ def check_folder(cfg: RunConfig) -> None:
             f"output_dir {cfg.output_dir!r} exists and is not empty. Nothing is overwritten: "
             "pass another --output_dir, remove the folder yourself, or go on with the run in it with --resume auto."
         )
-    if not any(_is_method(folder / method) for method in methods_of(cfg)) and not _only_begun(folder, cfg):
+    if not holds_a_run and not _only_begun(folder, cfg):
         raise ValueError(
             f"output_dir {cfg.output_dir!r} is not empty and holds no run of this config. Pass another one."
         )

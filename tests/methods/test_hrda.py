@@ -12,7 +12,7 @@ import reference.segmentation as slow_segmentation
 import torch
 from reference.fda import fda
 from reference.samples import listed
-from tiny import CLASSES, tiny_batch, tiny_config, tiny_graphs, tiny_networks, together
+from tiny import CLASSES, tiny_batch, tiny_config, tiny_graphs, tiny_networks, tiny_step, together
 from torch import Tensor, nn
 
 from t2sda_hf.batch import UdaBatch, normalize
@@ -20,9 +20,9 @@ from t2sda_hf.config import RunConfig
 from t2sda_hf.data.pairs import PairDataset, collate
 from t2sda_hf.losses.segmentation import segmentation_loss
 from t2sda_hf.methods import Graph, Networks
-from t2sda_hf.methods.t2sda import fused_and_detail_loss
+from t2sda_hf.methods.t2sda import fused_and_detail_loss, pseudo_target
 from t2sda_hf.models import T2SDAOutput
-from t2sda_hf.models.multi_resolution import cut
+from t2sda_hf.models.multi_resolution import context_images, cut
 
 CROP, OUTER, DETAIL = (64, 128), (96, 192), (32, 32)
 HRDA = [
@@ -100,6 +100,15 @@ def test_the_terms_are_those_of_one_resolution():
     cfg = hrda_config("--loss_weights={feature_distance: 0.005, masked_consistency: 1}")
     expected = [["source", "feature_distance"], ["target"], ["masked_consistency"], ["pull"]]
     assert [list(graph.losses) for graph in graphs(cfg)] == expected
+
+
+def test_a_labelled_target_crop_stands_in_its_own_style():
+    cfg = hrda_config()
+    batch = hrda_batch(cfg, from_target=torch.tensor([True, False]))
+    made = pseudo_target(tiny_step(cfg, tiny_networks(cfg), batch))
+    untranslated = batch.crop_inner(context_images(batch.outer_source), shrunk=2)
+    assert torch.equal(made[0], untranslated[0])
+    assert not torch.allclose(made[1], untranslated[1], atol=0.01)
 
 
 def test_pseudo_labels_are_the_fused_ones_of_the_overlapping_slide():
