@@ -9,6 +9,7 @@ mmcv, timm, kornia 0.5.8 and prettytable beside this package. A row whose other 
 """
 
 import argparse
+import ctypes
 import importlib
 import itertools
 import json
@@ -102,6 +103,7 @@ def interleaved(variants: Sequence[Callable[[], object]], rounds: int) -> list[l
 
 def extra_memory(function: Callable[[], object]) -> float:
     """Largest resident memory of this process during the call above that before it, in MB; Linux keeps the mark."""
+    ctypes.CDLL(None).malloc_trim(0)  # what is free in the heap would be used again, and not be seen
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # lowers it to what is resident now, see proc(5)
     before = _resident_mark()
     function()
